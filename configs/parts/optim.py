@@ -1,0 +1,42 @@
+"""Optimizer presets: the keys of `config.optim`.
+
+`rules` gives each parameter, by the first pattern found in its name, multipliers of the learning
+rate (`lr`) and of the weight decay (`decay`), another `algorithm`, or `frozen=True`.
+"""
+
+# Norm scales and biases are not decayed: pulling them to zero is no regularisation.
+_DECAY_MATRICES = ((r"norm|bias$", {"decay": 0.0}), (r".*", {}))
+
+# Muon is for matrices inside the network; its authors train the rest with AdamW.
+_MUON_MATRICES = (
+  (r"norm|bias$", {"algorithm": "adamw", "decay": 0.0}),
+  (r"^embed|^position|^head|relative", {"algorithm": "adamw"}),
+  (r".*", {}),
+)
+
+DEFAULTS = {
+  "name": "adamw",
+  "learning_rate": 1e-3,
+  "schedule": "cosine",
+  "final_fraction": 0.1,
+  "warmup_percent": 2.0,
+  "decay_percent": 20.0,
+  "weight_decay": 0.1,
+  "b1": 0.9,
+  "b2": 0.95,
+  "eps": 1e-8,
+  "momentum": 0.95,
+  "clip_norm": 1.0,
+  "ema_decay": 0.0,
+  "rules": _DECAY_MATRICES,
+}
+
+OPTIMIZERS = {
+  "adamw": {},
+  "adam": {"name": "adam", "weight_decay": 0.0},
+  "sgd": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
+  "adafactor": {"name": "adafactor", "learning_rate": 1e-2, "weight_decay": 0.0},
+  # A tenth of AdamW's learning rate and ten times its decay (Chen et al. 2023, section 5).
+  "lion": {"name": "lion", "learning_rate": 1e-4, "b2": 0.99, "weight_decay": 1.0},
+  "muon": {"name": "muon", "learning_rate": 5e-3, "rules": _MUON_MATRICES},
+}

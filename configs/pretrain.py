@@ -1,0 +1,65 @@
+"""Pretraining from text: a model, a data set and an optimizer, each by its preset.
+
+    python -m gptjax.train --config=configs/pretrain.py:model=gpt2-124m,data=text,optim=adamw \\
+      --config.data.path=corpus/ --workdir=runs/first
+
+Parts: model (configs/parts/models.py), data (data.py; 'a+b' is a mixture), optim (optim.py) and
+mesh (mesh.py). Any key can be overridden with --config.KEY=VALUE, for example
+--config.model.num_layers=6. A duration is one key with a unit, _steps, _tokens, _epochs or
+_percent: --config.total_tokens=1e9 takes the place of total_steps.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.parts import data, mesh, models, optim
+from gptjax.config import parse_argument
+from gptjax.model.config import ModelConfig
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  parts = parse_argument(
+    arg,
+    model=("tiny", models.MODELS),
+    data=("text", data.DATA),
+    optim=("adamw", optim.OPTIMIZERS),
+    mesh=("data", mesh.MESHES),
+  )
+  model = ModelConfig.defaults() | models.MODELS[parts["model"]]
+  return ConfigDict(
+    {
+      "seed": 0,
+      "total_steps": 1000,
+      # Rows a step over all hosts and micro-batches; tokens a step = batch_size * sequence_length.
+      "batch_size": 16,
+      "sequence_length": 256,
+      "grad_accumulation": 1,
+      # 'bytes', 'bpe:N' (trained on the corpus), or the path of one; see gptjax/data/tokenizer.py.
+      "tokenizer": f"bpe:{model['vocab_size'] or 4096}",
+      # Work directory of a run whose weights to start from.
+      "init_from": "",
+      # A step whose loss or gradient is not finite is skipped, this many times.
+      "max_skipped_steps": 10,
+      "model": model,
+      "data": data.get(parts["data"]),
+      "optim": optim.DEFAULTS | optim.OPTIMIZERS[parts["optim"]],
+      "mesh": mesh.DEFAULTS | mesh.MESHES[parts["mesh"]],
+      # baselines: also print what gzip and a byte 5-gram model reach on the validation text.
+      "eval": {"every_steps": 250, "baselines": False},
+      "log": {"every_steps": 10, "tensorboard": True, "wandb": False},
+      "checkpoint": {
+        "every_steps": 250,
+        "keep": 2,
+        "keep_every_steps": 0,
+        "best_metric": "val/loss",
+      },
+      "sample": {
+        "every_steps": 250,
+        "prompts": ("", ""),
+        "max_tokens": 64,
+        "temperature": 0.8,
+        "top_p": 0.95,
+      },
+      # steps of jax.profiler traces, written to WORKDIR/profile for TensorBoard or xprof.
+      "profile": {"start": 10, "steps": 0},
+    }
+  )

@@ -1,0 +1,284 @@
+"""Configs: loading by file and argument string, overriding by key, durations, saving.
+
+A config file has `get_config(arg)` and returns a ConfigDict of plain values; this is the only
+module that knows ml_collections. A duration is written as exactly one key whose suffix is its
+unit, `eval.every_steps` or `eval.every_percent`, and setting one unit replaces the other.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from gptjax.errors import UserError, did_you_mean
+
+DURATION = re.compile(r"(?P<stem>\w+)_(?P<unit>steps|tokens|epochs|percent)")
+CONFIG_FILE = "config.json"
+
+
+def parse_argument(arg: str | None, **parts: tuple[str, Sequence[str]]) -> dict[str, str]:
+  """Reads "model=gpt2-124m,data=text" into a dict.
+
+  Args:
+    arg: the text behind the colon of --config=FILE:ARG, or None.
+    parts: each part's default, and the names of its presets.
+
+  Raises:
+    UserError: an item is not PART=NAME, or a part or a preset is unknown.
+  """
+  chosen = {part: default for part, (default, _) in parts.items()}
+  for item in filter(None, (arg or "").split(",")):
+    part, equals, name = item.partition("=")
+    if not equals or part not in parts:
+      raise UserError(
+        f"config argument {item!r} is not PART=NAME with a part of {', '.join(parts)}. "
+        f"{did_you_mean(part, parts)}"
+      )
+    presets = parts[part][1]
+    # Parts that compose, such as data=stdlib+text, are sums of presets.
+    for piece in name.split("+"):
+      if piece not in presets:
+        raise UserError(f"no {part} preset {piece!r}. {did_you_mean(piece, presets)}")
+    chosen[part] = name
+  return chosen
+
+
+def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  """Loads "FILE" or "FILE:ARG", applies {dotted key: text or value} and locks the result.
+
+  Raises:
+    UserError: the file, a part, a key or a value is not valid.
+  """
+  path, _, arg = spec.partition(":")
+  if not Path(path).is_file():
+    raise UserError(f"--config: no file {path!r}.")
+  module_spec = importlib.util.spec_from_file_location("config_file", path)
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+    config = module.get_config(arg or None)
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from None
+  for key, value in (overrides or {}).items():
+    override(config, key, value)
+  return config.lock()
+
+
+def override(config: ConfigDict, key: str, value: Any) -> None:
+  """Sets `config.a.b` by its dotted key, from a value or from the text of one.
+
+  A duration replaces its sibling in another unit.
+
+  Raises:
+    UserError: the key does not exist, or the text is no value of the key's type.
+  """
+  *path, leaf = key.split(".")
+  section = config
+  for name in path:
+    if not isinstance(section, ConfigDict) or name not in section:
+      raise UserError(_unknown_key(config, key))
+    section = section[name]
+  if not isinstance(section, ConfigDict) or isinstance(section.get(leaf), ConfigDict):
+    raise UserError(_unknown_key(config, key))
+  replaced = leaf if leaf in section else _sibling(section, leaf)
+  if replaced is None:
+    raise UserError(_unknown_key(config, key))
+  old = section[replaced]
+  if replaced != leaf:
+    old = 0.0 if leaf.endswith(("percent", "epochs")) else 0
+  value = _parse(key, value, old) if isinstance(value, str) else value
+  with section.unlocked(), section.ignore_type():
+    del section[replaced]
+    section[leaf] = value
+
+
+def _sibling(section: Mapping[str, Any], leaf: str) -> str | None:
+  """The key of the same duration in another unit, if the section has one."""
+  wanted = DURATION.fullmatch(leaf)
+  for key in section:
+    found = DURATION.fullmatch(key)
+    if wanted and found and wanted["stem"] == found["stem"]:
+      return key
+  return None
+
+
+def _unknown_key(config: ConfigDict, key: str) -> str:
+  return f"no config key {key!r}. {did_you_mean(key, leaves(config))}"
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+  """Reads text as the type that the key's present value has; a None value takes any."""
+  word = text.strip().lower()
+  constants = {"true": True, "false": False, "none": None}
+  if isinstance(old, bool):
+    if word in ("true", "false", "1", "0"):
+      return word in ("true", "1")
+    raise UserError(f"config.{key}={text!r}: expected true or false.")
+  if isinstance(old, str):
+    return text
+  try:
+    if isinstance(old, int | float):
+      number = float(text.replace("_", ""))
+      if isinstance(old, float):
+        return number
+      if number != int(number):
+        raise ValueError
+      return int(number)
+    if isinstance(old, tuple):
+      return tuple(ast.literal_eval(text)) if text[:1] in "([" else tuple(text.split(","))
+    return constants[word] if word in constants else ast.literal_eval(text)
+  except (ValueError, SyntaxError, OverflowError, TypeError):
+    if old is None:
+      return text
+    expected = {int: "a whole number", float: "a number", tuple: "a tuple"}[type(old)]
+    raise UserError(f"config.{key}={text!r}: expected {expected}.") from None
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+  """Yields the dotted key of every value."""
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from leaves(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}"
+
+
+def to_json(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def to_text(config: ConfigDict) -> str:
+  """One "key = value" a line, for the terminal."""
+  flat = {key: _get(config, key) for key in leaves(config)}
+  width = max(map(len, flat))
+  return "\n".join(f"{key:<{width}} = {value!r}" for key, value in sorted(flat.items()))
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+  for name in key.split("."):
+    config = config[name]
+  return config
+
+
+def save(config: ConfigDict, workdir: epath.Path) -> list[str]:
+  """Writes `workdir/config.json` and returns "key: old -> new" for what an earlier start had."""
+  path = workdir / CONFIG_FILE
+  new = json.loads(to_json(config))
+  changes = []
+  if path.exists():
+    flat_old, flat_new = _flatten(json.loads(path.read_text())), _flatten(new)
+    changes = [
+      f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
+      for key in sorted({*flat_old, *flat_new})
+      if flat_old.get(key) != flat_new.get(key)
+    ]
+  path.write_text(to_json(config) + "\n")
+  return changes
+
+
+def open_saved(workdir: epath.Path) -> ConfigDict:
+  """Reads the config that a run saved.
+
+  Raises:
+    UserError: the directory is not the work directory of a run.
+  """
+  path = epath.Path(workdir) / CONFIG_FILE
+  if not path.exists():
+    raise UserError(f"{workdir}: not the work directory of a run (it has no {CONFIG_FILE}).")
+  return ConfigDict(json.loads(path.read_text())).lock()
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in nested.items():
+    flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+  return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLength:
+  """What turns a duration into steps."""
+
+  tokens_per_step: int
+  steps_per_epoch: float | None
+  total_steps: int | None = None
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any], steps_per_epoch: float | None) -> "RunLength":
+    """Resolves `total_steps | total_tokens | total_epochs`. None: the epoch's size is unknown."""
+    length = cls(config.batch_size * config.sequence_length, steps_per_epoch)
+    total = length.steps(config, "total")
+    if total < 1:
+      raise UserError("total_steps: a run needs at least one step.")
+    return dataclasses.replace(length, total_steps=total)
+
+  def steps(self, section: Mapping[str, Any], stem: str) -> int:
+    """Steps of the duration `stem` of a section; 0 means never.
+
+    Raises:
+      UserError: not exactly one key of the duration is there, or it is negative.
+    """
+    found = [key for key in section if (m := DURATION.fullmatch(key)) and m["stem"] == stem]
+    if len(found) != 1:
+      raise UserError(
+        f"config needs exactly one of {stem}_steps, {stem}_tokens, {stem}_epochs, {stem}_percent; "
+        f"it has {', '.join(found) or 'none'}."
+      )
+    unit, value = DURATION.fullmatch(found[0])["unit"], section[found[0]]
+    if value < 0:
+      raise UserError(f"config.{found[0]}={value} is negative; 0 means never.")
+    if value == 0:
+      return 0
+    steps_of = {
+      "steps": 1,
+      "tokens": 1 / self.tokens_per_step,
+      "epochs": self.steps_per_epoch,
+      "percent": None if self.total_steps is None else self.total_steps / 100,
+    }[unit]
+    if steps_of is None:
+      raise UserError(f"config.{found[0]}: the length of {unit} is not known here; give steps.")
+    return max(round(value * steps_of), 1)
+
+
+def run_app(main: Callable[[Mapping[str, str]], None], usage: str) -> None:
+  """Runs an entry point: flags by absl, overrides taken out of them, user errors as a sentence.
+
+  Args:
+    main: called with {dotted key: text} of the `--config.KEY=VALUE` flags.
+    usage: the text that --help starts with.
+  """
+  overrides: dict[str, str] = {}
+
+  def parse_flags(argv: list[str]) -> list[str]:
+    rest = argv[:1]
+    for argument in argv[1:]:
+      found = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
+      if found:
+        overrides[found[1]] = found[2]
+      else:
+        rest.append(argument)
+    try:
+      unknown = flags.FLAGS(rest)[1:]
+      if unknown:
+        raise flags.Error(f"{unknown[0]!r} is not a flag; flags look like --name=value.")
+      return rest[:1]
+    except flags.Error as error:
+      sys.exit(f"error: {error} Try --help.")
+
+  def run(_: list[str]) -> None:
+    try:
+      main(overrides)
+    except UserError as error:
+      sys.exit(f"error: {error}")
+
+  sys.modules["__main__"].__doc__ = usage
+  app.run(run, flags_parser=parse_flags)

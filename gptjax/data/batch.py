@@ -1,0 +1,38 @@
+"""The one schema of a training batch, whatever the task."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Packed rows: B rows of T tokens, or one row without the B axis.
+
+  Attributes:
+    inputs: int32 [B, T], the tokens the model reads.
+    targets: int32 [B, T], the token that follows each input.
+    weights: float32 [B, T], what each target counts in the loss; 0 for padding.
+    segment_ids: int32 [B, T], the document of each input, from 1; 0 for padding.
+    positions: int32 [B, T], distance from the start of the segment within its row, from 0.
+  """
+
+  inputs: np.ndarray | jax.Array
+  targets: np.ndarray | jax.Array
+  weights: np.ndarray | jax.Array
+  segment_ids: np.ndarray | jax.Array
+  positions: np.ndarray | jax.Array
+
+  @classmethod
+  def stack(cls, rows: Sequence["Batch"]) -> "Batch":
+    """Stacks rows [T] to a batch [B, T]."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+  @classmethod
+  def padding(cls, sequence_length: int) -> "Batch":
+    """Returns a row [T] that counts for nothing."""
+    zeros = np.zeros(sequence_length, np.int32)
+    return cls(zeros, zeros, zeros.astype(np.float32), zeros, zeros)

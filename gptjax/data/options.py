@@ -1,0 +1,104 @@
+"""The data keys of a config, each read and checked here and nowhere else."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gptjax.errors import UserError, did_you_mean
+
+SOURCES = ("text", "jsonl", "parquet", "tfds", "hf", "stdlib")
+UNDECODABLE = ("error", "skip")
+
+
+@dataclasses.dataclass(frozen=True)
+class PartOptions:
+  """One corpus. `configs/parts/data.py` says what each key means."""
+
+  source: str
+  path: str
+  text_key: str
+  split: str
+  validation_split: str
+  validation_path: str
+  validation_fraction: float
+  undecodable: str
+  tfds_data_dir: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+  """All that decides the batches. A single corpus is a mixture of one part, named after it."""
+
+  seed: int
+  batch_size: int
+  sequence_length: int
+  tokenizer: str
+  cache_dir: str
+  fim_rate: float
+  spm_rate: float
+  parts: dict[str, PartOptions]
+  weights: dict[str, float]
+
+
+def read_options(config: Any) -> DataOptions:
+  """Reads `config` (attributes and keys, such as a ConfigDict); UserError for a bad value."""
+  data = config.data
+  mixture = data.mixture
+  if mixture:
+    parts = {name: _read_part(part, f"data.mixture.{name}") for name, part in mixture.items()}
+    weights = {
+      name: _read(part, "weight", f"data.mixture.{name}") for name, part in mixture.items()
+    }
+  else:
+    part = _read_part(data, "data")
+    parts, weights = {part.source: part}, {part.source: 1.0}
+  for name, weight in weights.items():
+    _check(weight > 0, f"data.mixture.{name}.weight", weight, "a number above 0")
+  options = DataOptions(
+    seed=config.seed,
+    batch_size=config.batch_size,
+    sequence_length=config.sequence_length,
+    tokenizer=config.tokenizer,
+    cache_dir=data.cache_dir,
+    fim_rate=data.fim_rate,
+    spm_rate=data.spm_rate,
+    parts=parts,
+    weights=weights,
+  )
+  _check(options.seed >= 0, "seed", options.seed, "0 or more")
+  _check(options.batch_size >= 1, "batch_size", options.batch_size, "1 or more")
+  _check(options.sequence_length >= 1, "sequence_length", options.sequence_length, "1 or more")
+  _check(0 <= options.fim_rate <= 1, "data.fim_rate", options.fim_rate, "from 0 to 1")
+  _check(0 <= options.spm_rate <= 1, "data.spm_rate", options.spm_rate, "from 0 to 1")
+  return options
+
+
+def _read_part(part: Mapping[str, Any], key: str) -> PartOptions:
+  fields = dataclasses.fields(PartOptions)
+  options = PartOptions(**{field.name: _read(part, field.name, key) for field in fields})
+  if options.source not in SOURCES:
+    raise UserError(
+      f"{key}.source: no source {options.source!r}. {did_you_mean(options.source, SOURCES)}"
+    )
+  if options.undecodable not in UNDECODABLE:
+    raise UserError(
+      f"{key}.undecodable: no policy {options.undecodable!r}. "
+      f"{did_you_mean(options.undecodable, UNDECODABLE)}"
+    )
+  if options.source != "stdlib" and not options.path:
+    raise UserError(f"{key}.path: a {options.source!r} source needs one. Set --config.{key}.path=.")
+  if not (options.validation_split or options.validation_path):
+    fraction = options.validation_fraction
+    _check(0 < fraction < 1, f"{key}.validation_fraction", fraction, "between 0 and 1")
+  return options
+
+
+def _read(part: Mapping[str, Any], name: str, key: str) -> Any:
+  if name not in part:
+    raise UserError(f"{key}: no key {name!r}. Start the part from configs/parts/data.py.")
+  return part[name]
+
+
+def _check(valid: bool, key: str, value: Any, right: str) -> None:
+  if not valid:
+    raise UserError(f"{key} is {value!r}; it must be {right}.")

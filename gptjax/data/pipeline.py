@@ -1,0 +1,187 @@
+"""From a config to batches: the assembly of everything in this folder."""
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from etils import epath
+
+from gptjax.data import cache, mixture, sources
+from gptjax.data import tokenizer as tokenizers
+from gptjax.data.batch import Batch
+from gptjax.data.cache import TokenCache
+from gptjax.data.fim import FillInTheMiddle
+from gptjax.data.options import DataOptions, read_options
+from gptjax.data.packing import Windows, pack
+from gptjax.data.sources import Source
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError
+
+# A vocabulary is settled long before this much text.
+_TOKENIZER_TRAINING_CHARACTERS = 200_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class _Corpora:
+  """One side of the split: the documents and the tokens of each part."""
+
+  sources: Mapping[str, Source]
+  caches: Mapping[str, TokenCache]
+
+  def windows(self, sequence_length: int, *, drop_remainder: bool) -> dict[str, Windows]:
+    windows = {}
+    for name, tokens in self.caches.items():
+      try:
+        windows[name] = Windows(tokens, sequence_length, drop_remainder=drop_remainder)
+      except UserError as error:
+        raise UserError(f"data part {name!r}: {error}") from error
+    return windows
+
+  def text(self) -> Iterator[str]:
+    return itertools.chain.from_iterable(map(sources.documents, self.sources.values()))
+
+
+class Dataset:
+  """Batches of a config for one host. Made by `open_dataset`."""
+
+  def __init__(
+    self,
+    options: DataOptions,
+    tokenizer: Tokenizer,
+    training: _Corpora,
+    validation: _Corpora,
+    process_index: int,
+    process_count: int,
+  ):
+    self.tokenizer = tokenizer
+    self._options = options
+    self._training, self._validation = training, validation
+    self._host_rows = options.batch_size // process_count
+    self._first_row = process_index * self._host_rows
+    windows = training.windows(options.sequence_length, drop_remainder=True)
+    self._rows_per_epoch = sum(map(len, windows.values()))
+    self._rows = mixture.training_rows(
+      windows,
+      options.weights,
+      seed=options.seed,
+      sequence_length=options.sequence_length,
+      end_of_text=tokenizer.end_of_text,
+      fim=(
+        FillInTheMiddle(tokenizer, options.fim_rate, options.spm_rate) if options.fim_rate else None
+      ),
+    )
+    self._validation_windows = [
+      *validation.windows(options.sequence_length, drop_remainder=False).values()
+    ]
+
+  @property
+  def num_tokens(self) -> int:
+    """Training tokens, all parts together."""
+    return sum(tokens.num_tokens for tokens in self._training.caches.values())
+
+  @property
+  def steps_per_epoch(self) -> float:
+    """Steps that take as many rows as the corpora have, all parts together."""
+    return self._rows_per_epoch / self._options.batch_size
+
+  @property
+  def validation_bytes(self) -> int:
+    """UTF-8 bytes of the validation text, for bits per byte."""
+    return sum(tokens.num_bytes for tokens in self._validation.caches.values())
+
+  def training_text(self) -> Iterator[str]:
+    """Yields the training documents."""
+    return self._training.text()
+
+  def validation_text(self) -> Iterator[str]:
+    """Yields the validation documents."""
+    return self._validation.text()
+
+  def training_batch(self, step: int) -> Batch:
+    """Returns this host's rows of batch `step`, from 0: a pure function of (config, seed, step)."""
+    start = step * self._options.batch_size + self._first_row
+    return Batch.stack([self._rows[start + row] for row in range(self._host_rows)])
+
+  def training_batches(self, start_step: int) -> Iterator[Batch]:
+    """Yields `training_batch(step)` for each step from `start_step` on, made ahead by threads."""
+    batches = grain.MapDataset.range(sys.maxsize)[start_step:].map(self.training_batch)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+  def validation_batches(self) -> Iterator[Batch]:
+    """Yields this host's rows of the validation set, once, in order and never reordered for FIM.
+
+    Every host yields as many batches; the last is filled up with rows of weight 0.
+    """
+    length, separator = self._options.sequence_length, self.tokenizer.end_of_text
+    rows = itertools.chain.from_iterable(self._validation_windows)
+    filling = Batch.padding(length)
+    while batch := list(itertools.islice(rows, self._options.batch_size)):
+      host = batch[self._first_row : self._first_row + self._host_rows]
+      packed = [pack(window, length, separator) for window in host]
+      yield Batch.stack(packed + [filling] * (self._host_rows - len(packed)))
+
+
+def open_dataset(
+  config: Any,
+  workdir: epath.PathLike,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+  progress: bool = False,
+) -> Dataset:
+  """Opens the data of `config`; tokenises it on the first run and caches the tokens.
+
+  Args:
+    config: has seed, batch_size, sequence_length, tokenizer and data (see options.py).
+    workdir: the run's folder; its tokenizer is kept in `workdir/tokenizer`.
+    process_index: this host; of a global batch it gets the process_index-th contiguous slice.
+    process_count: number of hosts.
+    progress: whether to show progress bars on stderr.
+
+  Raises:
+    UserError: if the config, a document, the tokenizer or a folder cannot be used.
+  """
+  options = read_options(config)
+  if options.batch_size % process_count:
+    raise UserError(
+      f"batch_size is {options.batch_size}, which {process_count} processes cannot share evenly. "
+      f"Set --config.batch_size to a multiple of {process_count}."
+    )
+  pairs = {name: sources.open_pair(part) for name, part in options.parts.items()}
+  training = {name: pair[0] for name, pair in pairs.items()}
+  validation = {name: pair[1] for name, pair in pairs.items()}
+  tokenizer = tokenizers.train_or_load(
+    options.tokenizer,
+    lambda: _tokenizer_text(training, options.weights),
+    epath.Path(workdir) / "tokenizer",
+    save=process_index == 0,
+    progress=progress,
+  )
+
+  def tokenise(side: Mapping[str, Source]) -> _Corpora:
+    return _Corpora(
+      side,
+      {
+        name: cache.open_or_build(source, tokenizer, options.cache_dir, progress=progress)
+        for name, source in side.items()
+      },
+    )
+
+  return Dataset(
+    options, tokenizer, tokenise(training), tokenise(validation), process_index, process_count
+  )
+
+
+def _tokenizer_text(training: Mapping[str, Source], weights: Mapping[str, float]) -> Iterator[str]:
+  """Yields text to train a tokenizer on: of a large corpus, documents spread evenly over it."""
+  for name, source in training.items():
+    budget = _TOKENIZER_TRAINING_CHARACTERS * weights[name] / sum(weights.values())
+    probe = list(sources.documents(source, range(min(len(source), 100))))
+    typical = sum(map(len, probe)) / max(1, len(probe))
+    count = min(len(source), math.ceil(budget / max(1, typical)))
+    yield from sources.documents(source, np.linspace(0, len(source) - 1, count, dtype=int).tolist())

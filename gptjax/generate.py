@@ -1,0 +1,216 @@
+"""Text from a trained model.
+
+    python -m gptjax.generate --checkpoint=runs/demo --prompt="def main(" --max_tokens=100
+
+`generate` is the function behind it, for notebooks and for the samples of a training run.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from gptjax import config as config_lib
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError
+from gptjax.inference.decode import decode, prefill
+from gptjax.inference.sampling import Sampling
+from gptjax.model.gpt import GPT
+from gptjax.pretrained import load_run
+
+# Tokens between two looks of the host at the text, for stop strings and streaming.
+CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """One continued prompt. `tokens` are those of the completion, `finish_reason` is 'stop' (the
+  model ended the text, or a stop string came) or 'length'."""
+
+  prompt: str
+  completion: str
+  tokens: list[int]
+  finish_reason: str
+
+
+def generate(
+  model: GPT,
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  *,
+  max_tokens: int = 128,
+  sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+  stop: Sequence[str] = (),
+  seed: int | Sequence[int] = 0,
+  on_text: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+  """Continues each prompt; a prompt gives the same in any batch as alone.
+
+  Args:
+    model: any GPT; its parameters may be sharded.
+    tokenizer: the model's.
+    prompts: texts, each read as the start of a document.
+    max_tokens: the most tokens to add to a prompt.
+    sampling: how tokens are chosen.
+    stop: strings that end a completion, themselves left out.
+    seed: of the random choices, for all prompts or one for each; a prompt and a seed decide the
+      completion.
+    on_text: called with (prompt index, new text) as text becomes certain.
+
+  Raises:
+    UserError: no prompts, no room for a prompt and `max_tokens` in learned positions, or a
+      tokenizer with more tokens than the model.
+  """
+  if not prompts or max_tokens < 1:
+    raise UserError("generate needs at least one prompt and max_tokens of at least 1.")
+  if tokenizer.vocab_size > model.config.vocab_size:
+    raise UserError(
+      f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}."
+    )
+  starts = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
+  lengths = np.array([len(start) for start in starts], np.int32)
+  longest = int(lengths.max())
+  room = model.config.max_positions if model.config.position == "learned" else None
+  if room is not None and longest + max_tokens > room:
+    raise UserError(
+      f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's {room} learned "
+      "positions."
+    )
+  # Few distinct shapes, so few compilations.
+  prompt_length = _round_up(longest, 32, room)
+  total_length = _round_up(longest + max_tokens, 128, room)
+  tokens = np.full((len(starts), total_length), tokenizer.end_of_text, np.int32)
+  for row, start in enumerate(starts):
+    tokens[row, : len(start)] = start
+
+  graphdef, params = nnx.split(model)
+  seeds = [seed] * len(starts) if isinstance(seed, int) else seed
+  keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+  decoding = prefill(graphdef, params, tokens, lengths, keys, prompt_length=prompt_length)
+  writers = [_Writer(tokenizer, stop) for _ in starts]
+  while True:
+    decoding = decode(
+      graphdef,
+      params,
+      decoding,
+      lengths + max_tokens,
+      tokenizer.end_of_text,
+      steps=min(CHUNK, max_tokens),
+      sampling=sampling,
+    )
+    rows, ends, finished = jax.device_get((decoding.tokens, decoding.lengths, decoding.finished))
+    for i, writer in enumerate(writers):
+      text = writer.update(rows[i, lengths[i] : ends[i]].tolist(), bool(finished[i]))
+      if text and on_text is not None:
+        on_text(i, text)
+    if all(writer.finish_reason for writer in writers):
+      return [
+        Completion(prompt, writer.text, writer.tokens, writer.finish_reason)
+        for prompt, writer in zip(prompts, writers, strict=True)
+      ]
+
+
+def _round_up(length: int, multiple: int, most: int | None) -> int:
+  rounded = -(-length // multiple) * multiple
+  return rounded if most is None else min(rounded, most)
+
+
+class _Writer:
+  """Turns the growing tokens of one row into text, up to a stop string."""
+
+  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+    self.tokenizer = tokenizer
+    self.stop = [string for string in stop if string]
+    self.text = ""
+    self.tokens: list[int] = []
+    self.finish_reason = ""
+
+  def update(self, tokens: list[int], finished: bool) -> str:
+    """Takes all tokens so far and returns the text that has become certain since the last call."""
+    if self.finish_reason:
+      return ""
+    ended = finished and tokens[-1:] == [self.tokenizer.end_of_text]
+    self.tokens = tokens[:-1] if ended else tokens
+    text = self.tokenizer.decode(self.tokens)
+    cuts = [position for string in self.stop if (position := text.find(string)) >= 0]
+    if cuts:
+      text, self.finish_reason = text[: min(cuts)], "stop"
+    elif finished:
+      self.finish_reason = "stop" if ended else "length"
+    else:
+      text = self._certain(text)
+    new, self.text = text[len(self.text) :], text
+    return new
+
+  def _certain(self, text: str) -> str:
+    """Holds back what may be half a character or the start of a stop string."""
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    for string in self.stop:
+      for size in range(min(len(string) - 1, len(text)), 0, -1):
+        if text.endswith(string[:size]):
+          text = text[:-size]
+          break
+    return text
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string("checkpoint", None, "Work directory of a training run.", required=True)
+  flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat the flag for a batch.")
+  flags.DEFINE_integer("max_tokens", 128, "The most tokens to add to a prompt.")
+  flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
+  flags.DEFINE_integer("top_k", 0, "Keep the k most likely tokens; 0 is off.")
+  flags.DEFINE_float("top_p", 0.95, "Keep the likeliest tokens that reach p together; 1 is off.")
+  flags.DEFINE_float("min_p", 0.0, "Keep tokens this likely relative to the best; 0 is off.")
+  flags.DEFINE_float("repetition_penalty", 1.0, "Above 1, tokens of the text become less likely.")
+  flags.DEFINE_multi_string("stop", [], "A string that ends a completion; may be repeated.")
+  flags.DEFINE_integer("seed", 0, "Of the random choices.")
+  flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
+  flags.DEFINE_bool("json", False, "Print one JSON object a prompt instead of streaming text.")
+
+
+def main(overrides) -> None:
+  if overrides:
+    raise UserError("gptjax.generate takes no --config.KEY flags; a run's config comes with it.")
+  model, tokenizer = load_run(FLAGS.checkpoint, ema=FLAGS.ema)
+  prompts = FLAGS.prompt or [""]
+  stream = not FLAGS.json and len(prompts) == 1
+  if stream:
+    sys.stdout.write(prompts[0])
+  completions = generate(
+    model,
+    tokenizer,
+    prompts,
+    max_tokens=FLAGS.max_tokens,
+    sampling=Sampling(
+      temperature=FLAGS.temperature,
+      top_k=FLAGS.top_k,
+      top_p=FLAGS.top_p,
+      min_p=FLAGS.min_p,
+      repetition_penalty=FLAGS.repetition_penalty,
+    ),
+    stop=FLAGS.stop,
+    seed=FLAGS.seed,
+    on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
+  )
+  if stream:
+    print()
+    return
+  for completion in completions:
+    if FLAGS.json:
+      print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
+    else:
+      print(f"{completion.prompt}{completion.completion}\n{'-' * 40}")
+
+
+if __name__ == "__main__":
+  _define_flags()
+  config_lib.run_app(main, __doc__)

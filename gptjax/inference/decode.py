@@ -1,0 +1,114 @@
+"""Prefill, and the decoding loop: compiled once for a batch shape, run a few tokens at a time.
+
+Axes: B batch, T positions, V vocabulary.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.inference.sampling import Sampling, choose, penalise_repetition
+from gptjax.model.gpt import Cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """A batch of rows in the middle of being written.
+
+  tokens: int32 [B, T], prompt and completion, left-aligned; lengths: int32 [B], how many are valid.
+  logits: float32 [B, V] of the next token. finished: bool [B]. keys: one PRNG key a row [B].
+  """
+
+  tokens: jax.Array
+  lengths: jax.Array
+  logits: jax.Array
+  finished: jax.Array
+  keys: jax.Array
+  cache: Cache
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "prompt_length"))
+def prefill(
+  graphdef: nnx.GraphDef,
+  params,
+  tokens_BT: jax.Array,
+  lengths_B: jax.Array,
+  keys_B: jax.Array,
+  *,
+  prompt_length: int,
+) -> Decoding:
+  """Reads the prompts, all within the first `prompt_length` columns of the row.
+
+  What the padding behind a short prompt leaves in the cache lies in slots that a query of that
+  row does not see before they are overwritten, so rows do not depend on each other.
+  """
+  model = nnx.merge(graphdef, params)
+  B, T = tokens_BT.shape
+  hidden_BTD, cache = model.hidden(tokens_BT[:, :prompt_length], cache=model.empty_cache(B, T))
+  last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
+  return Decoding(
+    tokens=tokens_BT,
+    lengths=lengths_B,
+    logits=model.logits(last_B1D)[:, 0],
+    finished=jnp.zeros(B, bool),
+    keys=keys_B,
+    cache=cache,
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=("graphdef", "steps", "sampling"), donate_argnames=("decoding",)
+)
+def decode(
+  graphdef: nnx.GraphDef,
+  params,
+  decoding: Decoding,
+  limits_B: jax.Array,
+  end_of_text: jax.Array,
+  *,
+  steps: int,
+  sampling: Sampling,
+) -> Decoding:
+  """Appends up to `steps` tokens to each row, until all rows are finished.
+
+  A row finishes with `end_of_text`, which is kept, or at its limit [B] of tokens.
+  """
+  model = nnx.merge(graphdef, params)
+  model.unstack()
+  rows_B = jnp.arange(decoding.tokens.shape[0])
+
+  def proceed(carry):
+    count, state = carry
+    return (count < steps) & ~state.finished.all()
+
+  def append(carry):
+    count, state = carry
+    logits_BV = state.logits
+    if sampling.repetition_penalty != 1:
+      valid_BT = jnp.arange(state.tokens.shape[1])[None] < state.lengths[:, None]
+      logits_BV = penalise_repetition(
+        logits_BV, state.tokens, valid_BT, sampling.repetition_penalty
+      )
+    # A row's randomness comes from its own key and length: the same alone as in any batch.
+    keys_B = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
+    next_B = choose(logits_BV, keys_B, sampling)
+    # A finished row goes on for the sake of the others, writing behind its end or nowhere.
+    tokens_BT = state.tokens.at[rows_B, state.lengths].set(next_B, mode="drop")
+    hidden_B1D, cache = model.hidden(
+      next_B[:, None], positions_BT=state.lengths[:, None], cache=state.cache
+    )
+    lengths_B = jnp.where(state.finished, state.lengths, state.lengths + 1)
+    return count + 1, Decoding(
+      tokens=tokens_BT,
+      lengths=lengths_B,
+      logits=model.logits(hidden_B1D)[:, 0],
+      finished=state.finished | (next_B == end_of_text) | (lengths_B >= limits_B),
+      keys=state.keys,
+      cache=cache,
+    )
+
+  return jax.lax.while_loop(proceed, append, (jnp.int32(0), decoding))[1]

@@ -1,0 +1,138 @@
+"""Attention: who sees whom, grouped heads, the key-value cache.
+
+Axes: B batch, T query positions, S key positions, D width, N query heads, K key-value heads,
+G query heads of one key-value head, H head width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from gptjax.model.config import ModelConfig
+from gptjax.model.layers import Linear, RMSNorm, dropout, residual_std, soft_cap
+from gptjax.model.positions import rotate
+
+# Far below any logit, and finite: a row with nothing to see becomes uniform instead of NaN.
+MASKED = -1e30
+
+
+def visible(
+  query_positions_BT: jax.Array,
+  key_positions_BS: jax.Array,
+  window: int | None = None,
+  query_segments_BT: jax.Array | None = None,
+  key_segments_BS: jax.Array | None = None,
+) -> jax.Array:
+  """Which keys a query may see: bool [B, T, S].
+
+  The past and itself, no further back than `window` positions (its own included), and only
+  within its own segment of a packed row.
+  """
+  distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
+  mask_BTS = distance_BTS >= 0
+  if window is not None:
+    mask_BTS &= distance_BTS < window
+  if query_segments_BT is not None:
+    mask_BTS &= query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
+  return mask_BTS
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask_BTS: jax.Array,
+  *,
+  bias_BNTS: jax.Array | None = None,
+  cap: float = 0.0,
+  dropout_rate: float = 0.0,
+  key: jax.Array | None = None,
+) -> jax.Array:
+  """softmax(QK^T / sqrt(H) + bias) V over visible keys (Vaswani et al. 2017, eq. 1).
+
+  Shapes: q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K -> [B, T, N, H]. The softmax
+  is float32; the products have the dtype of q.
+  """
+  B, T, N, H = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  q_BTKGH = (q_BTNH / math.sqrt(H)).reshape(B, T, K, N // K, H)
+  logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32)
+  logits = soft_cap(logits, cap)
+  if bias_BNTS is not None:
+    logits += bias_BNTS.reshape(logits.shape[:3] + bias_BNTS.shape[2:])
+  logits = jnp.where(mask_BTS[:, None, None], logits, MASKED)
+  weights = jax.nn.softmax(logits, axis=-1).astype(q_BTNH.dtype)
+  weights = dropout(weights, dropout_rate, key)
+  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+
+
+class Attention(nnx.Module):
+  """Multi-head self-attention, grouped keys and values by configuration.
+
+  Shapes: [B, T, D] -> [B, T, D].
+  """
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    shared = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+
+    def project(heads: int, axis: str) -> Linear:
+      axes = ("embed", axis, "head_dim")
+      return Linear((D,), (heads, H), axes=axes, std=config.init_std, **shared)
+
+    self.query = project(N, "heads")
+    self.key = project(K, "kv_heads")
+    self.value = project(K, "kv_heads")
+    self.out = Linear(
+      (N, H),
+      (D,),
+      axes=("heads", "head_dim", "embed"),
+      std=residual_std(config.init_std, config.num_layers),
+      **shared,
+    )
+    norm = {"eps": config.norm_eps, "axis": "head_dim"}
+    self.query_norm = RMSNorm(H, **norm) if config.qk_norm else None
+    self.key_norm = RMSNorm(H, **norm) if config.qk_norm else None
+
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    mask_BTS: jax.Array,
+    bias_BNTS: jax.Array | None = None,
+    *,
+    cache: tuple[jax.Array, jax.Array] | None = None,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Returns the output and the cache with this call's keys and values written into it.
+
+    A cache is (keys, values), each [B, S, K, H]; position p lives in slot p. Without one, the
+    keys are those of x itself and S = T.
+    """
+    config = self.config
+    q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+    if self.query_norm is not None:
+      q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
+    if config.position == "rope":
+      q_BTNH = rotate(q_BTNH, positions_BT, config)
+      k_BSKH = rotate(k_BSKH, positions_BT, config)
+    if cache is not None:
+      rows = jnp.arange(x_BTD.shape[0])[:, None]
+      k_BSKH = cache[0].at[rows, positions_BT].set(k_BSKH, mode="drop")
+      v_BSKH = cache[1].at[rows, positions_BT].set(v_BSKH, mode="drop")
+      cache = (k_BSKH, v_BSKH)
+    attended = attend(
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      mask_BTS,
+      bias_BNTS=bias_BNTS,
+      cap=config.attention_soft_cap,
+      dropout_rate=config.attention_dropout,
+      key=key,
+    )
+    return self.out(checkpoint_name(attended, "attention")), cache

@@ -1,0 +1,160 @@
+"""The shape and the choices of a model, checked once."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gptjax.errors import UserError, did_you_mean
+
+CHOICES = {
+  "norm": ("layernorm", "rmsnorm"),
+  "norm_placement": ("pre", "post"),
+  "activation": ("gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"),
+  "position": ("learned", "rope", "alibi", "t5", "none"),
+  "rope_scaling": ("none", "linear", "yarn", "llama3"),
+  "remat": ("none", "full", "dots", "save_attention"),
+  "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """What a GPT is made of. Every field is a key of `config.model`.
+
+  Shape:
+    vocab_size: rows of the embedding; may exceed the tokenizer's vocabulary.
+    num_layers, embed_dim, num_heads, mlp_dim: the usual four.
+    num_kv_heads: keys and values shared by groups of query heads (GQA, Ainslie et al. 2023);
+      `num_heads` is multi-head, 1 is multi-query attention (Shazeer 2019). 0 means `num_heads`.
+    head_dim: width of one head. 0 means `embed_dim / num_heads`.
+    max_positions: rows of the learned position table; other schemes ignore it.
+  Choices:
+    norm: 'layernorm' (Ba et al. 2016) or 'rmsnorm' (Zhang and Sennrich 2019).
+    norm_placement: 'pre' (GPT-2) or 'post' (GPT-1), the latter without a final norm.
+    bias: biases in every projection, and in LayerNorm.
+    activation: 'gelu' (exact) and 'gelu_tanh' (Hendrycks and Gimpel 2016), 'relu', 'relu2'
+      (So et al. 2021), or the gated 'swiglu' and 'geglu' (Shazeer 2020).
+    position: 'learned' (GPT-1 to 3), 'rope' (Su et al. 2021), 'alibi' (Press et al. 2022), 't5'
+      (the learnt B in QK^T + B of Raffel et al. 2020, one table for all layers), or 'none'.
+    rope_base: the base of the rotary wavelengths.
+    rope_scaling: 'none', 'linear' (Chen et al. 2023), 'yarn' (Peng et al. 2023) or 'llama3'
+      (Grattafiori et al. 2024), by `rope_factor` from `rope_original_positions`.
+    t5_buckets, t5_max_distance: the logarithmic buckets of 't5'.
+    qk_norm: RMSNorm of each query and key head (Henry et al. 2020, Dehghani et al. 2023).
+    tied_head: the output projection is the embedding (Press and Wolf 2017).
+    logit_soft_cap, attention_soft_cap: c * tanh(x / c) (Gemma 2); 0 is off.
+    layer_pattern: 'full' and 'local' layers, repeated to `num_layers` (GPT-3's alternation of
+      dense and banded layers is ('full', 'local')).
+    window: how many positions, its own included, a token of a 'local' layer sees.
+    embed_dropout, attention_dropout, residual_dropout: rates, in training only.
+    init_std: standard deviation of the normal initialisation; residual projections are scaled
+      by 1 / sqrt(2 * num_layers) (Radford et al. 2019, section 2.3).
+  Execution, without influence on what is computed:
+    scan_layers: one compiled layer scanned over the stack, or a compiled copy of each layer.
+      None chooses: copies on CPU, where a scan is slower, and a scan elsewhere.
+    remat: what the backward pass recomputes: 'none', 'full' (all but the layer inputs), 'dots'
+      (all but the matrix products with weights), 'save_attention' (all but attention outputs).
+    dtype: of the computation. Parameters, norms, softmax and loss are float32 throughout.
+  """
+
+  vocab_size: int = 0
+  num_layers: int = 0
+  embed_dim: int = 0
+  num_heads: int = 0
+  mlp_dim: int = 0
+  num_kv_heads: int = 0
+  head_dim: int = 0
+  max_positions: int = 1024
+  norm: str = "layernorm"
+  norm_placement: str = "pre"
+  norm_eps: float = 1e-5
+  bias: bool = True
+  activation: str = "gelu_tanh"
+  position: str = "learned"
+  rope_base: float = 10_000.0
+  rope_scaling: str = "none"
+  rope_factor: float = 1.0
+  rope_original_positions: int = 0
+  t5_buckets: int = 32
+  t5_max_distance: int = 128
+  qk_norm: bool = False
+  tied_head: bool = True
+  logit_soft_cap: float = 0.0
+  attention_soft_cap: float = 0.0
+  layer_pattern: tuple[str, ...] = ("full",)
+  window: int = 0
+  embed_dropout: float = 0.0
+  attention_dropout: float = 0.0
+  residual_dropout: float = 0.0
+  init_std: float = 0.02
+  scan_layers: bool | None = None
+  remat: str = "none"
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+    object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
+    for field, choices in CHOICES.items():
+      value = getattr(self, field)
+      if value not in choices:
+        raise UserError(f"model.{field}: no choice {value!r}. {did_you_mean(str(value), choices)}")
+    for field in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim"):
+      if getattr(self, field) < 1:
+        raise UserError(f"model.{field} is {getattr(self, field)}; it must be at least 1.")
+    if not self.head_dim:
+      if self.embed_dim % self.num_heads:
+        raise UserError(
+          f"model.embed_dim={self.embed_dim} is not divisible by model.num_heads={self.num_heads}; "
+          "change one of them or set model.head_dim."
+        )
+      object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+    if self.num_heads % self.num_kv_heads:
+      raise UserError(
+        f"model.num_heads={self.num_heads} is not a multiple of "
+        f"model.num_kv_heads={self.num_kv_heads}."
+      )
+    if self.position == "rope" and self.head_dim % 2:
+      raise UserError(f"model.head_dim={self.head_dim} must be even for rotary positions.")
+    if self.rope_scaling in ("yarn", "llama3") and self.rope_original_positions < 1:
+      raise UserError(
+        f"model.rope_scaling={self.rope_scaling!r} needs model.rope_original_positions, "
+        "the context length of the original training."
+      )
+    for kind in self.layer_pattern:
+      if kind not in ("full", "local"):
+        raise UserError(
+          f"model.layer_pattern: no kind {kind!r}. {did_you_mean(kind, ('full', 'local'))}"
+        )
+    if not self.layer_pattern or self.num_layers % len(self.layer_pattern):
+      raise UserError(
+        f"model.layer_pattern has {len(self.layer_pattern)} entries, which does not divide "
+        f"model.num_layers={self.num_layers}."
+      )
+    if "local" in self.layer_pattern and self.window < 1:
+      raise UserError(f"model.window={self.window}: a 'local' layer needs a window of at least 1.")
+    for field in ("embed_dropout", "attention_dropout", "residual_dropout"):
+      if not 0 <= getattr(self, field) < 1:
+        raise UserError(f"model.{field}={getattr(self, field)} is not in [0, 1).")
+
+  @classmethod
+  def defaults(cls) -> dict[str, Any]:
+    """Every key of `config.model` with its default; presets give the shape."""
+    return {field.name: field.default for field in dataclasses.fields(cls)}
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any]) -> "ModelConfig":
+    """Builds from `config.model`, refusing a key that no model knows."""
+    known = cls.defaults()
+    for key in config:
+      if key not in known:
+        raise UserError(f"model: no key {key!r}. {did_you_mean(key, known)}")
+    return cls(**config)
+
+  @property
+  def windows(self) -> tuple[int | None, ...]:
+    """The window of each layer of one period of the pattern; None where all the past is seen."""
+    return tuple(self.window if kind == "local" else None for kind in self.layer_pattern)
+
+  @property
+  def has_dropout(self) -> bool:
+    return max(self.embed_dropout, self.attention_dropout, self.residual_dropout) > 0

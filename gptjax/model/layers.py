@@ -1,0 +1,116 @@
+"""The leaves of the model: projections, norms, dropout. Parameters name their logical axes."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+  """x @ kernel + bias, contracting one or more trailing axes of x.
+
+  Every matrix product with a weight goes through this class, so adapters and quantisation have
+  one place to attach to.
+
+  Shapes: [..., *in_shape] -> [..., *out_shape]; kernel [*in_shape, *out_shape], float32.
+
+  Args:
+    in_shape, out_shape: the contracted and the produced axes.
+    axes: logical names of the kernel's axes, in order.
+    bias: whether to add a bias of `out_shape`.
+    std: standard deviation of the normal initialisation.
+    dtype: of the product.
+  """
+
+  def __init__(
+    self,
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+    *,
+    axes: Sequence[str],
+    bias: bool,
+    std: float,
+    dtype: str,
+    rngs: nnx.Rngs,
+  ):
+    kernel = std * jax.random.normal(rngs.params(), (*in_shape, *out_shape))
+    self.kernel = nnx.Param(kernel, axes=tuple(axes), fan_in_axes=len(in_shape))
+    self.bias = (
+      nnx.Param(jnp.zeros(tuple(out_shape)), axes=tuple(axes[len(in_shape) :])) if bias else None
+    )
+    self.contracted_axes = len(in_shape)
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.kernel[...].astype(self.dtype)
+    y = jnp.tensordot(x.astype(self.dtype), kernel, axes=self.contracted_axes)
+    if self.bias is not None:
+      bias = self.bias[...].astype(self.dtype)
+      y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    return y
+
+
+class Embedding(nnx.Module):
+  """A table of vectors. Shapes: int [...] -> float32 [..., D]; embedding [rows, D], float32."""
+
+  def __init__(self, rows: int, width: int, *, axes: Sequence[str], std: float, rngs: nnx.Rngs):
+    table = std * jax.random.normal(rngs.params(), (rows, width))
+    self.embedding = nnx.Param(table, axes=tuple(axes))
+
+  def __call__(self, indices: jax.Array) -> jax.Array:
+    return jnp.take(self.embedding[...], indices, axis=0, mode="clip")
+
+
+class LayerNorm(nnx.Module):
+  """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32."""
+
+  def __init__(self, width: int, *, eps: float, bias: bool, axis: str = "embed"):
+    self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
+    self.bias = nnx.Param(jnp.zeros(width), axes=(axis,)) if bias else None
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y -= y.mean(-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    y *= _as_last_axis(self.scale[...], y)
+    if self.bias is not None:
+      y += _as_last_axis(self.bias[...], y)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+
+  def __init__(self, width: int, *, eps: float, axis: str = "embed"):
+    self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    return (y * _as_last_axis(self.scale[...], y)).astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes elements with probability `rate` and rescales the rest. No key, no dropout."""
+  if key is None or rate == 0:
+    return x
+  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+  """cap * tanh(x / cap): bounded by +-cap, the identity near zero. A cap of 0 is none."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def residual_std(init_std: float, num_layers: int) -> float:
+  """Two residual branches a layer add up to unit growth (Radford et al. 2019, section 2.3)."""
+  return init_std / math.sqrt(2 * num_layers)
+
+
+def _as_last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
+  return vector.reshape((1,) * (like.ndim - 1) + (-1,))

@@ -1,0 +1,180 @@
+"""The training step: its state, born sharded, and the pure functions that are compiled."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, traverse_util
+from jax.sharding import Mesh
+
+from gptjax import objectives, sharding, tree
+from gptjax.data.batch import Batch
+from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import GPT, ParameterInfo
+from gptjax.optim import Optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a checkpoint holds.
+
+  step: int32, updates done or skipped, which is the index of the next batch. skipped: int32, how
+  many of them were not finite. params: nested dict of float32. ema: their moving average, or None.
+  """
+
+  step: jax.Array
+  skipped: jax.Array
+  params: Any
+  opt_state: optax.OptState
+  ema: Any
+
+
+def make_state(model_config: ModelConfig, optimizer: Optimizer, seed: int, ema: bool) -> TrainState:
+  """The state at step 0. Meant for `jax.eval_shape`, or for `jax.jit` with output shardings."""
+  params = nnx.to_pure_dict(nnx.state(GPT(model_config, nnx.Rngs(seed)), nnx.Param))
+  return TrainState(
+    step=jnp.int32(0),
+    skipped=jnp.int32(0),
+    params=params,
+    opt_state=optimizer.init(params),
+    # A copy, since two outputs of one buffer could not both be donated to the step.
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+  )
+
+
+def model_graph(model_config: ModelConfig) -> nnx.GraphDef:
+  """The static part of a model; `nnx.merge(graph, params)` is the model."""
+  return nnx.graphdef(nnx.eval_shape(lambda: GPT(model_config, nnx.Rngs(0))))
+
+
+def abstract_state(
+  model_config: ModelConfig,
+  optimizer: Optimizer,
+  parameters: Mapping[str, ParameterInfo],
+  mesh: Mesh,
+  *,
+  ema: bool,
+) -> TrainState:
+  """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
+
+  What an optimizer keeps for a parameter, in its shape, is sharded as the parameter is.
+  """
+  shapes = jax.eval_shape(lambda: make_state(model_config, optimizer, 0, ema))
+  shardings = sharding.parameter_shardings(parameters, mesh)
+
+  def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    parts = name.split("/")
+    for start in range(len(parts)):
+      parameter = "/".join(parts[start:])
+      if parameter in shardings and parameters[parameter].shape == leaf.shape:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[parameter])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+  return tree.map_named(place, shapes)
+
+
+def init_state(
+  model_config: ModelConfig, optimizer: Optimizer, seed: int, abstract: TrainState
+) -> TrainState:
+  """Makes the state of step 0, each array on the devices that will hold it."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  make = jax.jit(make_state, static_argnums=(0, 1, 2, 3), out_shardings=shardings)
+  return make(model_config, optimizer, seed, abstract.ema is not None)
+
+
+def replace_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:
+  """Puts loaded parameters in the place of the initial ones, and starts their average from them."""
+  flat = traverse_util.flatten_dict(state.params) | traverse_util.flatten_dict(loaded)
+  params = traverse_util.unflatten_dict(flat)
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+  return dataclasses.replace(state, params=params, ema=ema)
+
+
+def make_train_step(
+  graph: nnx.GraphDef,
+  optimizer: Optimizer,
+  *,
+  seed: int,
+  grad_accumulation: int,
+  dropout: bool,
+  ema_decay: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns jit(state, batch) -> (state, metrics), which donates the state.
+
+  The loss is the mean over the valid tokens of the whole global batch: each micro-batch is divided
+  by that one count, so their gradients add up to the gradient of the whole. Randomness is a
+  function of (seed, step). An update whose loss or gradient is not finite is not applied.
+  """
+
+  def gradients(params, batch: Batch, key):
+    weight = batch.weights.sum()
+
+    def loss(params, micro: Batch, key):
+      model = nnx.merge(graph, params)
+      return objectives.next_token(model, micro, key).sum() / jnp.maximum(weight, 1)
+
+    def add(carry, micro_and_key):
+      value_and_grad = jax.value_and_grad(loss)(params, *micro_and_key)
+      return jax.tree.map(jnp.add, carry, value_and_grad), None
+
+    if grad_accumulation == 1:
+      value_and_grad = jax.value_and_grad(loss)(params, batch, key)
+    else:
+      keys = None if key is None else jax.random.split(key, grad_accumulation)
+      zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+      micro_batches = _micro_batches(batch, grad_accumulation)
+      value_and_grad, _ = jax.lax.scan(add, zero, (micro_batches, keys))
+    return *value_and_grad, weight
+
+  def train_step(state: TrainState, batch: Batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+    loss, grads, weight = gradients(state.params, batch, key)
+    params, opt_state, grad_norm = optimizer.update(
+      grads, state.opt_state, state.params, state.step
+    )
+    ema = None
+    if state.ema is not None:
+      ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updated, kept = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), updated, kept
+    )
+    new_state = TrainState(
+      step=state.step + 1,
+      skipped=state.skipped + (1 - finite),
+      params=params,
+      opt_state=opt_state,
+      ema=ema,
+    )
+    metrics = {
+      "loss": loss,
+      "grad_norm": grad_norm,
+      "learning_rate": optimizer.learning_rate(state.step),
+      "batch_tokens": weight,
+      "skipped": new_state.skipped,
+    }
+    return new_state, metrics
+
+  return jax.jit(train_step, donate_argnums=0)
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+  """[B, T] -> [count, B / count, T], strided over rows so that none leaves its device."""
+  return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def make_eval_step(
+  graph: nnx.GraphDef,
+) -> Callable[[Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+  """Returns jit(params, batch) -> {"loss": (nats, tokens)}, sums over the valid targets."""
+
+  def eval_step(params, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+    loss_BT = objectives.next_token(nnx.merge(graph, params), batch)
+    return {"loss": (loss_BT.sum(), batch.weights.sum())}
+
+  return jax.jit(eval_step)

@@ -1,0 +1,157 @@
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from gptjax.data import files
+from gptjax.errors import UserError
+
+TEXTS = ["one\ntwo", "漢字 and 👩‍👧", "x" * 100, "", "last"]
+OPENERS = {"jsonl": open, "jsonl.gz": gzip.open, "jsonl.zst": zstandard.open}
+
+
+def write_jsonl(path, texts=TEXTS, key="text"):
+  opener = OPENERS[path.name.split(".", 1)[1]]
+  with opener(path, "wb") as stream:
+    stream.write("\n".join(json.dumps({"id": 1, key: text}) for text in texts).encode())
+  return path
+
+
+def read(source):
+  return [source[index] for index in range(len(source))]
+
+
+@pytest.mark.parametrize("suffix", OPENERS)
+def test_jsonl_reads_at_random(tmp_path, suffix):
+  source = files.open_jsonl(str(write_jsonl(tmp_path / f"a.{suffix}")), "text", "error")
+  assert [source[index] for index in (4, 0, 2, 1, 3, 4)] == [
+    TEXTS[index] for index in (4, 0, 2, 1, 3, 4)
+  ]
+  assert source.name(4) == f"{tmp_path / f'a.{suffix}'}:5"
+  assert sum(source.sizes()) > 100
+
+
+def test_jsonl_folder_mixes_plain_and_compressed_files(tmp_path):
+  for number, suffix in enumerate(OPENERS):
+    write_jsonl(tmp_path / f"{number}.{suffix}", [f"{suffix} {line}" for line in range(3)])
+  (tmp_path / "README.md").write_text("not data")
+  source = files.open_jsonl(str(tmp_path), "text", "error")
+  assert read(source) == [f"{suffix} {line}" for suffix in OPENERS for line in range(3)]
+  assert source.name(5) == f"{tmp_path / '1.jsonl.gz'}:3"
+
+
+def test_zstandard_frames_are_read_across(tmp_path):
+  path = tmp_path / "a.jsonl.zst"
+  path.write_bytes(zstandard.compress(b'{"text": "a') + zstandard.compress(b'b"}\n{"text": "c"}\n'))
+  assert read(files.open_jsonl(str(path), "text", "error")) == ["ab", "c"]
+
+
+@pytest.mark.parametrize(
+  ("line", "problem"),
+  [
+    ('{"content": "a", "url": "b"}', r":2: no key 'text' \(found: 'content', 'url'\)\. "
+                                     r"Set --config\.data\.text_key=content\."),
+    ('{"text": 1}', ":2: 'text' is int, not a string"),
+    ('{"text": "a"', ":2: not JSON"),
+    ("[1]", ":2: a JSON list, not an object"),
+    ('{"text": "\\ud800"}', ":2: 'text' has half a surrogate pair"),
+  ],
+)  # fmt: skip
+def test_a_bad_line_is_named(tmp_path, line, problem):
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"text": "fine"}\n' + line + "\n")
+  with pytest.raises(UserError, match=f"a.jsonl{problem}"):
+    read(files.open_jsonl(str(path), "text", "error"))
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl.gz")
+  path.write_bytes(path.read_bytes()[:-12])
+  with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot be read"):
+    files.open_jsonl(str(path), "text", "error")
+
+
+def test_parquet_reads_at_random_across_files_and_row_groups(tmp_path):
+  for number in range(2):
+    texts = [f"{number} {row} 漢" for row in range(25)]
+    table = pa.table({"id": range(25), "text": texts})
+    pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=10)
+  source = files.open_parquet(str(tmp_path), "text")
+  assert len(source) == 50
+  assert (source[49], source[0], source[24], source[25]) == (
+    "1 24 漢",
+    "0 0 漢",
+    "0 24 漢",
+    "1 0 漢",
+  )
+  assert source.name(37) == f"{tmp_path / '1.parquet'}:13"
+
+
+def test_parquet_names_the_missing_column_and_the_empty_cell(tmp_path):
+  pq.write_table(pa.table({"content": ["a"]}), tmp_path / "a.parquet")
+  with pytest.raises(UserError, match=r"no key 'text' .*text_key=content"):
+    files.open_parquet(str(tmp_path), "text")
+  pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
+  with pytest.raises(UserError, match=r"a\.parquet:2: 'text' is NoneType"):
+    read(files.open_parquet(str(tmp_path), "text"))
+  (tmp_path / "a.parquet").write_text("no")
+  with pytest.raises(UserError, match=r"a\.parquet: not a Parquet file"):
+    files.open_parquet(str(tmp_path), "text")
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", "text".encode("utf-16-le"), b"\x89PNG\r\n"])
+def test_a_binary_file_is_an_error_that_names_it_or_is_skipped(tmp_path, data, caplog):
+  (tmp_path / "good.txt").write_text("good")
+  (tmp_path / "bad.txt").write_bytes(data)
+  found = files.find_files(str(tmp_path))
+  with pytest.raises(UserError, match=r"bad\.txt: not UTF-8 text .*undecodable=skip"):
+    read(files.TextFiles(found, "error"))
+  assert read(files.TextFiles(found, "skip")) == ["", "good"]
+  assert "bad.txt: skipped" in caplog.text
+
+
+def test_a_folder_a_file_and_a_glob(tmp_path):
+  for name in ("b.py", "a.txt", "sub/c.md", ".hidden", ".git/config"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(name)
+
+  def found(path):
+    return [str(file.relative_to(tmp_path)) for file in files.find_files(str(path)).files]
+
+  assert found(tmp_path) == ["a.txt", "b.py", "sub/c.md"]
+  assert found(tmp_path / "a.txt") == ["a.txt"]
+  assert found(tmp_path / "**/*.[mp]*") == ["b.py", "sub/c.md"]
+
+
+def test_a_path_that_leads_nowhere_is_named(tmp_path):
+  with pytest.raises(UserError, match="nowhere: no such file or folder"):
+    files.find_files(str(tmp_path / "nowhere"))
+  with pytest.raises(UserError, match="no visible file in this folder"):
+    files.find_files(str(tmp_path))
+  with pytest.raises(UserError, match=r"no \.parquet file in this folder"):
+    files.open_parquet(str(tmp_path), "text")
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+  old, new = tmp_path / "old", tmp_path / "new"
+  old.mkdir()
+  (old / "a.txt").write_text("one")
+  before = files.TextFiles(files.find_files(str(old)), "error").fingerprint()
+  old.rename(new)
+  assert files.TextFiles(files.find_files(str(new)), "error").fingerprint() == before
+  (new / "a.txt").write_text("two")
+  assert files.TextFiles(files.find_files(str(new)), "error").fingerprint() != before
+
+
+def test_stdlib_is_hand_written_python_without_tests():
+  source = files.stdlib("error")
+  names = [source.name(index) for index in range(len(source))]
+  assert 5e6 < source.sizes().sum() < 15e6
+  assert any(name.endswith("argparse.py") for name in names)
+  assert any(name.endswith("encodings/utf_8.py") for name in names)
+  for foreign in ("site-packages", "/test/", "/tests/", "pydoc_data", "encodings/cp1252.py"):
+    assert not any(foreign in name for name in names)
+  assert "def " in source[names.index(next(n for n in names if n.endswith("argparse.py")))]

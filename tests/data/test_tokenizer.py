@@ -1,0 +1,239 @@
+import base64
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from gptjax.data import tokenizer as tokenizers
+from gptjax.data.tokenizer_formats import SPECIALS
+from gptjax.errors import UserError
+from tests.data.conftest import DOCUMENTS
+
+TEXTS = [
+  "Hello world, it's 12345678!",
+  "def f(x):\n\n\n    return x\t\t\n  \r\n",
+  "从明天起，做一个幸福的人。",
+  "👩‍👩‍👧 é ﬁ \u00a0 \u2028",
+  " ",
+  "\n",
+  "<|endoftext|><|fim_prefix|></s>",
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+  return tokenizers.train("bpe:600", DOCUMENTS)
+
+
+def parts_of(bpe):
+  """Returns (vocabulary without the specials, merges) of a trained BPE."""
+  model = json.loads(bpe._files["tokenizer.json"])["model"]
+  words = [token for token in model["vocab"] if token not in SPECIALS]
+  return words, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+
+
+def write_gpt2(folder, bpe, names):
+  words, merges = parts_of(bpe)
+  vocab = {token: number for number, token in enumerate([*words, "<|endoftext|>"])}
+  (folder / names[0]).write_text(json.dumps(vocab))
+  (folder / names[1]).write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+  return str(folder)
+
+
+def write_tiktoken(folder, bpe, stem):
+  # Ranks are ids in both formats: the bytes and then the merges, in order.
+  ids = [number for number, size in enumerate(bpe.bytes_per_token()) if size]
+  lines = [
+    f"{base64.b64encode(bpe.decode_bytes([token])).decode()} {rank}"
+    for rank, token in enumerate(ids)
+  ]
+  (folder / f"{stem}.tiktoken").write_text("\n".join(lines) + "\n")
+  return str(folder / f"{stem}.tiktoken")
+
+
+def write_sentencepiece(folder):
+  stream = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter("\n".join(DOCUMENTS).splitlines()),
+    model_writer=stream,
+    vocab_size=600,
+    model_type="bpe",
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    minloglevel=2,
+  )
+  (folder / "spm.model").write_bytes(stream.getvalue())
+  return str(folder / "spm.model")
+
+
+@pytest.fixture(params=["bytes", "bpe", "gpt2", "merges", "r50k_base", "cl100k_base", "o200k_base",
+                        "tokenizer.json", "sentencepiece"])  # fmt: skip
+def tokenizer(request, tmp_path, bpe):
+  match request.param:
+    case "bytes":
+      return tokenizers.load("bytes")
+    case "bpe":
+      return bpe
+    case "gpt2":
+      return tokenizers.load(write_gpt2(tmp_path, bpe, ("encoder.json", "vocab.bpe")))
+    case "merges":
+      return tokenizers.load(write_gpt2(tmp_path, bpe, ("vocab.json", "merges.txt")))
+    case "tokenizer.json":
+      (tmp_path / "tokenizer.json").write_bytes(bpe._files["tokenizer.json"])
+      return tokenizers.load(str(tmp_path / "tokenizer.json"))
+    case "sentencepiece":
+      return tokenizers.load(write_sentencepiece(tmp_path))
+    case stem:
+      return tokenizers.load(write_tiktoken(tmp_path, bpe, stem))
+
+
+@pytest.mark.parametrize("text", TEXTS + DOCUMENTS)
+def test_text_comes_back(tokenizer, text):
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert max(ids) < tokenizer.vocab_size
+  added = tokenizer._format.adds_space  # SentencePiece counts the space that it puts in front.
+  assert tokenizer.bytes_per_token()[ids].sum() == len(text.encode()) + added
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_never_becomes_a_special_token(tokenizer, text):
+  assert not set(tokenizer.encode(text)) & {tokenizer.end_of_text, *tokenizer.specials.values()}
+
+
+def test_specials_stand_for_no_text(tokenizer):
+  specials = {tokenizer.end_of_text, *tokenizer.specials.values()}
+  assert tokenizer.decode_bytes(specials) == b""
+  assert not tokenizer.bytes_per_token()[list(specials)].any()
+
+
+def test_pieces_of_a_character_can_be_streamed():
+  tokenizer = tokenizers.load("bytes")
+  ids = tokenizer.encode("漢")
+  assert tokenizer.decode(ids[:2]) == "\ufffd"
+  assert b"".join(tokenizer.decode_bytes([token]) for token in ids).decode() == "漢"
+
+
+def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+  folder = tmp_path / "run" / "tokenizer"
+  tokenizer.save(folder)
+  again = tokenizers.open_saved(folder)
+  assert again.fingerprint() == tokenizer.fingerprint()
+  assert (again.vocab_size, again.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
+  assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+  (folder / "gptjax_tokenizer.json").unlink()  # As if the process had died before writing it.
+  assert tokenizers.open_saved(folder) is None
+
+
+def test_the_formats_agree(tmp_path, bpe):
+  gpt2 = tokenizers.load(write_gpt2(tmp_path, bpe, ("encoder.json", "vocab.bpe")))
+  r50k = tokenizers.load(write_tiktoken(tmp_path, bpe, "r50k_base"))
+  cl100k = tokenizers.load(write_tiktoken(tmp_path, bpe, "cl100k_base"))
+  assert len(gpt2.encode(DOCUMENTS[0])) < len(DOCUMENTS[0]) / 2
+  for text in TEXTS + DOCUMENTS:
+    assert [gpt2.decode_bytes([token]) for token in gpt2.encode(text)] == [
+      r50k.decode_bytes([token]) for token in r50k.encode(text)
+    ]
+    assert [bpe.decode_bytes([token]) for token in bpe.encode(text)] == [
+      cl100k.decode_bytes([token]) for token in cl100k.encode(text)
+    ]
+
+
+def test_published_ids_of_tiktoken(tmp_path, bpe):
+  ends = {"r50k_base": 50256, "p50k_base": 50256, "cl100k_base": 100257, "o200k_base": 199999}
+  for stem, end in ends.items():
+    assert tokenizers.load(write_tiktoken(tmp_path, bpe, stem)).end_of_text == end
+
+
+def test_training_is_deterministic_across_processes(bpe):
+  code = (
+    "from gptjax.data import tokenizer; from tests.data.conftest import DOCUMENTS; "
+    "print(tokenizer.train('bpe:600', DOCUMENTS).fingerprint())"
+  )
+  command = [sys.executable, "-c", code]
+  root = Path(__file__).parents[2]
+  output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+  assert output.stdout.strip() == bpe.fingerprint()
+
+
+@pytest.mark.parametrize("size", [260, 300, 5000])
+def test_bpe_has_the_declared_size_whatever_the_text(size):
+  tokenizer = tokenizers.train(f"bpe:{size}", ["a little text"])
+  assert tokenizer.vocab_size == size == tokenizers.declared_vocab_size(f"bpe:{size}")
+  assert tokenizer.decode(tokenizer.encode("漢 any text")) == "漢 any text"
+  assert None not in (tokenizer.fim_prefix, tokenizer.fim_middle, tokenizer.fim_suffix)
+
+
+def test_declared_size_of_files(tmp_path, bpe):
+  assert tokenizers.declared_vocab_size("bytes") == 260
+  words, _ = parts_of(bpe)
+  folder = write_gpt2(tmp_path, bpe, ("encoder.json", "vocab.bpe"))
+  assert tokenizers.declared_vocab_size(folder) == len(words) + 1
+
+
+def test_specials_that_a_file_does_not_mark_are_not_parsed(tmp_path, bpe):
+  description = json.loads(bpe._files["tokenizer.json"])
+  for token in description["added_tokens"]:
+    token["special"] = False
+  (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+  tokenizer = tokenizers.load(str(tmp_path))
+  assert tokenizer.end_of_text not in tokenizer.encode("<|endoftext|>")
+  assert tokenizer.fim_middle not in tokenizer.encode("<|fim_middle|>")
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+  first = tokenizers.train_or_load("bpe:300", lambda: DOCUMENTS, tmp_path)
+
+  def refuse():
+    raise AssertionError("must not train again")
+
+  again = tokenizers.train_or_load("bpe:300", refuse, tmp_path)
+  assert again.fingerprint() == first.fingerprint()
+  with pytest.raises(UserError, match=r"holds the tokenizer 'bpe:300', not 'bpe:400'"):
+    tokenizers.train_or_load("bpe:400", refuse, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("spec", "problem"),
+  [
+    ("bpe:259", "whole number of 260 or more"),
+    ("bpe:many", "whole number of 260 or more"),
+    ("byts", "is no file or folder. Give 'bytes'"),
+    (".", "holds no tokenizer that we read"),
+  ],
+)
+def test_a_bad_spec_gets_one_sentence(spec, problem):
+  with pytest.raises(UserError, match=problem):
+    tokenizers.declared_vocab_size(spec)
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "problem"),
+  [
+    ("my.tiktoken", "YQ== 0", "no published encoding 'my'"),
+    ("r50k_base.tiktoken", "YQ== 0\nrubbish\n", r"r50k_base\.tiktoken:2: not a base64 token"),
+    ("a.model", "rubbish", r"a\.model is not a SentencePiece model"),
+    ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
+    (
+      "tokenizer.json",
+      json.dumps({"model": {"type": "Unigram"}, "added_tokens": []}),
+      "is a Unigram model; only BPE",
+    ),
+  ],
+)
+def test_a_bad_file_gets_one_sentence(tmp_path, name, content, problem):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(UserError, match=problem):
+    tokenizers.load(str(tmp_path / name))
+
+
+def test_batches_are_encoded_as_single_texts_are(tokenizer):
+  batch = tokenizer.encode_batch(TEXTS)
+  assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in TEXTS]
+  assert all(ids.dtype == np.uint32 for ids in batch)
