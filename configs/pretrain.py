@@ -43,7 +43,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "data": data.get(parts["data"]),
       "optim": optim.DEFAULTS | optim.OPTIMIZERS[parts["optim"]],
       "mesh": mesh.DEFAULTS | mesh.MESHES[parts["mesh"]],
-      # baselines: also print what gzip and a byte 5-gram model reach on the validation text.
+      # Durations of 0 are never; evaluation at the start and the end, and a last checkpoint, always
+      # are. baselines: also print what gzip and a byte 5-gram model reach on the validation text.
       "eval": {"every_steps": 250, "baselines": False},
       "log": {"every_steps": 10, "tensorboard": True, "wandb": False},
       "checkpoint": {

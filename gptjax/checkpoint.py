@@ -30,6 +30,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from gptjax import tree
 from gptjax.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ class Checkpoints:
     self.wait()
     if step in self.steps():
       return
-    arrays = _named(state)
+    arrays = tree.named_leaves(state)
     items = ocp.args.Composite(
       state=ocp.args.PyTreeSave(_nested(arrays)),
       manifest=ocp.args.JsonSave(_make_manifest(arrays)),
@@ -181,7 +182,7 @@ class Checkpoints:
     self.wait()
     if not self.steps():
       return None
-    wanted = _named(abstract_state)
+    wanted = tree.named_leaves(abstract_state)
 
     def read(step: int) -> dict[str, jax.Array]:
       manifest = _read_manifest(self._manager, step)
@@ -270,7 +271,7 @@ def restore_params(
   """
   directory = _absolute(directory)
   root = "ema" if ema else "params"
-  wanted = _named(abstract_params)
+  wanted = tree.named_leaves(abstract_params)
   options = ocp.CheckpointManagerOptions(
     read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
   )
@@ -406,7 +407,7 @@ def _read_arrays(
     return {}
   item = _nested(targets)
   restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-  restored = _named(
+  restored = tree.named_leaves(
     _restore(
       manager,
       step,
@@ -465,12 +466,6 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 def _text_checksum(entries: Mapping[str, Any]) -> int:
   return zlib.crc32(json.dumps(entries, sort_keys=True).encode())
-
-
-def _named(tree: Any) -> dict[str, Any]:
-  """Returns the leaves by their path: {'params/embed/embedding': leaf}, in the tree's order."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _nested(named: Mapping[str, Any]) -> dict[str, Any]:

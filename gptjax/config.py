@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -275,6 +275,7 @@ def run_app(main: Callable[[Mapping[str, str]], None], usage: str) -> None:
       sys.exit(f"error: {error} Try --help.")
 
   def run(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     try:
       main(overrides)
     except UserError as error:

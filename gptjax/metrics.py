@@ -220,6 +220,14 @@ class Writer:
     self._uploaded = time.monotonic()
 
 
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """Returns the lines of `WORKDIR/metrics.jsonl`, oldest first; none if there is no such file."""
+  path = epath.Path(workdir) / "metrics.jsonl"
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 class StepLog:
   """Writes the metrics of each training step one step late, when they have already arrived.
 

@@ -1,9 +1,10 @@
 """The loss curve of a run as a picture."""
 
 import io
-import json
 
 from etils import epath
+
+from gptjax.metrics import read_metrics
 
 
 def loss_curve(workdir: epath.PathLike, baselines: dict[str, float] | None = None) -> epath.Path:
@@ -20,7 +21,7 @@ def loss_curve(workdir: epath.PathLike, baselines: dict[str, float] | None = Non
   from matplotlib.figure import Figure
 
   workdir = epath.Path(workdir)
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  lines = read_metrics(workdir)
   figure = Figure(figsize=(9, 3.6), layout="constrained")
   training, validation = figure.subplots(1, 2)
 

@@ -8,98 +8,31 @@ directory holds config.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboar
 """
 
 import contextlib
-import dataclasses
-import math
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from absl import flags
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from gptjax import config as config_lib
-from gptjax import optim, plot, sharding
+from gptjax import plot, sharding
 from gptjax import step as step_lib
 from gptjax.checkpoint import Checkpoints, restore_params
-from gptjax.chips import flops_per_token
 from gptjax.config import RunLength
 from gptjax.data import pipeline
-from gptjax.data.batch import Batch
 from gptjax.data.pipeline import Dataset
-from gptjax.data.tokenizer import declared_vocab_size
 from gptjax.errors import UserError
 from gptjax.evals import compression
 from gptjax.generate import generate
 from gptjax.inference.sampling import Sampling
-from gptjax.metrics import StepLog, Sums, Writer
-from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import ParameterInfo, describe_parameters
+from gptjax.metrics import StepLog, Sums, Writer, read_metrics
+from gptjax.optim import Optimizer
+from gptjax.plan import Plan, dry_run, make_plan
+from gptjax.preemption import Preemption
 from gptjax.pretrained import CHECKPOINTS
 from gptjax.step import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a config says before any data is read: the checked model, its parameters, the mesh."""
-
-  config: Any
-  model: ModelConfig
-  parameters: Mapping[str, ParameterInfo]
-  graph: nnx.GraphDef
-  mesh: jax.sharding.Mesh
-
-
-def make_plan(config: Any) -> Plan:
-  """Settles the vocabulary and checks model and mesh; nothing is allocated.
-
-  Raises:
-    UserError: a value of `config.model` or `config.mesh`, or a batch that does not divide.
-  """
-  if not config.model.vocab_size:
-    with config.unlocked():
-      config.model.vocab_size = declared_vocab_size(config.tokenizer)
-  model = ModelConfig.from_config(config.model)
-  if model.position == "learned" and config.sequence_length > model.max_positions:
-    raise UserError(
-      f"sequence_length={config.sequence_length} exceeds model.max_positions="
-      f"{model.max_positions}; raise the latter or choose model.position=rope."
-    )
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(config.batch_size, config.sequence_length, config.grad_accumulation, mesh)
-  return Plan(config, model, describe_parameters(model), step_lib.model_graph(model), mesh)
-
-
-def make_optimizer(plan: Plan, length: RunLength) -> optim.Optimizer:
-  config = plan.config.optim
-  schedule = optim.make_schedule(
-    config,
-    total_steps=length.total_steps,
-    warmup_steps=length.steps(config, "warmup"),
-    decay_steps=length.steps(config, "decay"),
-  )
-  return optim.make_optimizer(config, plan.parameters, schedule)
-
-
-def make_train_step(plan: Plan, optimizer: optim.Optimizer):
-  return step_lib.make_train_step(
-    plan.graph,
-    optimizer,
-    seed=plan.config.seed,
-    grad_accumulation=plan.config.grad_accumulation,
-    dropout=plan.model.has_dropout,
-    ema_decay=plan.config.optim.ema_decay,
-  )
-
-
-def abstract_state(plan: Plan, optimizer: optim.Optimizer) -> TrainState:
-  ema = plan.config.optim.ema_decay > 0
-  return step_lib.abstract_state(plan.model, optimizer, plan.parameters, plan.mesh, ema=ema)
 
 
 def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
@@ -116,28 +49,16 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     UserError: something in the config, the data or the work directory cannot be used, or more
       than `config.max_skipped_steps` updates were not finite.
   """
-  workdir = _make_workdir(workdir)
+  workdir = make_workdir(workdir)
   plan = make_plan(config)
-  lead = jax.process_index() == 0
-  dataset = pipeline.open_dataset(
-    config,
-    workdir,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    progress=lead,
-  )
-  if dataset.tokenizer.vocab_size > plan.model.vocab_size:
-    raise UserError(
-      f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, more than "
-      f"model.vocab_size={plan.model.vocab_size}; set the latter to 0 to take the tokenizer's."
-    )
+  dataset = open_data(plan, workdir)
   length = RunLength.from_config(config, dataset.steps_per_epoch)
-  optimizer = make_optimizer(plan, length)
   save_every, evaluate_every, sample_every, log_every = (
     length.steps(section, "every")
     for section in (config.checkpoint, config.eval, config.sample, config.log)
   )
-  train_step = make_train_step(plan, optimizer)
+  optimizer = plan.make_optimizer(length)
+  train_step = plan.make_train_step(optimizer)
   eval_step = step_lib.make_eval_step(plan.graph)
 
   with (
@@ -161,50 +82,83 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         run_config=config.to_dict(),
         process_index=jax.process_index(),
       ) as writer,
-      _Preemption() as preemption,
+      Preemption() as preemption,
     ):
       introduce(writer, plan, dataset, length, start, workdir)
       log = StepLog(
         writer,
         every_steps=log_every,
         tokens_per_step=length.tokens_per_step,
-        flops_per_token=model_flops_per_token(plan),
+        flops_per_token=plan.flops_per_token,
       )
-      validation = {}
-      if start == 0 or start == total:
+
+      def validate(step: int) -> dict[str, float]:
         validation = evaluate(eval_step, state, dataset, plan.mesh)
-        writer.write(start, validation)
-        writer.message(f"step {start}: {describe(validation)}")
+        writer.write(step, validation)
+        writer.message(f"step {step}: {describe(validation)}")
+        if step > 0:
+          checkpoints.record_metrics(step, validation)
+        return validation
+
+      validation = last_validation(workdir)
+      # A run that was killed between saving and evaluating catches up here.
+      if validation.get("step") != start and (start in (0, total) or due(evaluate_every, start)):
+        validation = validate(start)
       batches = dataset.training_batches(start)
       for step in range(start, total):
-        with _profile(config.profile, step - start, workdir):
+        with profile(config.profile, step - start, workdir):
           batch = sharding.to_global(next(batches), plan.mesh)
           state, metrics = train_step(state, batch)  # dispatched, not awaited
         done = step + 1
-        check_finite(log.step(done, metrics), plan, done - 1, checkpoints)
-        stop = preemption.requested(done)
-        if stop or done == total or due(save_every, done):
+        check_finite(log.step(done, metrics), plan, step, checkpoints)  # of the step before
+        stop, last = preemption.requested(done), done == total
+        if stop or last or due(save_every, done):
           check_finite(log.interrupt(), plan, done, checkpoints)
           checkpoints.save(done, state)  # before the evaluation, which may fail
-        if stop:
+        if stop and not last:
           writer.message(f"stopped by a signal after step {done}; run again to go on from there")
           return validation
-        if done == total or due(evaluate_every, done):
+        if last or due(evaluate_every, done):
           log.interrupt()
-          validation = evaluate(eval_step, state, dataset, plan.mesh)
-          writer.write(done, validation)
-          writer.message(f"step {done}: {describe(validation)}")
-          checkpoints.record_metrics(done, validation)
-        if done == total or due(sample_every, done):
+          validation = validate(done)
+        if sample_every and (last or due(sample_every, done)):
           log.interrupt()
           write_samples(writer, done, plan, state, dataset)
       conclude(writer, config, dataset, validation, workdir)
   return validation
 
 
-def init_or_restore(plan: Plan, optimizer: optim.Optimizer, checkpoints: Checkpoints) -> TrainState:
+def make_workdir(workdir: epath.PathLike) -> epath.Path:
+  workdir = epath.Path(workdir).expanduser()
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / ".writable"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}).") from error
+  return workdir
+
+
+def open_data(plan: Plan, workdir: epath.Path) -> Dataset:
+  dataset = pipeline.open_dataset(
+    plan.config,
+    workdir,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    progress=jax.process_index() == 0,
+  )
+  if dataset.tokenizer.vocab_size > plan.model.vocab_size:
+    raise UserError(
+      f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, more than "
+      f"model.vocab_size={plan.model.vocab_size}; set the latter to 0 to take the tokenizer's."
+    )
+  return dataset
+
+
+def init_or_restore(plan: Plan, optimizer: Optimizer, checkpoints: Checkpoints) -> TrainState:
   """The newest whole checkpoint of this run, or another run's weights, or a fresh start."""
-  abstract = abstract_state(plan, optimizer)
+  abstract = plan.abstract_state(optimizer)
   restored = checkpoints.restore_latest(abstract)
   if restored is not None:
     return restored[0]
@@ -241,6 +195,12 @@ def describe(validation: Mapping[str, float]) -> str:
   )
 
 
+def last_validation(workdir: epath.Path) -> dict[str, float]:
+  """The last validation line of metrics.jsonl; empty if there is none."""
+  lines = [line for line in read_metrics(workdir) if "val/loss" in line]
+  return lines[-1] if lines else {}
+
+
 def write_samples(
   writer: Writer, step: int, plan: Plan, state: TrainState, dataset: Dataset
 ) -> None:
@@ -265,7 +225,7 @@ def introduce(
   config = plan.config
   changes = config_lib.save(config, workdir) if jax.process_index() == 0 else []
   writer.message(config_lib.to_text(config))
-  writer.message(f"parameters: {count_parameters(plan):,}")
+  writer.message(f"parameters: {plan.num_parameters:,}")
   writer.message(
     f"{dataset.num_tokens:,} training tokens, {length.tokens_per_step:,} a step; "
     f"{length.total_steps:,} steps are {length.total_steps / dataset.steps_per_epoch:.2f} epochs"
@@ -277,8 +237,14 @@ def introduce(
     writer.message(f"{workdir}: {state} at step {start:,} of {length.total_steps:,}")
 
 
-def conclude(writer: Writer, config: Any, dataset: Dataset, validation, workdir) -> None:
-  """Draws the loss curve and prints the last line: the result, beside what it has to beat."""
+def conclude(
+  writer: Writer,
+  config: Any,
+  dataset: Dataset,
+  validation: Mapping[str, float],
+  workdir: epath.Path,
+) -> None:
+  """Draws the loss curve and prints the result as the last line, beside what it has to beat."""
   if jax.process_index() != 0:
     return
   baselines = {}
@@ -312,102 +278,8 @@ def due(every: int, step: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def count_parameters(plan: Plan) -> int:
-  return sum(math.prod(info.shape) for info in plan.parameters.values())
-
-
-def model_flops_per_token(plan: Plan) -> float:
-  """FLOPs of forward and backward a token, by the rule of `chips`."""
-  model = plan.model
-  weights = sum(
-    math.prod(info.shape) for info in plan.parameters.values() if info.fan_in_axes is not None
-  )
-  if model.tied_head:
-    weights += model.vocab_size * model.embed_dim
-  return flops_per_token(
-    matmul_params=weights,
-    heads=model.num_heads,
-    head_dim=model.head_dim,
-    sequence_length=plan.config.sequence_length,
-    windows=model.windows * (model.num_layers // len(model.windows)),
-  )
-
-
-def dry_run(config: Any) -> None:
-  """Traces the step on abstract values and prints what it would take; nothing is written."""
-  plan = make_plan(config)
-  if "total_epochs" in config:  # Only the data could tell how long that is.
-    steps, schedule = f"{config.total_epochs} epochs", optax.constant_schedule(0.0)
-    optimizer = optim.make_optimizer(config.optim, plan.parameters, schedule)
-  else:
-    length = RunLength.from_config(config, steps_per_epoch=None)
-    steps, optimizer = f"{length.total_steps:,}", make_optimizer(plan, length)
-  rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32)
-  weights = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
-  with jax.set_mesh(plan.mesh):
-    state = abstract_state(plan, optimizer)
-    make_train_step(plan, optimizer).trace(state, Batch(rows, rows, weights, rows, rows))
-  print(config_lib.to_text(config))
-  print(f"parameters: {count_parameters(plan)}")
-  print(f"steps: {steps}")
-  print(f"tokens a step: {config.batch_size * config.sequence_length}")
-  mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items())
-  print(f"mesh: {mesh} ({jax.devices()[0].device_kind})")
-  for name, part in (("parameters", state.params), ("optimizer", (state.opt_state, state.ema))):
-    leaves = jax.tree.leaves(part)
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    each = sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-    )
-    print(f"memory of {name}: {total / 2**20:.1f} MiB in all, {each / 2**20:.1f} MiB a device")
-
-
-def _make_workdir(workdir: epath.PathLike) -> epath.Path:
-  workdir = epath.Path(workdir).expanduser()
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / ".writable"
-    probe.write_text("")
-    probe.unlink()
-  except OSError as error:
-    raise UserError(
-      f"--workdir={workdir}: cannot be written ({error.strerror or error})."
-    ) from error
-  return workdir
-
-
-class _Preemption:
-  """Tells whether to save and stop, after SIGTERM, SIGINT or a notice of the cluster."""
-
-  SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-  def __enter__(self) -> "_Preemption":
-    self._requested = False
-    self._handlers = {}
-    # Only the main thread may handle signals; in another, the caller has to.
-    if threading.current_thread() is threading.main_thread():
-      self._handlers = {number: signal.signal(number, self._request) for number in self.SIGNALS}
-    return self
-
-  def __exit__(self, *exception) -> None:
-    for number, handler in self._handlers.items():
-      signal.signal(number, handler)
-
-  def requested(self, step: int) -> bool:
-    """All hosts get the same answer for a step."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._requested
-
-  def _request(self, number: int, frame: Any) -> None:
-    del frame
-    if self._requested:  # A second Ctrl-C does not wait.
-      raise KeyboardInterrupt
-    self._requested = True
-
-
 @contextlib.contextmanager
-def _profile(config: Any, step: int, workdir: epath.Path) -> Iterator[None]:
+def profile(config: Any, step: int, workdir: epath.Path) -> Iterator[None]:
   """Traces `config.steps` steps from `config.start` on, counted from the start of this process."""
   if config.steps and step == config.start:
     jax.profiler.start_trace(str(workdir / "profile"))
