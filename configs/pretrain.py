@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   parts = parse_argument(
     arg,
     model=("tiny", models.MODELS),
-    data=("text", data.DATA),
+    data=("text", None),  # `data.get` checks the names of a mixture one by one
     optim=("adamw", optim.OPTIMIZERS),
     mesh=("data", mesh.MESHES),
   )

@@ -25,12 +25,12 @@ DURATION = re.compile(r"(?P<stem>\w+)_(?P<unit>steps|tokens|epochs|percent)")
 CONFIG_FILE = "config.json"
 
 
-def parse_argument(arg: str | None, **parts: tuple[str, Sequence[str]]) -> dict[str, str]:
+def parse_argument(arg: str | None, **parts: tuple[str, Sequence[str] | None]) -> dict[str, str]:
   """Reads "model=gpt2-124m,data=text" into a dict.
 
   Args:
     arg: the text behind the colon of --config=FILE:ARG, or None.
-    parts: each part's default, and the names of its presets.
+    parts: each part's default, and the names of its presets (None leaves the check to others).
 
   Raises:
     UserError: an item is not PART=NAME, or a part or a preset is unknown.
@@ -44,10 +44,8 @@ def parse_argument(arg: str | None, **parts: tuple[str, Sequence[str]]) -> dict[
         f"{did_you_mean(part, parts)}"
       )
     presets = parts[part][1]
-    # Parts that compose, such as data=stdlib+text, are sums of presets.
-    for piece in name.split("+"):
-      if piece not in presets:
-        raise UserError(f"no {part} preset {piece!r}. {did_you_mean(piece, presets)}")
+    if presets is not None and name not in presets:
+      raise UserError(f"no {part} preset {name!r}. {did_you_mean(name, presets)}")
     chosen[part] = name
   return chosen
 

@@ -23,9 +23,10 @@ from gptjax.checkpoint import Checkpoints, restore_params
 from gptjax.config import RunLength
 from gptjax.data import pipeline
 from gptjax.data.pipeline import Dataset
-from gptjax.errors import UserError
+from gptjax.errors import UserError, did_you_mean
 from gptjax.evals import compression
 from gptjax.generate import generate
+from gptjax.host import prepare_cpu
 from gptjax.inference.sampling import Sampling
 from gptjax.metrics import StepLog, Sums, Writer, read_metrics
 from gptjax.optim import Optimizer
@@ -33,6 +34,8 @@ from gptjax.plan import Plan, dry_run, make_plan
 from gptjax.preemption import Preemption
 from gptjax.pretrained import CHECKPOINTS
 from gptjax.step import TrainState
+
+VALIDATION_METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")
 
 
 def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
@@ -49,7 +52,12 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     UserError: something in the config, the data or the work directory cannot be used, or more
       than `config.max_skipped_steps` updates were not finite.
   """
+  if (best := config.checkpoint.best_metric) not in ("", *VALIDATION_METRICS):
+    raise UserError(
+      f"checkpoint.best_metric: no metric {best!r}. {did_you_mean(best, VALIDATION_METRICS)}"
+    )
   workdir = make_workdir(workdir)
+  prepare_cpu()
   plan = make_plan(config)
   dataset = open_data(plan, workdir)
   length = RunLength.from_config(config, dataset.steps_per_epoch)

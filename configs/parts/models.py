@@ -59,8 +59,8 @@ _LLAMA31_ROPE = {
 
 MODELS = {
   # For tests and first steps.
-  "debug": {"num_layers": 2, "embed_dim": 32, "num_heads": 2, "mlp_dim": 64, "max_positions": 128},
-  "tiny": _llama(4, 192, 3, 3, 512, 0, tied_head=True, qk_norm=True),
+  "debug": {"num_layers": 2, "embed_dim": 32, "num_heads": 2, "mlp_dim": 64, "max_positions": 256},
+  "tiny": _llama(4, 192, 3, 0, 512, 0, tied_head=True, qk_norm=True),
   "tiny-gpt2": _gpt2(4, 192, 3) | {"vocab_size": 0},
   # nanoGPT's character-level shape.
   "char": _gpt2(6, 384, 6) | {"vocab_size": 0, "bias": False, "max_positions": 256},

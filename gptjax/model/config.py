@@ -31,6 +31,7 @@ class ModelConfig:
   Choices:
     norm: 'layernorm' (Ba et al. 2016) or 'rmsnorm' (Zhang and Sennrich 2019).
     norm_placement: 'pre' (GPT-2) or 'post' (GPT-1), the latter without a final norm.
+    norm_eps: what is added to the variance before its root is taken.
     bias: biases in every projection, and in LayerNorm.
     activation: 'gelu' (exact) and 'gelu_tanh' (Hendrycks and Gimpel 2016), 'relu', 'relu2'
       (So et al. 2021), or the gated 'swiglu' and 'geglu' (Shazeer 2020).

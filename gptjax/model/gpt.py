@@ -173,7 +173,7 @@ class GPT(nnx.Module):
     if self.head is not None:
       logits_BTV = self.head(x_BTD)
     else:
-      logits_BTV = x_BTD @ self.embed.embedding[...].astype(x_BTD.dtype).T
+      logits_BTV = self.embed.scores(x_BTD)
     return soft_cap(logits_BTV.astype(jnp.float32), self.config.logit_soft_cap)
 
   def empty_cache(self, batch_size: int, length: int) -> Cache:

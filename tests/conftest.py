@@ -1,0 +1,84 @@
+"""Four CPU devices in one process, no silent broadcasting, and the tiny models that tests share."""
+
+import os
+import zlib
+
+# What is compiled here runs once, on tiny arrays: the time goes into compiling it.
+XLA_FLAGS = (
+  "--xla_force_host_platform_device_count=4",
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+)
+_inherited = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = " ".join(filter(None, (_inherited, *XLA_FLAGS)))
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx, traverse_util  # noqa: E402
+
+from gptjax.model.config import ModelConfig  # noqa: E402
+from gptjax.model.gpt import describe_parameters  # noqa: E402
+from gptjax.step import model_graph  # noqa: E402
+
+assert jax.device_count() >= 1  # Starts the backend, which reads the flags.
+# The programs that tests start are to see the machine as users do.
+if _inherited is None:
+  del os.environ["XLA_FLAGS"]
+else:
+  os.environ["XLA_FLAGS"] = _inherited
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+  """Returns a function that makes a tiny ModelConfig, with some fields changed."""
+
+  def make(**changes):
+    shape = {
+      "vocab_size": 32,
+      "num_layers": 2,
+      "embed_dim": 16,
+      "num_heads": 4,
+      "mlp_dim": 32,
+      "max_positions": 16,
+    }
+    return ModelConfig(**(shape | changes))
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def random_params():
+  """Returns a function that makes parameters whose every value matters.
+
+  Unlike those of initialisation, biases are not 0, norm scales not 1 and kernels not small. Two
+  models have equal values in parameters of equal name and shape.
+  """
+
+  def make(config, seed=0):
+    flat = {}
+    for name, info in describe_parameters(config).items():
+      rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+      noise = rng.normal(size=info.shape).astype(np.float32)
+      if name.endswith("scale"):
+        flat[name] = 1 + 0.2 * noise
+      elif info.fan_in_axes is not None:
+        flat[name] = noise / np.float32(np.sqrt(info.fan_in))
+      else:
+        flat[name] = 0.5 * noise
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def make_forward():
+  """Returns a function that makes jit(params, tokens, **kwargs) -> logits for a ModelConfig."""
+
+  def make(config):
+    graph = model_graph(config)
+    return jax.jit(lambda params, tokens, **kwargs: nnx.merge(graph, params)(tokens, **kwargs))
+
+  return make

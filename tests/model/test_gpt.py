@@ -1,0 +1,395 @@
+import copy
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx, traverse_util
+
+from gptjax.errors import UserError
+from gptjax.model.config import CHOICES
+from gptjax.model.gpt import GPT, count_parameters, describe_parameters
+from gptjax.step import model_graph
+
+POSITIONS = CHOICES["position"]
+T = 8
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, T))
+
+
+def assert_trees_close(actual, expected, **tolerance):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
+
+
+def loss_and_gradients(config):
+  graph = model_graph(config)
+
+  def loss(params, key=None):
+    logits = nnx.merge(graph, params)(TOKENS, key=key)
+    return jnp.square(jax.nn.log_softmax(logits)).mean()
+
+  return jax.jit(jax.value_and_grad(loss))
+
+
+# --- Who sees whom -----------------------------------------------------------------------------
+
+
+def make_influence(config):
+  """jit(params) -> [T, T]: the gradient of logits[t] with respect to the embedding of token s."""
+  graph = model_graph(config)
+  tokens = jnp.arange(T)[None]  # so that row s of the table is the embedding of token s
+
+  def gradient(t, table, params):
+    def logit(table):
+      model = nnx.merge(graph, params | {"embed": {"embedding": table}})
+      return model(tokens)[0, t] @ jnp.arange(1.0, 1 + config.vocab_size)
+
+    return jnp.abs(jax.grad(logit)(table)[:T]).max(-1)
+
+  def influence(params):
+    table = params["embed"]["embedding"]
+    return jax.vmap(gradient, in_axes=(0, None, None))(jnp.arange(T), table, params)
+
+  return jax.jit(influence)
+
+
+CHOICE_NAMES = ("position", "norm", "norm_placement", "activation")
+# Every choice at least once.
+COMBINATIONS = (
+  ("learned", "layernorm", "pre", "gelu_tanh"),
+  ("learned", "layernorm", "post", "gelu"),
+  ("rope", "rmsnorm", "pre", "swiglu"),
+  ("alibi", "rmsnorm", "post", "geglu"),
+  ("t5", "rmsnorm", "pre", "relu"),
+  ("none", "layernorm", "pre", "relu2"),
+)
+
+
+@pytest.mark.parametrize("choices", COMBINATIONS, ids="-".join)
+def test_a_token_depends_on_its_past_and_on_nothing_else(tiny_config, random_params, choices):
+  # Not tied: through a tied head every logit would depend on every embedding.
+  named = dict(zip(CHOICE_NAMES, choices, strict=True))
+  config = tiny_config(num_layers=1, tied_head=False, **named)
+  influence = np.asarray(make_influence(config)(random_params(config)))
+  past = np.tri(T, dtype=bool)
+  assert (influence[~past] == 0).all()
+  assert (influence[past] > 1e-4).all()
+
+
+def test_every_choice_is_among_the_combinations():
+  for name, tried in zip(CHOICE_NAMES, zip(*COMBINATIONS, strict=True), strict=True):
+    assert set(tried) == set(CHOICES[name])
+
+
+def test_each_layer_of_the_pattern_sees_exactly_its_window(tiny_config, random_params):
+  config = tiny_config(
+    num_layers=4, layer_pattern=("full", "local"), window=3, position="alibi", tied_head=False
+  )
+  influence = make_influence(config)
+  distance = np.arange(T)[:, None] - np.arange(T)
+  for layer in range(4):
+    # With the attention of the other layers silenced, what a token sees it sees in this one.
+    params = copy.deepcopy(random_params(config))
+    out = params["blocks"]["attention"]["out"]
+    out["kernel"] *= (np.arange(4) == layer).reshape(4, 1, 1, 1)
+    seen = np.asarray(influence(params)) != 0
+    np.testing.assert_array_equal(seen, (distance >= 0) & (distance < (3 if layer % 2 else T)))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_packed_documents_do_not_see_each_other(tiny_config, random_params, make_forward, position):
+  pattern = {"layer_pattern": ("full", "local"), "window": 3}
+  config = tiny_config(position=position, **pattern)
+  params, forward = random_params(config), make_forward(config)
+  packed = {
+    "segment_ids_BT": np.array([[1, 1, 1, 2, 2, 2, 2, 0]]),
+    "positions_BT": np.array([[0, 1, 2, 0, 1, 2, 3, 0]]),
+  }
+  tokens = TOKENS[:1].copy()
+  logits = forward(params, tokens, **packed)
+  changed = tokens.copy()
+  changed[:, [0, 2, 7]] ^= 1  # the first document and the padding
+  np.testing.assert_array_equal(forward(params, changed, **packed)[0, 3:7], logits[0, 3:7])
+  assert (forward(params, changed, **packed)[0, :3] != logits[0, :3]).any(-1).all()
+  alone = forward(params, np.roll(tokens, -3, axis=1))  # document 2 at the start of the row
+  np.testing.assert_allclose(alone[0, :4], logits[0, 3:7], atol=1e-5)
+
+
+# --- Execution does not change the result ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "pattern", [{}, {"layer_pattern": ("full", "local"), "window": 2}], ids=["period1", "period2"]
+)
+def test_scanned_layers_are_the_layers_in_a_loop(tiny_config, random_params, pattern):
+  # With dropout, so that the layers have to get the same keys too.
+  shape = {"num_layers": 2 * len(pattern.get("layer_pattern", "1")), "residual_dropout": 0.2}
+  configs = [tiny_config(scan_layers=scan, **shape, **pattern) for scan in (False, True)]
+  params, key = random_params(configs[0]), jax.random.key(0)
+  loop, scan = (loss_and_gradients(config)(params, key) for config in configs)
+  assert_trees_close(scan, loop, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def without_remat(tiny_config, random_params):
+  config = tiny_config(scan_layers=False)
+  return loss_and_gradients(config)(random_params(config))
+
+
+@pytest.mark.parametrize(
+  ("remat", "scan_layers"),
+  [("full", False), ("dots", False), ("save_attention", False), ("save_attention", True)],
+)
+def test_remat_changes_neither_loss_nor_gradient(
+  tiny_config, random_params, without_remat, remat, scan_layers
+):
+  config = tiny_config(remat=remat, scan_layers=scan_layers)
+  remade = loss_and_gradients(config)(random_params(config))
+  assert_trees_close(remade, without_remat, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_remat_keeps_less_for_the_backward_pass(tiny_config, scan_layers):
+  def bytes_kept(remat):
+    config = tiny_config(remat=remat, scan_layers=scan_layers)
+    model = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+
+    def forward(params):
+      return jax.vjp(lambda params: nnx.merge(graph, params)(TOKENS), nnx.to_pure_dict(params))[1]
+
+    return sum(
+      leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(forward, params))
+    )
+
+  kept = [bytes_kept(remat) for remat in ("none", "dots", "save_attention", "full")]
+  assert kept == sorted(set(kept), reverse=True), kept
+
+
+def test_unstacked_layers_compute_the_same(tiny_config, random_params):
+  config = tiny_config(position="rope", layer_pattern=("full", "local"), window=2)
+  model = nnx.merge(model_graph(config), random_params(config))
+  expected = jax.jit(lambda model: model.hidden(TOKENS, cache=model.empty_cache(2, T))[0])(model)
+  model.unstack()
+  assert len(model.blocks) == 2
+  actual = jax.jit(lambda model: model.hidden(TOKENS, cache=model.empty_cache(2, T))[0])(model)
+  np.testing.assert_array_equal(actual, expected)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(tiny_config, random_params, make_forward):
+  choices = {"norm": "rmsnorm", "position": "rope", "activation": "swiglu"}
+  config = tiny_config(dtype="bfloat16", **choices)
+  abstract = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param))}
+  assert dtypes == {jnp.dtype("float32")}
+  hidden, _ = nnx.eval_shape(lambda model: model.hidden(TOKENS), abstract)
+  assert hidden.dtype == jnp.bfloat16
+  cache = nnx.eval_shape(lambda model: model.empty_cache(1, 4), abstract)
+  assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype("bfloat16")}
+
+  params = random_params(config)
+  gradients = jax.eval_shape(loss_and_gradients(config), params)[1]
+  assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+  logits = make_forward(config)(params, TOKENS)
+  assert logits.dtype == jnp.float32
+  expected = make_forward(tiny_config(**choices))(params, TOKENS)
+  difference = np.abs(logits - expected).max()
+  assert 1e-5 < difference < 0.05 * np.abs(expected).max()
+
+
+# --- Architecture ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads_are_all_heads_with_repeated_keys_and_values(
+  tiny_config, random_params, make_forward, kv_heads
+):
+  grouped, full = (tiny_config(num_kv_heads=n, position="rope") for n in (kv_heads, 4))
+  params = random_params(grouped)
+  repeated = copy.deepcopy(params)
+  for name in ("key", "value"):
+    for leaf, axis in (("kernel", -2), ("bias", -2)):
+      value = params["blocks"]["attention"][name][leaf]
+      repeated["blocks"]["attention"][name][leaf] = np.repeat(value, 4 // kv_heads, axis)
+  expected = make_forward(full)(repeated, TOKENS)
+  np.testing.assert_allclose(make_forward(grouped)(params, TOKENS), expected, atol=1e-5)
+
+
+def test_query_and_key_norm_make_the_scale_of_their_kernels_irrelevant(
+  tiny_config, random_params, make_forward
+):
+  for qk_norm in (True, False):
+    config = tiny_config(qk_norm=qk_norm, bias=False)
+    params, forward = random_params(config), make_forward(config)
+    scaled = copy.deepcopy(params)
+    for name in ("query", "key"):
+      scaled["blocks"]["attention"][name]["kernel"] *= 100
+    difference = np.abs(forward(scaled, TOKENS) - forward(params, TOKENS)).max()
+    assert difference < 1e-2 if qk_norm else difference > 0.1
+
+
+def test_soft_caps_bound_the_logits_and_reach_attention(tiny_config, random_params, make_forward):
+  def logits(**caps):
+    config = tiny_config(tied_head=False, **caps)
+    params = copy.deepcopy(random_params(config))
+    params["head"]["kernel"] *= 100
+    return np.asarray(make_forward(config)(params, TOKENS))
+
+  free, capped = logits(), logits(logit_soft_cap=3.0)
+  assert np.abs(free).max() > 30
+  assert np.abs(capped).max() <= 3
+  np.testing.assert_allclose(capped, 3 * np.tanh(free / 3), atol=1e-4)
+  assert np.abs(logits(attention_soft_cap=0.1) - free).max() > 1
+
+
+def test_a_tied_head_is_the_embedding(tiny_config, random_params, make_forward):
+  tied, untied = tiny_config(), tiny_config(tied_head=False)
+  params = random_params(tied)
+  assert "head" not in params
+  assert count_parameters(untied) - count_parameters(tied) == 32 * 16
+  with_head = params | {"head": {"kernel": params["embed"]["embedding"].T}}
+  expected = make_forward(untied)(with_head, TOKENS)
+  np.testing.assert_allclose(make_forward(tied)(params, TOKENS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", ["embed_dropout", "attention_dropout", "residual_dropout"])
+def test_dropout_needs_a_key_and_is_decided_by_it(tiny_config, random_params, make_forward, rate):
+  config = tiny_config(num_layers=1, **{rate: 0.3})
+  params, forward = random_params(config), make_forward(config)
+  without = make_forward(tiny_config(num_layers=1))(params, TOKENS)
+  np.testing.assert_array_equal(forward(params, TOKENS), without)
+  draws = [forward(params, TOKENS, key=jax.random.key(seed)) for seed in (0, 0, 1)]
+  np.testing.assert_array_equal(draws[0], draws[1])
+  assert (draws[0] != without).any()
+  assert (draws[0] != draws[2]).any()
+
+
+def test_no_rate_is_no_dropout_even_with_a_key(tiny_config, random_params, make_forward):
+  config = tiny_config(num_layers=1)
+  params, forward = random_params(config), make_forward(config)
+  np.testing.assert_array_equal(
+    forward(params, TOKENS, key=jax.random.key(0)), forward(params, TOKENS)
+  )
+
+
+def test_post_norm_ends_in_the_norm_of_the_last_layer(tiny_config):
+  assert "final_norm/scale" not in describe_parameters(tiny_config(norm_placement="post"))
+  assert "final_norm/scale" in describe_parameters(tiny_config(norm_placement="pre"))
+
+
+def test_bias_false_leaves_no_bias_anywhere(tiny_config):
+  for norm in CHOICES["norm"]:
+    names = describe_parameters(tiny_config(bias=False, norm=norm, tied_head=False))
+    assert not [name for name in names if name.endswith("bias")]
+  assert len([n for n in describe_parameters(tiny_config()) if n.endswith("bias")]) == 9
+
+
+# --- Initialisation ----------------------------------------------------------------------------
+
+
+def test_initial_values(tiny_config):
+  config = tiny_config(
+    num_layers=8, embed_dim=64, mlp_dim=128, vocab_size=64, max_positions=64, tied_head=False
+  )
+  state = jax.jit(lambda: nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(0)), nnx.Param)))()
+  described = describe_parameters(config)
+  flat = traverse_util.flatten_dict(state, sep="/")
+  assert set(flat) == set(described)
+  for name, value in flat.items():
+    value = np.asarray(value)
+    assert value.shape == described[name].shape
+    assert value.dtype == np.float32
+    if name.endswith("bias"):
+      assert (value == 0).all()
+    elif name.endswith("scale"):
+      assert (value == 1).all()
+    else:
+      residual = name in ("blocks/attention/out/kernel", "blocks/mlp/down/kernel")
+      std = 0.02 / math.sqrt(2 * 8) if residual else 0.02
+      assert value.std() == pytest.approx(std, rel=0.05), name
+      assert abs(value.mean()) < 4 * std / math.sqrt(value.size), name
+      if name.startswith("blocks"):
+        assert len({layer.tobytes() for layer in value}) == 8, f"{name}: equal layers"
+  kernels = [v for n, v in flat.items() if n.endswith("kernel")]
+  assert len({np.asarray(v).ravel()[:10].tobytes() for v in kernels}) == len(kernels)
+
+
+def test_parameters_are_named_with_their_logical_axes(tiny_config):
+  described = describe_parameters(tiny_config(num_kv_heads=2, position="t5", tied_head=False))
+  query = described["blocks/attention/query/kernel"]
+  assert query.shape == (2, 16, 4, 4)
+  assert query.axes == ("layers", "embed", "heads", "head_dim")
+  assert (query.fan_in, query.fan_out) == (16, 16)
+  key = described["blocks/attention/key/kernel"]
+  assert (key.fan_in, key.fan_out) == (16, 8)
+  out = described["blocks/attention/out/kernel"]
+  assert out.axes == ("layers", "heads", "head_dim", "embed")
+  assert (out.fan_in, out.fan_out) == (16, 16)
+  assert (out.fan_in_axes, out.fan_out_axes) == ((1, 2), (3,))
+  assert described["blocks/mlp/down/bias"].axes == ("layers", "embed")
+  assert described["attention_bias/relative/embedding"].axes == ("buckets", "heads")
+  assert described["embed/embedding"].fan_in_axes is None
+  assert described["head/kernel"].fan_in_axes == (0,)
+
+
+# --- Length ------------------------------------------------------------------------------------
+
+
+def test_learned_positions_refuse_a_longer_row(tiny_config, random_params):
+  config = tiny_config(num_layers=1)
+  model = nnx.merge(model_graph(config), random_params(config))
+  with pytest.raises(UserError, match=r"17 positions do not fit the 16 learned positions.*rope"):
+    model(np.zeros((1, 17), np.int32))
+  with pytest.raises(UserError, match=r"17 positions do not fit"):
+    model.hidden(np.zeros((1, 2), np.int32), cache=model.empty_cache(1, 17))
+  assert nnx.eval_shape(lambda: model(np.zeros((1, 16), np.int32))).shape == (1, 16, 32)
+
+
+@pytest.mark.parametrize("position", [position for position in POSITIONS if position != "learned"])
+def test_other_positions_run_on_any_length(tiny_config, random_params, make_forward, position):
+  config = tiny_config(num_layers=1, position=position, max_positions=4, t5_max_distance=16)
+  params, forward = random_params(config), make_forward(config)
+  tokens = np.arange(32)[None]
+  logits = forward(params, tokens)
+  assert np.isfinite(logits).all()
+  # Shifting all positions changes nothing where only distances count, which is everywhere here.
+  shifted = forward(params, tokens, positions_BT=1000 + np.arange(32)[None])
+  np.testing.assert_allclose(shifted, logits, atol=2e-3)
+
+
+# --- Decoding with a cache ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_cached_decoding_is_the_uncached_forward_pass(
+  tiny_config, random_params, position, kv_heads
+):
+  pattern = {"layer_pattern": ("local", "full"), "window": 3}
+  config = tiny_config(position=position, num_kv_heads=kv_heads, qk_norm=True, **pattern)
+  graph = model_graph(config)
+  lengths = np.array([2, 5])  # of the prompts; what is read of the first behind 2 is padding
+  steps = T - lengths.max()
+
+  @jax.jit
+  def compare(params):
+    model = nnx.merge(graph, params)
+    whole = model(TOKENS)
+    hidden, cache = model.hidden(
+      TOKENS[:, :5] * (np.arange(5) < lengths[:, None]), cache=model.empty_cache(2, T + 1)
+    )
+
+    def step(carry, _):
+      cache, now = carry
+      token = jnp.take_along_axis(jnp.asarray(TOKENS), now[:, None], axis=1)
+      hidden, cache = model.hidden(token, positions_BT=now[:, None], cache=cache)
+      return (cache, now + 1), model.logits(hidden)[:, 0]
+
+    _, decoded = jax.lax.scan(step, (cache, jnp.asarray(lengths)), length=steps)
+    return whole, model.logits(hidden), decoded
+
+  whole, prefilled, decoded = compare(random_params(config))
+  for row, length in enumerate(lengths):
+    expected = whole[row, length : length + steps]
+    np.testing.assert_allclose(decoded[:, row], expected, atol=1e-5)
+    np.testing.assert_allclose(prefilled[row, :length], whole[row, :length], atol=1e-5)

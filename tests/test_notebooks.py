@@ -1,0 +1,34 @@
+"""The notebooks run from the first cell to the last, on a CPU, in the setting they choose there."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, monkeypatch, tmp_path):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+  notebook = nbformat.read(path, as_version=4)
+  client = nbclient.NotebookClient(
+    notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+  )
+  client.execute()
+  printed = "".join(
+    output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+  )
+  assert "validation bits per byte:" in printed
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_kept_without_outputs(path):
+  for cell in nbformat.read(path, as_version=4).cells:
+    assert not cell.get("outputs")
+    assert cell.get("execution_count") is None
