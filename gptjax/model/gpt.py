@@ -170,10 +170,7 @@ class GPT(nnx.Module):
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Hidden states [B, T, D] -> logits [B, T, V], float32."""
-    if self.head is not None:
-      logits_BTV = self.head(x_BTD)
-    else:
-      logits_BTV = self.embed.scores(x_BTD)
+    logits_BTV = self.head(x_BTD) if self.head is not None else self.embed.scores(x_BTD)
     return soft_cap(logits_BTV.astype(jnp.float32), self.config.logit_soft_cap)
 
   def empty_cache(self, batch_size: int, length: int) -> Cache:
