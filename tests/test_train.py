@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from gptjax import config as config_lib
 from gptjax.errors import UserError
@@ -118,7 +119,27 @@ def mixture(corpus: Path) -> dict:
   }
 
 
-@pytest.mark.parametrize("case", ["text", "accumulation", "mixture", "fim", "dropout_ema_muon"])
+class Sayings(tfds.core.GeneratorBasedBuilder):
+  """A TFDS set that is prepared without TensorFlow."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    return self.dataset_info_from_configs(
+      features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for number in range(200):
+      yield number, {"text": f"{number} rats sat on {number % 7} mats and saw {number % 5} cats."}
+
+
+@pytest.mark.parametrize(
+  "case", ["text", "accumulation", "mixture", "fim", "tfds", "dropout_ema_muon"]
+)
 def test_killed_run_resumes_bit_for_bit(case, corpus, environment, tmp_path):
   argument, overrides = "model=debug,data=text", {}
   if case == "accumulation":
@@ -129,6 +150,10 @@ def test_killed_run_resumes_bit_for_bit(case, corpus, environment, tmp_path):
     argument, overrides = "model=debug,data=text+jsonl", mixture(corpus)
   elif case == "fim":
     overrides = {"data.fim_rate": 0.7}
+  elif case == "tfds":
+    Sayings(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    argument = "model=debug,data=tfds"
+    overrides = {"data.path": "sayings", "data.tfds_data_dir": str(tmp_path)}
   elif case == "dropout_ema_muon":
     argument = "model=tiny,data=text,optim=muon"
     overrides = {"model.residual_dropout": 0.1, "optim.ema_decay": 0.9, "eval.every_steps": 20}

@@ -1,0 +1,97 @@
+"""What the documents tell to run is accepted: every command of READMEs and docstrings, and the
+Python of the README."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+
+from gptjax import config as config_lib
+from gptjax.plan import dry_run
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+  ROOT / "README.md",
+  *sorted(ROOT.glob("experiments/**/README.md")),
+  *sorted(ROOT.glob("gptjax/*.py")),
+  *sorted(ROOT.glob("configs/*.py")),
+]
+# What a reader is to fill in.
+PLACEHOLDERS = {"PATH": "corpus", "BUCKET": "bucket", "DIR": "runs/x"}
+
+
+def commands(module: str) -> list:
+  """Every `python -m gptjax.MODULE ...` in the documents, its continuation lines joined."""
+  found = []
+  for document in DOCUMENTS:
+    text = re.sub(r"\\\\?\n\s*", "", document.read_text())
+    for line in re.findall(rf"python -m gptjax\.{module} (--[^\n`]*)", text):
+      line = re.sub(r"\[[^\]]*\]", "", line)
+      found.append(pytest.param(line.strip(), id=f"{document.parent.name}-{document.stem}"))
+  return found
+
+
+@pytest.mark.parametrize("arguments", commands("train"))
+def test_train_command_is_accepted(arguments, capsys):
+  spec, overrides = None, {}
+  for argument in shlex.split(arguments):
+    for placeholder, value in PLACEHOLDERS.items():
+      argument = argument.replace(placeholder, value)
+    if match := re.fullmatch(r"--config\.([\w.]+)=(.*)", argument):
+      overrides[match[1]] = match[2]
+    elif argument.startswith("--config="):
+      spec = argument.removeprefix("--config=")
+    else:
+      assert re.fullmatch(r"--workdir=\S+|--dry_run", argument)
+  config = config_lib.load(spec, overrides)
+  # As many devices as there are: a document does not know how many a reader has.
+  dry_run(config)
+  assert "parameters: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", commands("generate"))
+def test_generate_command_is_accepted(arguments):
+  known = re.findall(r'DEFINE_\w+\("(\w+)"', (ROOT / "gptjax/generate.py").read_text())
+  for argument in shlex.split(arguments):
+    assert re.fullmatch(rf"--({'|'.join(known)})(=.*)?", argument), argument
+
+
+def test_documents_have_commands():
+  assert len(commands("train")) >= 4
+  assert len(commands("generate")) >= 2
+
+
+def test_make_targets_exist():
+  targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+  named = re.findall(r"make (\w[\w-]*) ", (ROOT / "README.md").read_text())
+  assert named
+  assert set(named) <= set(targets)
+
+
+def test_links_of_the_documents_exist():
+  for document in DOCUMENTS:
+    if document.suffix == ".md":
+      for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_python_of_the_readme_runs(monkeypatch, tmp_path, capsys):
+  (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+  small = {
+    "total_steps": 2,
+    "batch_size": jax.device_count(),
+    "sequence_length": 64,
+    "tokenizer": "bpe:300",
+    "data.source": "text",
+    "data.path": str(ROOT / "gptjax"),
+    "data.cache_dir": str(tmp_path),
+    "model.num_layers": 1,
+    "model.embed_dim": 48,
+  }
+  load = config_lib.load
+  monkeypatch.setattr(config_lib, "load", lambda spec, overrides: load(spec, overrides | small))
+  monkeypatch.chdir(ROOT)
+  exec(compile(block.replace("runs/notebook", str(tmp_path / "run")), "README.md", "exec"), {})
+  assert "validation bits per byte" in capsys.readouterr().out
