@@ -103,6 +103,7 @@ def generate(
       tokenizer.end_of_text,
       steps=min(CHUNK, max_tokens),
       sampling=sampling,
+      vocab_size=tokenizer.vocab_size,
     )
     rows, ends, finished = jax.device_get((decoding.tokens, decoding.lengths, decoding.finished))
     for i, writer in enumerate(writers):
@@ -141,6 +142,9 @@ class _Writer:
     cuts = [position for string in self.stop if (position := text.find(string)) >= 0]
     if cuts:
       text, self.finish_reason = text[: min(cuts)], "stop"
+      # The rest of the chunk was written in vain.
+      while self.tokens and self.tokenizer.decode(self.tokens[:-1]).startswith(text):
+        self.tokens = self.tokens[:-1]
     elif finished:
       self.finish_reason = "stop" if ended else "length"
     else:

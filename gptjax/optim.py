@@ -80,6 +80,9 @@ def make_optimizer(
   """
   matched = tree.match_rules(parameters, config.rules, "optim.rules")
   groups = {name: _group(values, config.name) for name, values in matched.items()}
+  for name, group in groups.items():
+    if group.algorithm == "muon" and not group.frozen:
+      _muon_axes(name, parameters[name])  # else it would raise in the middle of compilation
   algorithms = {
     name: _algorithm(name, config, parameters) for name in {g.algorithm for g in groups.values()}
   }

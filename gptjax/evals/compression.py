@@ -47,7 +47,8 @@ class _Level:
   def __init__(self, keys: np.ndarray, counts: np.ndarray):
     self.keys, self.counts = keys, counts
     once, twice = (counts == 1).sum(), (counts == 2).sum()
-    self.discount = once / max(once + 2 * twice, 1)
+    # Were it 0, as the estimate is with nothing counted once, what is new would be impossible.
+    self.discount = once / (once + 2 * twice) if once else 0.5
     # Keys are sorted, so the grams of a context, which differ in their last byte, are neighbours.
     self.contexts, first = np.unique(keys >> np.uint64(8), return_index=True)
     self.totals = np.add.reduceat(counts, first)

@@ -61,7 +61,9 @@ def prefill(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("graphdef", "steps", "sampling"), donate_argnames=("decoding",)
+  jax.jit,
+  static_argnames=("graphdef", "steps", "sampling", "vocab_size"),
+  donate_argnames=("decoding",),
 )
 def decode(
   graphdef: nnx.GraphDef,
@@ -72,10 +74,12 @@ def decode(
   *,
   steps: int,
   sampling: Sampling,
+  vocab_size: int | None = None,
 ) -> Decoding:
   """Appends up to `steps` tokens to each row, until all rows are finished.
 
-  A row finishes with `end_of_text`, which is kept, or at its limit [B] of tokens.
+  A row finishes with `end_of_text`, which is kept, or at its limit [B] of tokens. Only tokens below
+  `vocab_size` are chosen: a model may have more rows than its tokenizer has tokens.
   """
   model = nnx.merge(graphdef, params)
   model.unstack()
@@ -87,7 +91,7 @@ def decode(
 
   def append(carry):
     count, state = carry
-    logits_BV = state.logits
+    logits_BV = state.logits[:, :vocab_size]
     if sampling.repetition_penalty != 1:
       valid_BT = jnp.arange(state.tokens.shape[1])[None] < state.lengths[:, None]
       logits_BV = penalise_repetition(

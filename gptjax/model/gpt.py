@@ -26,7 +26,7 @@ Cache = list[tuple[jax.Array, jax.Array]]
 
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_only_these_names("projection"),
   "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 

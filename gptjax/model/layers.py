@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -74,7 +75,8 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.kernel[...].astype(self.dtype)
-    y = contract(x.astype(self.dtype), kernel, self.contracted_axes)
+    # By its name, since no rematerialisation policy looks into a rule of our own.
+    y = checkpoint_name(contract(x.astype(self.dtype), kernel, self.contracted_axes), "projection")
     if self.bias is not None:
       bias = self.bias[...].astype(self.dtype)
       y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
