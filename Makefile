@@ -10,10 +10,10 @@ demo: $(VENV)/.installed
 	$(RUN) -m gptjax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n 2 --dist=worksteal -m "not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist=worksteal
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

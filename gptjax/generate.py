@@ -90,7 +90,9 @@ def generate(
     tokens[row, : len(start)] = start
 
   graphdef, params = nnx.split(model)
-  seeds = [seed] * len(starts) if isinstance(seed, int) else seed
+  seeds = [seed] * len(starts) if isinstance(seed, int) else list(seed)
+  if len(seeds) != len(starts) or not all(0 <= one < 2**32 for one in seeds):
+    raise UserError(f"seed={seed}: give one number from 0 to 2**32 - 1, or one for each prompt.")
   keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
   decoding = prefill(graphdef, params, tokens, lengths, keys, prompt_length=prompt_length)
   writers = [_Writer(tokenizer, stop) for _ in starts]

@@ -164,7 +164,7 @@ def _algorithm(
         ),
       )
   choices = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
-  raise UserError(f"optim.name: no algorithm {name!r}. {did_you_mean(name, choices)}")
+  raise UserError(f"optim: no algorithm {name!r}. {did_you_mean(name, choices)}")
 
 
 def _muon_axes(name: str, info: ParameterInfo) -> optax.contrib.MuonDimensionNumbers:
@@ -181,9 +181,9 @@ def make_schedule(
 ) -> optax.Schedule:
   """step -> learning rate: a linear warmup from 0, then `config.schedule`.
 
-  cosine, linear: to `final_fraction` of the peak at the last step (cosine: Loshchilov and Hutter
-  2017). wsd: constant, then linear over the last `decay_steps` (warmup-stable-decay, Hu et al.
-  2024). rsqrt: peak * sqrt(warmup / step) (Vaswani et al. 2017, eq. 3). constant.
+  cosine, linear: to `final_fraction` of the peak when `total_steps` are done (cosine: Loshchilov
+  and Hutter 2017). wsd: constant, then linear over the last `decay_steps` (warmup-stable-decay, Hu
+  et al. 2024). rsqrt: peak * sqrt(warmup / step) (Vaswani et al. 2017, eq. 3). constant.
   """
   peak, final = config.learning_rate, config.learning_rate * config.final_fraction
   if warmup_steps > total_steps:

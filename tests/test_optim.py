@@ -115,10 +115,11 @@ def test_adamw_is_optax_adamw(clip_norm):
   )
   params = expected = make_params()
   state, their_state = ours.init(params), theirs.init(params)
-  gradient = jax.jit(jax.grad(loss_of))
+  gradient, our_update = jax.jit(jax.grad(loss_of)), jax.jit(ours.update)
+  their_update = jax.jit(theirs.update)
   for step in range(3):
-    params, state, _ = ours.update(gradient(params), state, params, step)
-    updates, their_state = theirs.update(gradient(expected), their_state, expected)
+    params, state, _ = our_update(gradient(params), state, params, step)
+    updates, their_state = their_update(gradient(expected), their_state, expected)
     expected = optax.apply_updates(expected, updates)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), params, expected

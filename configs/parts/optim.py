@@ -19,7 +19,7 @@ DEFAULTS = {
   "learning_rate": 1e-3,
   "schedule": "cosine",
   "final_fraction": 0.1,
-  "warmup_percent": 2.0,
+  "warmup_percent": 5.0,
   "decay_percent": 20.0,
   "weight_decay": 0.1,
   "b1": 0.9,

@@ -32,6 +32,7 @@ SHARED = {
   "batch_size": 8,
   "sequence_length": 256,
   "tokenizer": "bpe:4096",
+  "optim.warmup_percent": 10,
   "optim.schedule": "wsd",
   "optim.decay_percent": 40,
   "optim.final_fraction": 0,
