@@ -1,6 +1,9 @@
-"""Seconds of one training step of GPT-2 on this CPU, in one of two implementations.
+"""Seconds of one training step of GPT-2 on this CPU.
 
-    python experiments/cpu_speed/step_time.py gptjax|transformers 124m|char STEPS
+    python experiments/cpu_speed/step_time.py IMPLEMENTATION 124m|char STEPS
+
+IMPLEMENTATION is gptjax, transformers, gptjax-without-heap (freed memory goes back to the system) or
+gptjax-without-layout (JAX's own rule for the gradients of kernels).
 
 Forward, cross-entropy, backward, clipping to norm 1 and AdamW, float32, no dropout, random tokens.
 Prints one JSON object. `compare.py` runs both in turn.
@@ -21,14 +24,16 @@ SHAPES = {
 WARMUP = 3
 
 
-def gptjax_step(shape: tuple[int, ...]) -> Callable[[np.ndarray], float]:
-  """The step that `gptjax.train` runs, from its own config."""
+def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarray], float]:
+  """The step that `gptjax.train` runs, from its own config, without one of its measures."""
   import jax
+  import jax.numpy as jnp
 
   from gptjax import config as config_lib
   from gptjax import sharding
   from gptjax.data.batch import Batch
   from gptjax.host import prepare_cpu
+  from gptjax.model import layers as layers_lib
   from gptjax.plan import make_plan
   from gptjax.step import init_state
 
@@ -46,7 +51,11 @@ def gptjax_step(shape: tuple[int, ...]) -> Callable[[np.ndarray], float]:
       "optim.schedule": "constant",
     },
   )
-  prepare_cpu()
+  if without == "layout":
+    layers_lib.contract = lambda x, kernel, count: jnp.tensordot(x, kernel, axes=count)
+    layers_lib._score = lambda x, table: x @ table.T
+  if without != "heap":
+    prepare_cpu()
   plan = make_plan(config)
   optimizer = plan.make_optimizer(config_lib.RunLength.from_config(config, steps_per_epoch=None))
   train_step = plan.make_train_step(optimizer)
@@ -107,7 +116,8 @@ def main(implementation: str, shape_name: str, steps: int) -> None:
   shape = SHAPES[shape_name]
   vocab, batch_size, length = shape[3:]
   rng = np.random.default_rng(0)
-  step = {"gptjax": gptjax_step, "transformers": transformers_step}[implementation](shape)
+  name, _, without = implementation.partition("-without-")
+  step = transformers_step(shape) if name == "transformers" else gptjax_step(shape, without)
   seconds = []
   for _ in range(WARMUP + steps):
     tokens = rng.integers(0, vocab, (batch_size, length + 1), dtype=np.int32)
