@@ -174,8 +174,11 @@ class Writer:
     if not self._active:
       return
     values = {name: _plain(value) for name, value in metrics.items()}
-    self._lines.write(_json_line(step, values))
-    self._lines.flush()
+    try:
+      self._lines.write(_json_line(step, values))
+      self._lines.flush()
+    except OSError as error:
+      raise UserError(f"{self._workdir}: cannot write metrics here: {error.strerror}") from error
     known = {name: value for name, value in values.items() if value is not None}
     if self._tensorboard is not None:
       for name, value in known.items():

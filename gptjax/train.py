@@ -176,7 +176,8 @@ def init_or_restore(plan: Plan, optimizer: Optimizer, checkpoints: Checkpoints) 
     loaded, report = restore_params(source / CHECKPOINTS, abstract.params)
     if report.mismatched or not report.matched:
       raise UserError(f"init_from={source} does not fit the model of this config.\n{report}")
-    print(f"init_from {report}")
+    if jax.process_index() == 0:
+      print(f"init_from {report}")
     state = step_lib.replace_params(state, loaded)
   return state
 

@@ -357,3 +357,49 @@ os.kill(os.getpid(), 9)
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
   subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, env=environment, check=False)
   assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
+
+
+# --- One step late -----------------------------------------------------------------------------
+
+
+def test_step_log_writes_a_step_when_the_next_one_is_dispatched(tmp_path):
+  with metrics.Writer(
+    tmp_path, total_steps=4, resume_step=0, tensorboard=False, wandb=False, run_config={}
+  ) as writer:
+    log = metrics.StepLog(writer, every_steps=2, tokens_per_step=10, flops_per_token=None)
+    assert log.step(1, {"loss": jnp.float32(1)}) == {}
+    assert log.step(2, {"loss": jnp.float32(2)}) == {"loss": 1}
+    assert metrics.read_metrics(tmp_path) == []
+    assert log.step(3, {"loss": jnp.float32(3)}) == {"loss": 2}
+    (line,) = metrics.read_metrics(tmp_path)
+    assert (line["step"], line["tokens"], line["loss"]) == (2, 20, 2)
+    assert line["tokens_per_second"] > 0
+    assert line["mfu"] is None
+    log.step(4, {"loss": jnp.float32(4)})
+    assert log.interrupt() == {"loss": 4}
+    assert log.flush() == {}
+    assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [2, 4]
+
+
+def test_step_log_counts_tokens_of_all_devices_in_the_mfu(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics.chips, "mfu", lambda rate, flops, **_: rate * flops)
+  with metrics.Writer(
+    tmp_path, total_steps=4, resume_step=0, tensorboard=False, wandb=False, run_config={}
+  ) as writer:
+    log = metrics.StepLog(writer, every_steps=1, tokens_per_step=10, flops_per_token=7.0)
+    for step in (1, 2):
+      log.step(step, {"loss": jnp.float32(1)})
+    log.flush()
+  first, second = metrics.read_metrics(tmp_path)
+  assert first["tokens_per_second"] is None  # nothing but compilation was timed
+  assert second["mfu"] == pytest.approx(7 * second["tokens_per_second"])
+
+
+def test_full_disk_is_one_sentence(tmp_path):
+  with metrics.Writer(
+    tmp_path, total_steps=4, resume_step=0, tensorboard=False, wandb=False, run_config={}
+  ) as writer:
+    lines, writer._lines = writer._lines, open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(UserError, match="cannot write metrics here: No space left on device"):
+      writer.write(1, {"loss": 1.0})
+    writer._lines = lines

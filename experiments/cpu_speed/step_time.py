@@ -2,8 +2,8 @@
 
     python experiments/cpu_speed/step_time.py IMPLEMENTATION 124m|char STEPS
 
-IMPLEMENTATION is gptjax, transformers, gptjax-without-heap (freed memory goes back to the system) or
-gptjax-without-layout (JAX's own rule for the gradients of kernels).
+IMPLEMENTATION is gptjax, transformers, gptjax-without-heap (freed memory goes back to the system),
+or gptjax-without-layout (JAX's own rule for the gradients of kernels).
 
 Forward, cross-entropy, backward, clipping to norm 1 and AdamW, float32, no dropout, random tokens.
 Prints one JSON object. `compare.py` runs both in turn.
