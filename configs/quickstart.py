@@ -15,13 +15,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.tokenizer = "bpe:4096"
   config.batch_size = 8
   config.sequence_length = 256
-  config.total_steps = 1500
+  config.total_steps = 1100
   config.optim.schedule = "wsd"
   config.optim.decay_percent = 40.0
   config.optim.final_fraction = 0.0
-  config.eval.every_steps = 500
+  config.eval.every_steps = 275
   config.eval.baselines = True
-  config.checkpoint.every_steps = 250
-  config.sample.every_steps = 250
+  config.checkpoint.every_steps = 275
+  config.sample.every_steps = 275
   config.sample.prompts = ("def ", "class ")
   return config
