@@ -5,8 +5,8 @@
 Question: how much of what changed between GPT-2 (2019) and today's recipes shows at 2.5 M
 parameters and 0.8 M tokens of Python source? Three arms, three seeds each: GPT-2 with AdamW; RoPE,
 RMSNorm, QK-norm and SwiGLU with AdamW; the same with Muon. Each run is an ordinary `gptjax.train`
-in its own work directory, so the script may be stopped and started again. Writes results.csv (last
-validation of each run), curves.csv and curves.png beside itself, and prints the table.
+in its own work directory, so the script may be stopped and started again. Writes curves.csv and
+curves.png beside itself, and prints the table.
 """
 
 import csv
