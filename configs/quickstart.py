@@ -23,5 +23,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.eval.baselines = True
   config.checkpoint.every_steps = 275
   config.sample.every_steps = 275
-  config.sample.prompts = ("def ", "class ")
+  # A prompt is the start of a file; words take the space before them, so none ends in one.
+  config.sample.prompts = ('"""', "import os\n\n\ndef")
   return config
