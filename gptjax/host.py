@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
   """Makes malloc keep what is freed, for the next step to take.
 
   XLA:CPU frees the temporaries of a step when it ends. glibc hands blocks of that size back to the
-  system, which then has to map and clear every page of them again: a fifth of a step's time
+  system, which then has to map and clear every page of them again: a quarter of a step's time
   (experiments/cpu_speed). Does nothing where malloc is not glibc's.
   """
   library = ctypes.CDLL(None)

@@ -245,7 +245,9 @@ def test_a_damaged_payload_is_skipped_with_a_warning(two_checkpoints, damage, ca
     assert checkpoints.steps() == [10]
   assert step == 10
   assert_same_bits(restored, states[10])
-  assert [f"{directory}/20: skipped" in record.message for record in caplog.records] == [True]
+  # Only our own: reads that Orbax abandoned may still complain through asyncio's logger.
+  warnings = [record.message for record in caplog.records if record.name == "absl"]
+  assert [f"{directory}/20: skipped" in warning for warning in warnings] == [True]
 
 
 def test_every_flipped_bit_of_the_payload_is_noticed(two_checkpoints):

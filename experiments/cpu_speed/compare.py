@@ -1,7 +1,7 @@
 """Training speed on this CPU against `transformers`, in turn, as a table.
 
     pip install torch==2.13.0 transformers
-    python experiments/cpu_speed/compare.py [--rounds=3]
+    python -m experiments.cpu_speed.compare [--rounds=3]
 
 Each round runs gptjax and transformers one after the other, each in a process of its own, for both
 shapes; the table has the medians over rounds and the ratio pair by pair. Writes results.csv.
@@ -20,8 +20,14 @@ TOKENS = {"124m": 4 * 256, "char": 12 * 256}
 
 
 def median_seconds(implementation: str, shape: str) -> float:
-  command = [sys.executable, HERE / "step_time.py", implementation, shape, str(STEPS[shape])]
-  done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parents[1])
+  script = [sys.executable, "-m", "experiments.cpu_speed.step_time"]
+  done = subprocess.run(
+    [*script, implementation, shape, str(STEPS[shape])],
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd=HERE.parents[1],
+  )
   return json.loads(done.stdout.splitlines()[-1])["median_seconds"]
 
 

@@ -1,6 +1,6 @@
 """Seconds of one training step of GPT-2 on this CPU.
 
-    python experiments/cpu_speed/step_time.py IMPLEMENTATION 124m|char STEPS
+    python -m experiments.cpu_speed.step_time IMPLEMENTATION 124m|char STEPS
 
 IMPLEMENTATION is gptjax, transformers, gptjax-without-heap (freed memory goes back to the system),
 or gptjax-without-layout (JAX's own rule for the gradients of kernels).
@@ -30,9 +30,8 @@ def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarr
   import jax.numpy as jnp
 
   from gptjax import config as config_lib
-  from gptjax import sharding
+  from gptjax import host, sharding
   from gptjax.data.batch import Batch
-  from gptjax.host import prepare_cpu
   from gptjax.model import layers as layers_lib
   from gptjax.plan import make_plan
   from gptjax.step import init_state
@@ -54,8 +53,9 @@ def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarr
   if without == "layout":
     layers_lib.contract = lambda x, kernel, count: jnp.tensordot(x, kernel, axes=count)
     layers_lib._score = lambda x, table: x @ table.T
-  if without != "heap":
-    prepare_cpu()
+  if without == "heap":
+    host.keep_freed_memory = lambda: None
+  host.prepare_cpu()
   plan = make_plan(config)
   optimizer = plan.make_optimizer(config_lib.RunLength.from_config(config, steps_per_epoch=None))
   train_step = plan.make_train_step(optimizer)
