@@ -307,9 +307,14 @@ def _define_flags() -> None:
   )
   flags.DEFINE_string("workdir", None, "Where the run lives; run again to resume.")
   flags.DEFINE_bool("dry_run", False, "Print what the run would be and take, and exit.")
+  flags.DEFINE_bool(
+    "distributed", False, "Join the other hosts of a TPU slice, a Slurm or an Open MPI job first."
+  )
 
 
 def main(overrides: Mapping[str, str]) -> None:
+  if FLAGS.distributed:
+    jax.distributed.initialize()
   config = config_lib.load(FLAGS.config, overrides)
   if FLAGS.dry_run:
     dry_run(config)

@@ -44,7 +44,7 @@ def test_train_command_is_accepted(arguments, capsys):
     elif argument.startswith("--config="):
       spec = argument.removeprefix("--config=")
     else:
-      assert re.fullmatch(r"--workdir=\S+|--dry_run", argument)
+      assert re.fullmatch(r"--workdir=\S+|--dry_run|--distributed", argument)
   config = config_lib.load(spec, overrides)
   # As many devices as there are: a document does not know how many a reader has.
   dry_run(config)

@@ -180,6 +180,48 @@ def test_resume_on_another_number_of_devices(corpus, environment, tmp_path):
   np.testing.assert_allclose(list(losses(four).values()), list(losses(one).values()), rtol=1e-4)
 
 
+def test_two_processes_train_as_one(corpus, environment, tmp_path):
+  """Processes that find each other as those of a Slurm job do, each with half of the rows."""
+  one, two = tmp_path / "one", tmp_path / "two"
+  overrides = {"total_steps": 12, "sample.every_steps": 12, "checkpoint.every_steps": 6}
+  run(environment, corpus, [one], "model=debug,data=text", overrides)
+  values = SMALL | overrides
+  values |= {"data.path": str(corpus), "data.cache_dir": str(corpus.parent / "cache")}
+  command = [
+    sys.executable,
+    "-m",
+    "gptjax.train",
+    "--config=configs/pretrain.py:model=debug,data=text",
+    f"--workdir={two}",
+    "--distributed",
+    *(f"--config.{key}={value}" for key, value in values.items()),
+  ]
+  job = {
+    "SLURM_JOB_ID": str(os.getpid()),  # decides the port
+    "SLURM_STEP_NODELIST": "127.0.0.1",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_NTASKS": "2",
+  }
+  processes = [
+    subprocess.Popen(
+      command,
+      env=environment | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for rank in range(2)
+  ]
+  printed = [process.communicate(timeout=240)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], printed
+  assert "sample/0 at step 12" in printed[0]
+  assert "sample/0 at step 12" not in printed[1]
+  assert list(losses(two)) == list(range(1, 13))
+  np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-4)
+  assert (two / "checkpoints" / "12").is_dir()
+
+
 def test_sigterm_saves_and_leaves(corpus, environment, tmp_path):
   job = [
     f"{ROOT}/configs/pretrain.py:model=debug,data=text",

@@ -12,6 +12,7 @@ from flax import nnx
 
 from gptjax.inference.sampling import Sampling, choose, penalise_repetition
 from gptjax.model.gpt import Cache
+from gptjax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -115,4 +116,11 @@ def decode(
       cache=cache,
     )
 
-  return jax.lax.while_loop(proceed, append, (jnp.int32(0), decoding))[1]
+  state = jax.lax.while_loop(proceed, append, (jnp.int32(0), decoding))[1]
+  # Every host of a mesh reads these.
+  return dataclasses.replace(
+    state,
+    tokens=constrain(state.tokens, None, None),
+    lengths=constrain(state.lengths, None),
+    finished=constrain(state.finished, None),
+  )
