@@ -17,7 +17,7 @@ from gptjax.data.batch import Batch
 from gptjax.data.tokenizer import declared_vocab_size
 from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import ParameterInfo, describe_parameters
+from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
 from gptjax.optim import Optimizer
 from gptjax.step import TrainState
 
@@ -37,7 +37,7 @@ class Plan:
 
   @property
   def num_parameters(self) -> int:
-    return sum(math.prod(info.shape) for info in self.parameters.values())
+    return count_parameters(self.model)
 
   @property
   def flops_per_token(self) -> float:

@@ -16,8 +16,8 @@ from absl import flags
 from etils import epath
 from flax import nnx
 
+from gptjax import chips, plot, sharding
 from gptjax import config as config_lib
-from gptjax import plot, sharding
 from gptjax import step as step_lib
 from gptjax.checkpoint import Checkpoints, restore_params
 from gptjax.config import RunLength
@@ -239,6 +239,10 @@ def introduce(
     f"{dataset.num_tokens:,} training tokens, {length.tokens_per_step:,} a step; "
     f"{length.total_steps:,} steps are {length.total_steps / dataset.steps_per_epoch:.2f} epochs"
   )
+  kind = jax.devices()[0].device_kind
+  chip = chips.find_chip(kind)
+  peak = f"{chip.name}, {chip.peak_flops / 1e12:.0f} TFLOP/s" if chip else f"unknown chip {kind!r}"
+  writer.message(f"mfu counts {chips.FLOP_RULE}, against the peak of each device: {peak}")
   for change in changes:
     writer.message(f"changed since the last start: {change}")
   if start:

@@ -264,6 +264,8 @@ def test_learns_and_reports(corpus, tmp_path, capsys):
   assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
   printed = capsys.readouterr().out
   assert "sample/0 at step 60" in printed
+  assert "mfu counts 6 N + 12 L H Q K per token" in printed
+  assert "unknown chip 'cpu'" in printed
   last = printed.strip().splitlines()[-1]
   assert last.startswith("validation bits per byte:")
   assert "gzip -9" in last
