@@ -11,13 +11,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption:
-  """A context in which SIGTERM and SIGINT ask the loop to save and leave."""
+  """A context in which SIGTERM and, of a single process, SIGINT ask the loop to save and leave."""
 
   def __enter__(self) -> "Preemption":
     self._requested = False
     self._handlers = {}
-    # Python lets only the main thread handle signals; in another, the caller has to.
-    if threading.current_thread() is threading.main_thread():
+    # Of several processes JAX handles SIGTERM: one that gets it tells the others, and a handler of
+    # ours would take its place. Python lets only the main thread handle signals; in another, the
+    # caller has to.
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._handlers = {number: signal.signal(number, self._request) for number in SIGNALS}
     return self
 

@@ -8,6 +8,7 @@ directory holds config.json, tokenizer/, checkpoints/, metrics.jsonl, tensorboar
 """
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from gptjax.data.pipeline import Dataset
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evals import compression
 from gptjax.generate import generate
-from gptjax.host import prepare_cpu
+from gptjax.host import from_all_hosts, join_hosts, prepare_cpu
 from gptjax.inference.sampling import Sampling
 from gptjax.metrics import StepLog, Sums, Writer, read_metrics
 from gptjax.optim import Optimizer
@@ -56,8 +57,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     raise UserError(
       f"checkpoint.best_metric: no metric {best!r}. {did_you_mean(best, VALIDATION_METRICS)}"
     )
-  workdir = make_workdir(workdir)
   prepare_cpu()
+  workdir = make_workdir(workdir)
   plan = make_plan(config)
   dataset = open_data(plan, workdir)
   length = RunLength.from_config(config, dataset.steps_per_epoch)
@@ -109,8 +110,10 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         return validation
 
       validation = last_validation(workdir)
-      # A run that was killed between saving and evaluating catches up here.
-      if validation.get("step") != start and (start in (0, total) or due(evaluate_every, start)):
+      # A run that was killed between saving and evaluating catches up here. Process 0 decides: the
+      # others may have read what it has dropped from metrics.jsonl since.
+      behind = validation.get("step") != start
+      if from_all_hosts(behind)[0] and (start in (0, total) or due(evaluate_every, start)):
         validation = validate(start)
       batches = dataset.training_batches(start)
       for step in range(start, total):
@@ -137,14 +140,27 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
 
 
 def make_workdir(workdir: epath.PathLike) -> epath.Path:
+  """Creates it, and refuses one that process 0 cannot write or the others do not see."""
   workdir = epath.Path(workdir).expanduser()
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / ".writable"
-    probe.write_text("")
+  probe = workdir / ".writable"
+  problem = None
+  if jax.process_index() == 0:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      probe.write_text("")
+    except (OSError, ImportError) as error:  # etils imports what gs:// needs when it is used.
+      problem = error
+  if from_all_hosts(problem is not None)[0]:
+    reason = getattr(problem, "strerror", None) or problem or "process 0 says why"
+    raise UserError(f"--workdir={workdir}: cannot be written ({reason}).") from problem
+  unseen = [process for process, seen in enumerate(from_all_hosts(probe.exists())) if not seen]
+  if jax.process_index() == 0:
     probe.unlink()
-  except OSError as error:
-    raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}).") from error
+  if unseen:
+    raise UserError(
+      f"--workdir={workdir}: process {unseen[0]} does not see what process 0 writes there; "
+      "use a directory that all hosts share, on gs:// or a network file system."
+    )
   return workdir
 
 
@@ -160,6 +176,12 @@ def open_data(plan: Plan, workdir: epath.Path) -> Dataset:
     raise UserError(
       f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, more than "
       f"model.vocab_size={plan.model.vocab_size}; set the latter to 0 to take the tokenizer's."
+    )
+  identity = f"{dataset.tokenizer.fingerprint()} {dataset.num_tokens} {dataset.steps_per_epoch}"
+  if len(set(from_all_hosts(zlib.crc32(identity.encode())))) > 1:
+    raise UserError(
+      f"the hosts read different data: process {jax.process_index()} has {dataset.num_tokens:,} "
+      "training tokens, another has others. Give all of them the same files."
     )
   return dataset
 
@@ -314,11 +336,15 @@ def _define_flags() -> None:
   flags.DEFINE_bool(
     "distributed", False, "Join the other hosts of a TPU slice, a Slurm or an Open MPI job first."
   )
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX finds no hosts.")
+  flags.DEFINE_integer("num_processes", None, "With --coordinator: of the job.")
+  flags.DEFINE_integer("process_id", None, "With --coordinator: of this process, from 0.")
 
 
 def main(overrides: Mapping[str, str]) -> None:
-  if FLAGS.distributed:
-    jax.distributed.initialize()
+  explicit = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+  if FLAGS.distributed or explicit != (None, None, None):
+    join_hosts(*explicit)
   config = config_lib.load(FLAGS.config, overrides)
   if FLAGS.dry_run:
     dry_run(config)

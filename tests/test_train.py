@@ -1,11 +1,15 @@
 """The loop: resuming bit for bit, stopping well, and what it says of bad input."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -180,46 +184,174 @@ def test_resume_on_another_number_of_devices(corpus, environment, tmp_path):
   np.testing.assert_allclose(list(losses(four).values()), list(losses(one).values()), rtol=1e-4)
 
 
+# gptjax.train with its flags, but process 1 has read of an evaluation that process 0 has dropped
+# since and fails if it begins to write metrics, and all wait at the batch of step 15 to be killed.
+HELD = textwrap.dedent("""
+  import runpy, sys, time
+  from gptjax import metrics
+  from gptjax.data.pipeline import Dataset
+
+  original = Dataset.training_batches
+
+  def batches(self, start):
+    for step, batch in enumerate(original(self, start), start):
+      if step == 15:
+        time.sleep(600)
+      yield batch
+
+  Dataset.training_batches = batches
+  if "--process_id=1" in sys.argv:
+    metrics.read_metrics = lambda workdir: [{"step": 0, "val/loss": 1.0}]
+    metrics._drop_after = None
+  runpy.run_module("gptjax.train", run_name="__main__", alter_sys=True)
+""")
+
+
+@contextlib.contextmanager
+def two_processes(environment, corpus, ranks, *, program=("-m", "gptjax.train"), **overrides):
+  """Starts gptjax.train with each rank's own flags and variables; none outlives the context."""
+  values = SMALL | {"data.path": str(corpus), "data.cache_dir": str(corpus.parent / "cache")}
+  values |= overrides
+  processes = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        *program,
+        "--config=configs/pretrain.py:model=debug,data=text",
+        *(f"--config.{key}={value}" for key, value in values.items()),
+        *flags,
+      ],
+      env=environment | variables,
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for flags, variables in ranks
+  ]
+  try:
+    yield processes
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+
+
+def explicit_ranks(workdirs):
+  """Flags that join one process for each of two work directories."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  join = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+  return [([*join, f"--process_id={i}", f"--workdir={w}"], {}) for i, w in enumerate(workdirs)]
+
+
+def wait_until(condition, processes, seconds=120):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    ended = [process.communicate()[0] for process in processes if process.poll() is not None]
+    assert not ended, ended
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+
+
 def test_two_processes_train_as_one(corpus, environment, tmp_path):
   """Processes that find each other as those of a Slurm job do, each with half of the rows."""
   one, two = tmp_path / "one", tmp_path / "two"
   overrides = {"total_steps": 12, "sample.every_steps": 12, "checkpoint.every_steps": 6}
   run(environment, corpus, [one], "model=debug,data=text", overrides)
-  values = SMALL | overrides
-  values |= {"data.path": str(corpus), "data.cache_dir": str(corpus.parent / "cache")}
-  command = [
-    sys.executable,
-    "-m",
-    "gptjax.train",
-    "--config=configs/pretrain.py:model=debug,data=text",
-    f"--workdir={two}",
-    "--distributed",
-    *(f"--config.{key}={value}" for key, value in values.items()),
-  ]
   job = {
     "SLURM_JOB_ID": str(os.getpid()),  # decides the port
     "SLURM_STEP_NODELIST": "127.0.0.1",
     "SLURM_JOB_NUM_NODES": "1",
     "SLURM_NTASKS": "2",
   }
-  processes = [
-    subprocess.Popen(
-      command,
-      env=environment | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
+  ranks = [
+    (
+      [f"--workdir={two}", "--distributed"],
+      job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
     )
     for rank in range(2)
   ]
-  printed = [process.communicate(timeout=240)[0] for process in processes]
+  with two_processes(environment, corpus, ranks, **overrides) as processes:
+    printed = [process.communicate(timeout=240)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], printed
   assert "sample/0 at step 12" in printed[0]
   assert "sample/0 at step 12" not in printed[1]
   assert list(losses(two)) == list(range(1, 13))
   np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-4)
   assert (two / "checkpoints" / "12").is_dir()
+
+
+def test_killed_on_two_hosts_resumes_on_one(corpus, environment, tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  mesh = {"mesh.data": 2, "mesh.fsdp": 4}
+  with two_processes(
+    environment | devices,
+    corpus,
+    explicit_ranks([two, two]),
+    program=("-c", HELD),
+    total_steps=20,
+    **mesh,
+  ) as processes:
+
+    def held() -> bool:
+      saved = (two / "checkpoints" / "10").is_dir()
+      return saved and (two / "metrics.jsonl").exists() and max(losses(two), default=0) >= 14
+
+    wait_until(held, processes)
+    for process in processes:
+      process.kill()
+  run(
+    environment | devices,
+    corpus,
+    [two],
+    "model=debug,data=text",
+    {"total_steps": 20, "mesh.data": 2, "mesh.fsdp": 2},
+  )
+  run(environment, corpus, [one], "model=debug,data=text", {"total_steps": 20})
+  lines = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+  assert [line["step"] for line in lines if "val/loss" in line] == [0, 20]
+  np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-4)
+
+
+def test_sigterm_to_one_host_stops_all_at_the_same_step(corpus, environment, tmp_path):
+  ranks = explicit_ranks([tmp_path, tmp_path])
+  overrides = {"total_steps": 1_000_000, "checkpoint.every_steps": 0}
+  with two_processes(environment, corpus, ranks, **overrides) as processes:
+    metrics = tmp_path / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and max(losses(tmp_path), default=0) > 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], printed
+  assert "stopped by a signal" in printed[0]
+  (saved,) = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+  assert saved == max(losses(tmp_path))
+
+
+def test_hosts_that_share_no_work_directory_are_refused(corpus, environment, tmp_path):
+  workdirs = [tmp_path / "here", tmp_path / "there"]
+  with two_processes(environment, corpus, explicit_ranks(workdirs)) as processes:
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+  assert [process.returncode for process in processes] == [1, 1], printed
+  for text in printed:
+    assert "process 1 does not see what process 0 writes there" in text
+  assert not workdirs[1].exists()
+
+
+def test_hosts_that_read_other_data_are_refused(corpus, environment, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(corpus, other)
+  (other / "0.txt").unlink()
+  here, there = explicit_ranks([tmp_path / "run", tmp_path / "run"])
+  there[0].append(f"--config.data.path={other}")
+  with two_processes(environment, corpus, [here, there], tokenizer="bytes") as processes:
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+  assert [process.returncode for process in processes] == [1, 1], printed
+  for text in printed:
+    assert "the hosts read different data" in text
 
 
 def test_sigterm_saves_and_leaves(corpus, environment, tmp_path):
@@ -380,6 +512,7 @@ def test_command_line(corpus, environment, tmp_path):
   assert "no config key 'model.num_layer'. Did you mean 'model.num_layers'" in unknown.stderr
   assert "Traceback" not in unknown.stderr
   assert "--workdir is missing" in call().stderr
+  assert "--coordinator and --num_processes are missing" in call("--process_id=0").stderr
   preset = call("--config=configs/pretrain.py:model=gpt2-125m")
   assert "no model preset 'gpt2-125m'. Did you mean" in preset.stderr
   assert "--workdir" in call("--help").stdout
