@@ -3,16 +3,16 @@
     python -m gptjax.train --config=configs/pretrain.py:model=gpt2-124m,data=text,optim=adamw \\
       --config.data.path=corpus/ --workdir=runs/first
 
-Parts: model (configs/parts/models.py), data (data.py; 'a+b' is a mixture), optim (optim.py) and
-mesh (mesh.py). Any key can be overridden with --config.KEY=VALUE, for example
+Parts: model (configs/parts/models.py), data (data.py; 'a+b' is a mixture), optim (optim.py), mesh
+(mesh.py) and tuned (tuned/, what `gptjax.compile --search` found for a model on a slice). Any key can be overridden with --config.KEY=VALUE, for example
 --config.model.num_layers=6. A duration is one key with a unit, _steps, _tokens, _epochs or
 _percent: --config.total_tokens=1e9 takes the place of total_steps.
 """
 
 from ml_collections import ConfigDict
 
-from configs.parts import data, mesh, models, optim
-from gptjax.config import parse_argument
+from configs.parts import compiler, data, mesh, models, optim, tuned
+from gptjax.config import override, parse_argument
 from gptjax.model.config import ModelConfig
 
 
@@ -23,9 +23,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data=("text", None),  # `data.get` checks the names of a mixture one by one
     optim=("adamw", optim.OPTIMIZERS),
     mesh=("data", mesh.MESHES),
+    tuned=("none", ("none", *tuned.names())),
   )
   model = ModelConfig.defaults() | models.MODELS[parts["model"]]
-  return ConfigDict(
+  config = ConfigDict(
     {
       "seed": 0,
       "total_steps": 1000,
@@ -35,6 +36,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "grad_accumulation": 1,
       # 'bytes', 'bpe:N' (trained on the corpus), or the path of one; see gptjax/data/tokenizer.py.
       "tokenizer": f"bpe:{model['vocab_size'] or 4096}",
+      # Factor of log(sum exp(logits))^2 in what is minimised, but not in the loss that is logged.
+      "z_loss": 0.0,
       # Work directory of a run whose weights to start from.
       "init_from": "",
       # A step whose loss or gradient is not finite is skipped, this many times.
@@ -43,6 +46,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "data": data.get(parts["data"]),
       "optim": optim.DEFAULTS | optim.OPTIMIZERS[parts["optim"]],
       "mesh": mesh.DEFAULTS | mesh.MESHES[parts["mesh"]],
+      "compile": compiler.DEFAULTS,
       # Durations of 0 are never; evaluation at the start and the end, and a last checkpoint, always
       # are. baselines: also print what gzip and a byte 5-gram model reach on the validation text.
       "eval": {"every_steps": 250, "baselines": False},
@@ -64,3 +68,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "profile": {"start": 10, "steps": 0},
     }
   )
+  for key, value in tuned.get(parts["tuned"]).items():
+    override(config, key, value)
+  return config

@@ -1,21 +1,27 @@
-"""What is minimised: batch + model -> weighted loss of each token. Means are taken by the step."""
+"""What is minimised: batch + model -> sums over tokens. Means are taken by the step."""
 
 import jax
-import jax.numpy as jnp
 
+from gptjax import losses
 from gptjax.data.batch import Batch
+from gptjax.losses import LossSum
 from gptjax.model.gpt import GPT
 
 
-def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-  """-log softmax(logits)[target], float32 [B, T], in nats."""
-  target_logits = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits
-
-
-def next_token(model: GPT, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-  """Cross-entropy of every target, times its weight: float32 [B, T], in nats."""
-  logits_BTV = model(
+def next_token(
+  model: GPT, batch: Batch, key: jax.Array | None = None, *, z_loss: float = 0.0
+) -> LossSum:
+  """Cross-entropy of every target, times its weight, summed. `key` is of dropout."""
+  x_BTD, _ = model.hidden(
     batch.inputs, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids, key=key
   )
-  return cross_entropy(logits_BTV, batch.targets) * batch.weights
+  kernel, axes = model.output_kernel()
+  return losses.cross_entropy(
+    x_BTD,
+    kernel,
+    batch.targets,
+    batch.weights,
+    axes=axes,
+    cap=model.config.logit_soft_cap,
+    z_loss=z_loss,
+  )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,11 +81,44 @@ class Plan:
       grad_accumulation=self.config.grad_accumulation,
       dropout=self.model.has_dropout,
       ema_decay=self.config.optim.ema_decay,
+      z_loss=self.config.z_loss,
+      compiler_options=self.compiler_options,
     )
 
+  @property
+  def run_length(self) -> RunLength | None:
+    """None if it is given in epochs, whose length only the data could tell."""
+    if "total_epochs" in self.config:
+      return None
+    return RunLength.from_config(self.config, steps_per_epoch=None)
 
-def make_plan(config: Any) -> Plan:
+  @property
+  def compiler_options(self) -> dict[str, str]:
+    """Those of `config.compile.options` for the platform of the mesh."""
+    platform = sharding.platform_of(self.mesh.devices.flat[0].platform)
+    options = {}
+    for item in filter(None, self.config.compile.options[platform].split(",")):
+      name, equals, value = item.partition("=")
+      if not equals:
+        raise UserError(f"compile.options.{platform}: {item!r} is not NAME=VALUE.")
+      options[name.strip()] = value.strip()
+    return options
+
+  def abstract_batch(self) -> Batch:
+    """The shapes of a batch and where its parts lie."""
+    shape = (self.config.batch_size, self.config.sequence_length)
+    where = sharding.batch_sharding(self.mesh)
+    whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+    return Batch(whole, whole, weights, whole, whole)
+
+
+def make_plan(config: Any, devices: Sequence[jax.Device] | None = None) -> Plan:
   """Settles the vocabulary and checks the model, the mesh and the batch.
+
+  Args:
+    config: from configs/pretrain.py, or with the same keys.
+    devices: to make the mesh of; by default all that JAX sees.
 
   Raises:
     UserError: a value that cannot be used, by its key.
@@ -99,7 +132,7 @@ def make_plan(config: Any) -> Plan:
       f"sequence_length={config.sequence_length} exceeds model.max_positions="
       f"{model.max_positions}; raise the latter or choose model.position=rope."
     )
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(config.mesh, devices)
   sharding.check_batch(config.batch_size, config.sequence_length, config.grad_accumulation, mesh)
   return Plan(config, model, describe_parameters(model), step.model_graph(model), mesh)
 
@@ -111,14 +144,11 @@ def dry_run(config: Any) -> None:
     UserError: as `make_plan`, and for what the optimizer, the schedule or the mesh refuses.
   """
   plan = make_plan(config)
-  # Only the data could tell how long an epoch is.
-  length = None if "total_epochs" in config else RunLength.from_config(config, steps_per_epoch=None)
+  length = plan.run_length
   optimizer = plan.make_optimizer(length)
-  rows = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32)
-  weights = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
   with jax.set_mesh(plan.mesh):
     state = plan.abstract_state(optimizer)
-    plan.make_train_step(optimizer).trace(state, Batch(rows, rows, weights, rows, rows))
+    plan.make_train_step(optimizer).trace(state, plan.abstract_batch())
   print(to_text(config))
   print(f"parameters: {plan.num_parameters}")
   print(f"steps: {f'{config.total_epochs} epochs' if length is None else length.total_steps}")

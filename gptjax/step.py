@@ -102,6 +102,8 @@ def make_train_step(
   grad_accumulation: int,
   dropout: bool,
   ema_decay: float,
+  z_loss: float,
+  compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Returns jit(state, batch) -> (state, metrics), which donates the state.
 
@@ -110,27 +112,31 @@ def make_train_step(
   function of (seed, step). An update whose loss or gradient is not finite is not applied.
   """
 
-  def gradients(params, batch: Batch, key):
-    weight = batch.weights.sum()
+  def loss(params, micro: Batch, key, weight):
+    sums = objectives.next_token(nnx.merge(graph, params), micro, key, z_loss=z_loss)
+    return sums.total / weight, sums.cross_entropy / weight
 
-    def loss(params, micro: Batch, key):
-      model = nnx.merge(graph, params)
-      return objectives.next_token(model, micro, key).sum() / jnp.maximum(weight, 1)
+  def gradients(params, batch: Batch, key):
+    """Returns the loss without its z-loss, the gradient, and the weight of the batch."""
+    tokens = batch.weights.sum()
+    weight = jnp.maximum(tokens, 1)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def add(carry, micro_and_key):
-      value_and_grad = jax.value_and_grad(loss)(params, *micro_and_key)
-      return jax.tree.map(jnp.add, carry, value_and_grad), None
+      (_, plain), grads = value_and_grad(params, *micro_and_key, weight)
+      return jax.tree.map(jnp.add, carry, (plain, grads)), None
 
     if grad_accumulation == 1:
-      value_and_grad = jax.value_and_grad(loss)(params, batch, key)
+      (_, plain), grads = value_and_grad(params, batch, key, weight)
     else:
       keys = None if key is None else jax.random.split(key, grad_accumulation)
       zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
       micro_batches = _micro_batches(batch, grad_accumulation)
-      value_and_grad, _ = jax.lax.scan(add, zero, (micro_batches, keys))
-    return *value_and_grad, weight
+      (plain, grads), _ = jax.lax.scan(add, zero, (micro_batches, keys))
+    return plain, grads, tokens
 
   def train_step(state: TrainState, batch: Batch):
+    batch = sharding.balance_time(batch)
     key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
     loss, grads, weight = gradients(state.params, batch, key)
     params, opt_state, grad_norm = optimizer.update(
@@ -160,7 +166,7 @@ def make_train_step(
     }
     return new_state, metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -174,7 +180,8 @@ def make_eval_step(
   """Returns jit(params, batch) -> {"loss": (nats, tokens)}, sums over the valid targets."""
 
   def eval_step(params, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
-    loss_BT = objectives.next_token(nnx.merge(graph, params), batch)
-    return {"loss": (loss_BT.sum(), batch.weights.sum())}
+    batch = sharding.balance_time(batch)
+    sums = objectives.next_token(nnx.merge(graph, params), batch)
+    return {"loss": (sums.cross_entropy, batch.weights.sum())}
 
   return jax.jit(eval_step)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from configs.parts import optim as presets
-from gptjax import objectives, optim, sharding, tree
+from gptjax import optim, sharding, tree
 from gptjax import step as step_lib
 from gptjax.data.batch import Batch
 from gptjax.model.gpt import describe_parameters
@@ -45,7 +45,7 @@ def make_optimizer(config, name="sgd", **changes):
   return optim.make_optimizer(values, describe_parameters(config), optax.constant_schedule(0.5))
 
 
-def make_step(config, optimizer, *, seed=0, grad_accumulation=1, dropout=False):
+def make_step(config, optimizer, *, seed=0, grad_accumulation=1, dropout=False, z_loss=0.0):
   return step_lib.make_train_step(
     step_lib.model_graph(config),
     optimizer,
@@ -53,6 +53,7 @@ def make_step(config, optimizer, *, seed=0, grad_accumulation=1, dropout=False):
     grad_accumulation=grad_accumulation,
     dropout=dropout,
     ema_decay=EMA,
+    z_loss=z_loss,
   )
 
 
@@ -105,9 +106,14 @@ def test_the_loss_is_the_mean_over_all_valid_tokens(config, start, batch, after_
 
   @jax.jit
   def per_token(params):
-    return objectives.next_token(nnx.merge(graph, params), batch)
+    logits_BTV = nnx.merge(graph, params)(
+      batch.inputs, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids
+    )
+    return -jnp.take_along_axis(
+      jax.nn.log_softmax(logits_BTV), jnp.asarray(batch.targets)[..., None], axis=-1
+    )[..., 0]
 
-  losses = np.asarray(per_token(start().params))
+  losses = np.asarray(per_token(start().params)) * batch.weights
   _, metrics, second = after_two_steps
   assert metrics["batch_tokens"] == 36
   assert metrics["loss"] == pytest.approx(losses.sum() / 36, rel=1e-5)
@@ -115,6 +121,17 @@ def test_the_loss_is_the_mean_over_all_valid_tokens(config, start, batch, after_
   # The tests below can tell it from a mean of means.
   means = [losses[i::2].sum() / batch.weights[i::2].sum() for i in range(2)]
   assert abs(np.mean(means) - losses.sum() / 36) > 0.05
+
+
+def test_the_z_loss_is_minimised_and_not_reported(config, optimizer, start, batch, after_two_steps):
+  plain, metrics, second = after_two_steps
+  step = make_step(config, optimizer, z_loss=0.1)
+  state, with_z = step(start(), batch)
+  assert float(with_z["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+  state, second_with_z = step(state, batch)
+  assert abs(float(second_with_z["loss"]) - float(second["loss"])) > 1e-3
+  table, plain_table = (s.params["embed"]["embedding"] for s in (state, plain))
+  assert np.abs(table - plain_table).max() > 1e-3
 
 
 @pytest.mark.parametrize("grad_accumulation", [2, 4])

@@ -4,6 +4,7 @@ Axes: B batch, T query positions, S key positions, D width, N query heads, K key
 G query heads of one key-value head, H head width.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -11,9 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax import sharding
+from gptjax.errors import UserError
+from gptjax.model import kernels
 from gptjax.model.config import ModelConfig
+from gptjax.model.kernels import LANES
 from gptjax.model.layers import Linear, RMSNorm, dropout, residual_std, soft_cap
 from gptjax.model.positions import rotate
+from gptjax.sharding import constrain
 
 # Far below any logit, and finite: a row with nothing to see becomes uniform instead of NaN.
 MASKED = -1e30
@@ -40,11 +46,88 @@ def visible(
   return mask_BTS
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+  """Who sees whom, in the form that the kernel takes.
+
+  kernel: 'xla', 'splash' or 'cudnn'. window: as of `visible`. segment_ids_BT: for a kernel that
+  works out what is visible itself. visible_BTS: for one that is told.
+  """
+
+  kernel: str = dataclasses.field(metadata={"static": True})
+  window: int | None = dataclasses.field(metadata={"static": True})
+  segment_ids_BT: jax.Array | None = None
+  visible_BTS: jax.Array | None = None
+
+
+def make_mask(
+  kernel: str,
+  query_positions_BT: jax.Array,
+  key_positions_BS: jax.Array,
+  window: int | None,
+  segment_ids_BT: jax.Array | None,
+) -> Mask:
+  """The mask of `visible`, whose arguments these are, for one kernel."""
+  if kernel == "splash":
+    return Mask(kernel, window, segment_ids_BT=segment_ids_BT)
+  seen = visible(query_positions_BT, key_positions_BS, window, segment_ids_BT, segment_ids_BT)
+  return Mask(kernel, window, visible_BTS=seen)
+
+
+def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: bool) -> str:
+  """The kernel of `config.attention`; of 'auto', the platform's own where it can do the job.
+
+  Args:
+    length: of a row, T.
+    cached: whether there are earlier keys, which may not be where their positions say.
+    training: whether there is dropout.
+
+  Raises:
+    UserError: the config asks for a kernel that cannot do the job.
+  """
+  dropout = training and config.attention_dropout > 0
+  half = config.dtype == "bfloat16"
+  obstacles = {
+    "xla": None,
+    "splash": (
+      "attention dropout"
+      if dropout
+      else f"position={config.position!r}, a bias"
+      if config.position in ("alibi", "t5")
+      else f"a row of {length}: not a multiple of {LANES} on each device"
+      if length % (LANES * sharding.axis_parts("time"))
+      else None
+    ),
+    "cudnn": (
+      "attention dropout"
+      if dropout
+      else f"position={config.position!r}, a bias"
+      if config.position in ("alibi", "t5")
+      else "attention_soft_cap"
+      if config.attention_soft_cap
+      else f"dtype={config.dtype!r}: it needs bfloat16"
+      if not half
+      else None
+    ),
+  }
+  if cached:
+    return "xla"
+  if config.attention == "auto":
+    own = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "xla")
+    return own if obstacles[own] is None else "xla"
+  if obstacle := obstacles[config.attention]:
+    raise UserError(
+      f"model.attention={config.attention!r} cannot do {obstacle}. Set model.attention=xla."
+    )
+  return config.attention
+
+
 def attend(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
-  mask_BTS: jax.Array,
+  mask: Mask,
   *,
   bias_BNTS: jax.Array | None = None,
   cap: float = 0.0,
@@ -54,8 +137,16 @@ def attend(
   """softmax(QK^T / sqrt(H) + bias) V over visible keys (Vaswani et al. 2017, eq. 1).
 
   Shapes: q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K -> [B, T, N, H]. The softmax
-  is float32; the products have the dtype of q.
+  is float32; the products have the dtype of q. Bias and dropout are of the 'xla' kernel alone,
+  the cap of all but 'cudnn'; `choose_kernel` sees to that.
   """
+  match mask.kernel:
+    case "splash":
+      segments = mask.segment_ids_BT
+      return kernels.splash(q_BTNH, k_BSKH, v_BSKH, segments, window=mask.window, cap=cap)
+    case "cudnn":
+      return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask.visible_BTS)
+  q_BTNH, k_BSKH, v_BSKH = checkpoint_name((q_BTNH, k_BSKH, v_BSKH), "qkv")
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   q_BTKGH = (q_BTNH / math.sqrt(H)).reshape(B, T, K, N // K, H)
@@ -63,10 +154,11 @@ def attend(
   logits = soft_cap(logits, cap)
   if bias_BNTS is not None:
     logits += bias_BNTS.reshape(logits.shape[:3] + bias_BNTS.shape[2:])
-  logits = jnp.where(mask_BTS[:, None, None], logits, MASKED)
+  logits = jnp.where(mask.visible_BTS[:, None, None], logits, MASKED)
   weights = jax.nn.softmax(logits, axis=-1).astype(q_BTNH.dtype)
   weights = dropout(weights, dropout_rate, key)
-  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+  attended = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+  return checkpoint_name(attended, "attention")
 
 
 class Attention(nnx.Module):
@@ -102,7 +194,7 @@ class Attention(nnx.Module):
     self,
     x_BTD: jax.Array,
     positions_BT: jax.Array,
-    mask_BTS: jax.Array,
+    mask: Mask,
     bias_BNTS: jax.Array | None = None,
     *,
     cache: tuple[jax.Array, jax.Array] | None = None,
@@ -114,6 +206,7 @@ class Attention(nnx.Module):
     keys are those of x itself and S = T.
     """
     config = self.config
+    x_BTD = constrain(x_BTD, "batch", "time", None)
     q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
     if self.query_norm is not None:
       q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
@@ -129,10 +222,10 @@ class Attention(nnx.Module):
       q_BTNH,
       k_BSKH,
       v_BSKH,
-      mask_BTS,
+      mask,
       bias_BNTS=bias_BNTS,
       cap=config.attention_soft_cap,
       dropout_rate=config.attention_dropout,
       key=key,
     )
-    return self.out(checkpoint_name(attended, "attention")), cache
+    return checkpoint_name(self.out(attended), "attention_out"), cache

@@ -12,7 +12,8 @@ CHOICES = {
   "activation": ("gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"),
   "position": ("learned", "rope", "alibi", "t5", "none"),
   "rope_scaling": ("none", "linear", "yarn", "llama3"),
-  "remat": ("none", "full", "dots", "save_attention"),
+  "remat": ("none", "full", "save_attention", "save_qkv", "dots", "offload"),
+  "attention": ("auto", "xla", "splash", "cudnn"),
   "dtype": ("float32", "bfloat16"),
 }
 
@@ -53,8 +54,12 @@ class ModelConfig:
   Execution, without influence on what is computed:
     scan_layers: one compiled layer scanned over the stack, or a compiled copy of each layer.
       None chooses: copies on CPU, where a scan is slower, and a scan elsewhere.
-    remat: what the backward pass recomputes: 'none', 'full' (all but the layer inputs), 'dots'
-      (all but the matrix products with weights), 'save_attention' (all but attention outputs).
+    remat: what the backward pass recomputes: nothing ('none'), or all of a layer but its input
+      ('full') and attention's result ('save_attention'), and its projections ('save_qkv'), and the
+      wide activations of the feed-forward network ('dots'), or those kept in the host's memory
+      ('offload').
+    attention: the kernel: 'xla' (written out), 'splash' (TPU), 'cudnn' (NVIDIA), or 'auto', the
+      platform's own where it can do what the model asks for.
     dtype: of the computation. Parameters, norms, softmax and loss are float32 throughout.
   """
 
@@ -90,6 +95,7 @@ class ModelConfig:
   init_std: float = 0.02
   scan_layers: bool | None = None
   remat: str = "none"
+  attention: str = "auto"
   dtype: str = "float32"
 
   def __post_init__(self):

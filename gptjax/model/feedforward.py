@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.model.config import ModelConfig
 from gptjax.model.layers import Linear, residual_std
+from gptjax.sharding import constrain
 
 ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -41,6 +43,12 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     activate = ACTIVATIONS[self.activation]
+    x_BTD = constrain(x_BTD, "batch", "time", None)
+
+    def widen(projection: Linear) -> jax.Array:
+      return checkpoint_name(constrain(projection(x_BTD), "batch", "time", "mlp"), "mlp")
+
+    up_BTF = widen(self.up)
     if self.gate is not None:
-      return self.down(activate(self.gate(x_BTD)) * self.up(x_BTD))
-    return self.down(activate(self.up(x_BTD)))
+      return self.down(activate(widen(self.gate)) * up_BTF)
+    return self.down(activate(up_BTF))

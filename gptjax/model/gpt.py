@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gptjax import sharding
 from gptjax.errors import UserError
-from gptjax.model.attention import Attention, visible
+from gptjax.model.attention import Attention, choose_kernel, make_mask
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import FeedForward
 from gptjax.model.layers import Embedding, LayerNorm, Linear, RMSNorm, dropout, soft_cap
@@ -24,10 +25,21 @@ from gptjax.sharding import constrain
 # One (keys, values) pair a layer, each [B, S, K, H].
 Cache = list[tuple[jax.Array, jax.Array]]
 
+# Names that a layer gives what it computes (`checkpoint_name`), in the order of the forward pass:
+# queries, keys and values; the attended values and the normaliser of their softmax; the output
+# projection of attention; the wide activations of the feed-forward network.
+_ATTENTION = ("qkv", "attention", "attention_out")
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.save_only_these_names("projection"),
   "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+  "save_qkv": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
+  "dots": jax.checkpoint_policies.save_only_these_names(*_ATTENTION, "mlp"),
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=_ATTENTION,
+    names_which_can_be_offloaded=["mlp"],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
 }
 
 
@@ -47,20 +59,20 @@ class Block(nnx.Module):
     self.mlp_norm = make_norm(config)
     self.mlp = FeedForward(config, rngs)
 
-  def __call__(self, x_BTD, positions_BT, mask_BTS, bias_BNTS=None, *, cache=None, key=None):
+  def __call__(self, x_BTD, positions_BT, mask, bias_BNTS=None, *, cache=None, key=None):
     """Returns the output and the written cache, as `Attention` does."""
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     rate = self.config.residual_dropout
     attention = functools.partial(self.attention, cache=cache, key=keys[0])
     if self.config.norm_placement == "pre":
-      branch, cache = attention(self.attention_norm(x_BTD), positions_BT, mask_BTS, bias_BNTS)
+      branch, cache = attention(self.attention_norm(x_BTD), positions_BT, mask, bias_BNTS)
       x_BTD = x_BTD + dropout(branch, rate, keys[1])
       x_BTD = x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), rate, keys[2])
     else:
-      branch, cache = attention(x_BTD, positions_BT, mask_BTS, bias_BNTS)
+      branch, cache = attention(x_BTD, positions_BT, mask, bias_BNTS)
       x_BTD = self.attention_norm(x_BTD + dropout(branch, rate, keys[1]))
       x_BTD = self.mlp_norm(x_BTD + dropout(self.mlp(x_BTD), rate, keys[2]))
-    return constrain(x_BTD, "batch", "time", None), cache
+    return constrain(x_BTD, "batch", "residual_time", None), cache
 
 
 class GPT(nnx.Module):
@@ -115,7 +127,7 @@ class GPT(nnx.Module):
 
     Args:
       tokens_BT: int32 token ids.
-      positions_BT: int32 position of each token in its segment; None counts from 0.
+      positions_BT: int32 position of each token in its segment, in steps of 1; None counts from 0.
       segment_ids_BT: int32; tokens see only tokens of an equal id. None is one segment a row.
       cache: keys and values of earlier positions, from `empty_cache`.
       key: of dropout; None for none.
@@ -139,8 +151,9 @@ class GPT(nnx.Module):
     key_positions_BS = (
       positions_BT if cache is None else jnp.broadcast_to(jnp.arange(length), (B, length))
     )
+    kernel = choose_kernel(config, T, cached=cache is not None, training=key is not None)
     masks = {
-      window: visible(positions_BT, key_positions_BS, window, segment_ids_BT, segment_ids_BT)
+      window: make_mask(kernel, positions_BT, key_positions_BS, window, segment_ids_BT)
       for window in set(config.windows)
     }
     bias_BNTS = self.attention_bias(positions_BT, key_positions_BS)
@@ -152,7 +165,7 @@ class GPT(nnx.Module):
     if key is not None:
       embed_key, layers_key = jax.random.split(key)
       x_BTD = dropout(x_BTD, config.embed_dropout, embed_key)
-    x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "time", None)
+    x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "residual_time", None)
 
     def run(block: Block, x_BTD, window, key=None, cache=None):
       return block(x_BTD, positions_BT, masks[window], bias_BNTS, cache=cache, key=key)
@@ -172,6 +185,12 @@ class GPT(nnx.Module):
     """Hidden states [B, T, D] -> logits [B, T, V], float32."""
     logits_BTV = self.head(x_BTD) if self.head is not None else self.embed.scores(x_BTD)
     return soft_cap(logits_BTV.astype(jnp.float32), self.config.logit_soft_cap)
+
+  def output_kernel(self) -> tuple[jax.Array, tuple[str, str]]:
+    """The matrix that makes logits of hidden states, float32, and its logical axes."""
+    if self.head is None:
+      return self.embed.embedding[...], ("vocab", "embed")
+    return self.head.kernel[...], ("embed", "vocab")
 
   def empty_cache(self, batch_size: int, length: int) -> Cache:
     """A cache for `length` positions, in the compute dtype."""
@@ -209,7 +228,7 @@ class GPT(nnx.Module):
 
     scan = config.scan_layers
     if scan is None:
-      scan = jax.default_backend() != "cpu"
+      scan = sharding.platform() != "cpu"
     if config.remat != "none":
       # Inside a scan nothing can be merged with the forward pass, so the barrier is not needed.
       policy = REMAT_POLICIES[config.remat]

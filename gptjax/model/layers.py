@@ -7,33 +7,39 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+
+from gptjax import sharding
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def contract(x: jax.Array, kernel: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
   """Contracts the last `count` axes of x with the first of the kernel; the others of both remain.
 
-  The gradient of the kernel is written in the kernel's own layout. JAX's rule for `dot_general`
+  The kernel, with the logical `axes`, is gathered where it is split over `fsdp`, and again in the
+  backward pass. Its gradient is written in the kernel's own layout: JAX's rule for `dot_general`
   makes it transposed, and on a CPU the copies cost 7 % of a training step (experiments/cpu_speed).
   As of any rule of one's own, there is no forward-mode derivative.
   """
-  return jnp.tensordot(x, kernel, axes=count)
+  return jnp.tensordot(x, sharding.gather(kernel, axes), axes=count)
 
 
-def _contract_forward(x: jax.Array, kernel: jax.Array, count: int):
-  return contract(x, kernel, count), (x, kernel)
+def _contract_forward(x: jax.Array, kernel: jax.Array, count: int, axes: tuple[str, ...]):
+  return contract(x, kernel, count, axes), (x, kernel)
 
 
-def _contract_backward(count: int, residuals, dy: jax.Array):
+def _contract_backward(count: int, axes: tuple[str, ...], residuals, dy: jax.Array):
   x, kernel = residuals
-  rows = tuple(range(x.ndim - count))
   columns = kernel.ndim - count
   dy_columns = tuple(range(dy.ndim - columns, dy.ndim))
   kernel_columns = tuple(range(count, kernel.ndim))
-  dx = jax.lax.dot_general(dy, kernel, ((dy_columns, kernel_columns), ((), ())))
-  dkernel = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
-  return dx, dkernel
+  whole = sharding.gather(kernel, axes)
+  dx = jax.lax.dot_general(dy, whole, ((dy_columns, kernel_columns), ((), ())))
+  return dx, sharding.sum_over_rows(_outer_sum, axes, x, dy)
+
+
+def _outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Sum of the outer products of x and y over their leading axes 'batch' and 'time'."""
+  return jax.lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())))
 
 
 contract.defvjp(_contract_forward, _contract_backward)
@@ -72,31 +78,16 @@ class Linear(nnx.Module):
       nnx.Param(jnp.zeros(tuple(out_shape)), axes=tuple(axes[len(in_shape) :])) if bias else None
     )
     self.contracted_axes = len(in_shape)
+    self.axes = tuple(axes)
     self.dtype = dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.kernel[...].astype(self.dtype)
-    # By its name, since no rematerialisation policy looks into a rule of our own.
-    y = checkpoint_name(contract(x.astype(self.dtype), kernel, self.contracted_axes), "projection")
+    y = contract(x.astype(self.dtype), kernel, self.contracted_axes, self.axes)
     if self.bias is not None:
       bias = self.bias[...].astype(self.dtype)
       y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
     return y
-
-
-@jax.custom_vjp
-def _score(x: jax.Array, table: jax.Array) -> jax.Array:
-  """x @ table.T, with the gradient of the table in its own layout, as in `contract`."""
-  return jnp.einsum("...d,vd->...v", x, table)
-
-
-def _score_backward(residuals, dy: jax.Array):
-  x, table = residuals
-  rows = tuple(range(x.ndim - 1))
-  return contract(dy, table, 1), jax.lax.dot_general(dy, x, ((rows, rows), ((), ())))
-
-
-_score.defvjp(lambda x, table: (_score(x, table), (x, table)), _score_backward)
 
 
 class Embedding(nnx.Module):
@@ -111,7 +102,7 @@ class Embedding(nnx.Module):
 
   def scores(self, x: jax.Array) -> jax.Array:
     """The product with every vector of the table: [..., D] -> [..., rows], in the dtype of x."""
-    return _score(x, self.embedding[...].astype(x.dtype))
+    return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype))
 
 
 class LayerNorm(nnx.Module):
@@ -124,8 +115,10 @@ class LayerNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
-    y -= y.mean(-1, keepdims=True)
-    y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    mean = y.mean(-1, keepdims=True)
+    # E[x^2] - E[x]^2, so that one pass over x makes both.
+    variance = jnp.maximum(jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean), 0)
+    y = (y - mean) * jax.lax.rsqrt(variance + self.eps)
     y *= _as_last_axis(self.scale[...], y)
     if self.bias is not None:
       y += _as_last_axis(self.bias[...], y)

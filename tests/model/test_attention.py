@@ -3,11 +3,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.model.attention import attend, visible
+from gptjax.model.attention import Mask, attend, visible
 
 
 def heads(shape, seed, scale=1.0):
   return scale * np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def seeing(visible_BTS):
+  """The mask of the kernel that is told what is visible."""
+  return Mask("xla", None, visible_BTS=jnp.asarray(visible_BTS))
 
 
 def test_a_query_sees_the_past_itself_and_no_more():
@@ -44,7 +49,7 @@ def test_attention_is_its_formula_with_every_group_of_heads(kv_heads):
   q, k, v = heads((B, T, N, H), 0), heads((B, T, kv_heads, H), 1), heads((B, T, kv_heads, H), 2)
   bias = heads((B, N, T, T), 3)
   mask = np.broadcast_to(np.tri(T, dtype=bool), (B, T, T))
-  out = attend(q, k, v, mask, bias_BNTS=bias)
+  out = attend(q, k, v, seeing(mask), bias_BNTS=bias)
 
   for head in range(N):
     group = head // (N // kv_heads)
@@ -57,7 +62,7 @@ def test_attention_is_its_formula_with_every_group_of_heads(kv_heads):
 def test_the_soft_cap_bounds_how_sharp_attention_gets():
   q, k = heads((1, 3, 1, 8), 0, 100), heads((1, 3, 1, 8), 1, 100)
   v = np.eye(3, 8, dtype=np.float32)[None, :, None]  # the output is the weights
-  everything = np.ones((1, 3, 3), bool)
+  everything = seeing(np.ones((1, 3, 3), bool))
   free = np.asarray(attend(q, k, v, everything))[0, :, 0, :3]
   capped = np.asarray(attend(q, k, v, everything, cap=1.0))[0, :, 0, :3]
   assert free.min() < 1e-6
@@ -68,7 +73,7 @@ def test_the_soft_cap_bounds_how_sharp_attention_gets():
 
 def test_a_row_that_sees_nothing_is_finite():
   q = heads((1, 2, 1, 4), 0)
-  out = attend(q, q, q, np.zeros((1, 2, 2), bool))
+  out = attend(q, q, q, seeing(np.zeros((1, 2, 2), bool)))
   assert np.isfinite(out).all()
 
 
@@ -76,7 +81,7 @@ def test_the_softmax_of_bfloat16_queries_is_float32():
   # 64 equal keys: a bfloat16 sum of exponentials, 8 bits long, would not count to 300.
   q = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
   k = jnp.ones((1, 300, 1, 4), jnp.bfloat16)
-  out = attend(q, k, k, jnp.ones((1, 1, 300), bool))
+  out = attend(q, k, k, seeing(np.ones((1, 1, 300), bool)))
   assert out.dtype == jnp.bfloat16
   np.testing.assert_allclose(out.astype(jnp.float32), 1, rtol=2**-7)
 
@@ -85,7 +90,7 @@ def test_attention_dropout_drops_weights_and_keeps_their_mean():
   q = jnp.zeros((1, 2, 1, 4))
   v = jnp.ones((1, 2000, 1, 4))
   k = jnp.zeros_like(v)
-  mask = jnp.ones((1, 2, 2000), bool)
+  mask = seeing(np.ones((1, 2, 2000), bool))
   options = {"dropout_rate": 0.5, "key": jax.random.key(0)}
   dropped = attend(q, k, v, mask, **options)
   assert (dropped != 1).all()

@@ -143,11 +143,22 @@ def without_remat(tiny_config, random_params):
 
 @pytest.mark.parametrize(
   ("remat", "scan_layers"),
-  [("full", False), ("dots", False), ("save_attention", False), ("save_attention", True)],
+  [
+    ("full", False),
+    ("save_attention", False),
+    ("save_attention", True),
+    ("save_qkv", False),
+    ("dots", False),
+    ("offload", True),
+  ],
 )
 def test_remat_changes_neither_loss_nor_gradient(
   tiny_config, random_params, without_remat, remat, scan_layers
 ):
+  if remat == "offload":
+    memories = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if "pinned_host" not in memories:
+      pytest.skip(f"no pinned_host among the memories of the device: {sorted(memories)}")
   config = tiny_config(remat=remat, scan_layers=scan_layers)
   remade = loss_and_gradients(config)(random_params(config))
   assert_trees_close(remade, without_remat, rtol=1e-4, atol=1e-6)
@@ -167,7 +178,7 @@ def test_remat_keeps_less_for_the_backward_pass(tiny_config, scan_layers):
       leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(forward, params))
     )
 
-  kept = [bytes_kept(remat) for remat in ("none", "dots", "save_attention", "full")]
+  kept = [bytes_kept(remat) for remat in ("none", "dots", "save_qkv", "save_attention", "full")]
   assert kept == sorted(set(kept), reverse=True), kept
 
 

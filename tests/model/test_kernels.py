@@ -1,0 +1,246 @@
+"""The kernels against the attention that is written out. Splash runs in interpret mode."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptjax import objectives, sharding, tree
+from gptjax.data.batch import Batch
+from gptjax.errors import UserError
+from gptjax.model import kernels
+from gptjax.model.attention import attend, choose_kernel, make_mask
+from gptjax.model.gpt import describe_parameters
+from gptjax.step import model_graph
+
+ONE = dict.fromkeys(sharding.MESH_AXES, 1)
+B, T, N = 2, 384, 4
+# Documents of a packed row; what follows them is padding. Edges lie within and on those of blocks.
+LENGTHS = ((100, 156, 90), (1, 300))
+# A document's softmax and gradients sum up to 300 products, a row's without documents up to 384:
+# 384 roundings of 2^-24, if all of them err to one side, are 2.3e-5 of the largest element.
+TOLERANCE = 2.5e-5
+
+
+def make_segments(lengths=LENGTHS, length=T):
+  """(segment ids, positions), each [B, T]; padding has the id 0."""
+  segments, positions = np.zeros((2, len(lengths), length), np.int32)
+  for row, documents in enumerate(lengths):
+    start = 0
+    for i, size in enumerate(documents):
+      segments[row, start : start + size] = i + 1
+      positions[row, start : start + size] = np.arange(size)
+      start += size
+  return segments, positions
+
+
+def make_heads(head_dim, kv_heads, length=T):
+  """Queries, keys, values, and what the attended values are weighed with."""
+  rng = np.random.default_rng(0)
+  return [
+    rng.normal(size=(B, length, heads, head_dim)).astype(np.float32)
+    for heads in (N, kv_heads, kv_heads, N)
+  ]
+
+
+def attended_and_gradients(kernel, arrays, segments, positions, window, cap):
+  """Attended values, and the gradients of their product with the last of `arrays`.
+
+  In `sharding.time_order`, there and back. Padding counts for nothing: in it the kernels differ.
+  """
+  order = sharding.time_order(positions.shape[1])
+  order = np.arange(positions.shape[1]) if order is None else order
+  valid = np.ones_like(positions) if segments is None else segments > 0
+  arrays = [array[:, order] for array in arrays]
+  ids, positions, valid = (
+    None if x is None else jnp.asarray(x[:, order]) for x in (segments, positions, valid)
+  )
+
+  @jax.jit
+  def run(q, k, v, cotangent):
+    q, k, v = (sharding.constrain(x, "batch", "time", "heads", None) for x in (q, k, v))
+    mask = make_mask(kernel, positions, positions, window, ids)
+    attended, pull = jax.vjp(lambda *qkv: attend(*qkv, mask, cap=cap), q, k, v)
+    weight = valid[..., None, None].astype(jnp.float32)
+    return attended * weight, *pull(cotangent * weight)
+
+  back = np.argsort(order)
+  return [np.asarray(array)[:, back] for array in run(*arrays)]
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE):
+  """Within a part of the largest element of each array."""
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    b = np.asarray(b)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  """Blocks of 128, so that a row of 384 has 3 by 3 of them."""
+  monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
+
+
+# --- Splash is the attention that is written out -----------------------------------------------
+
+CASES = {
+  "causal": {},
+  "window": {"window": 150},
+  "narrow-window": {"window": 2},
+  "segments": {"packed": True},
+  "grouped": {"kv_heads": 2},
+  "one-key-head": {"kv_heads": 1},
+  "soft-cap": {"cap": 0.5},
+  "head-of-32": {"head_dim": 32},
+  "head-of-128": {"head_dim": 128},
+  "all": {"window": 150, "packed": True, "kv_heads": 2, "cap": 0.5, "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("backward", ["one pass", "two kernels"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_splash_is_the_attention_that_is_written_out(monkeypatch, small_blocks, case, backward):
+  monkeypatch.setattr(kernels, "MAX_PARTIAL_GRADIENTS", 3 if backward == "one pass" else 2)
+  options = {"window": None, "packed": False, "kv_heads": N, "cap": 0.0, "head_dim": 64} | case
+  arrays = make_heads(options["head_dim"], options["kv_heads"])
+  segments, positions = make_segments() if options["packed"] else (None, np.tile(range(T), (B, 1)))
+  masked = (arrays, segments, positions, options["window"], options["cap"])
+  assert_close(attended_and_gradients("splash", *masked), attended_and_gradients("xla", *masked))
+
+
+@pytest.mark.parametrize("length", [256, 512])  # a block of queries over two chunks, or in one
+@pytest.mark.parametrize(
+  "sizes",
+  [{"tensor": 2, "context": 2}, {"data": 2, "context": 2}, {"fsdp": 2, "tensor": 2}],
+  ids=str,
+)
+def test_splash_on_a_mesh_is_that_on_one_device(small_blocks, sizes, length):
+  segments, positions = make_segments(((100, 56, 90), (1, 230)), length)
+  masked = (make_heads(32, 2, length), segments, positions, 150, 0.5)
+  expected = attended_and_gradients("xla", *masked)
+  with jax.set_mesh(sharding.make_mesh(ONE | sizes)):
+    actual = attended_and_gradients("splash", *masked)
+  assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+  ("length", "side"), [(128, 128), (384, 384), (1024, 1024), (1152, 384), (2048, 1024)]
+)
+def test_a_block_is_the_largest_that_divides_the_row(length, side):
+  assert kernels.block_size(length) == side
+
+
+# --- The whole model ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_loss(tiny_config, random_params):
+  """Returns a function that makes (loss, gradients) of a packed batch, by the name of a kernel."""
+  length = 256
+  segments, positions = make_segments(((100, 56, 90), (1, 230)), length)
+  rng = np.random.default_rng(0)
+  inputs, targets = rng.integers(0, 32, (2, B, length)).astype(np.int32)
+  batch = Batch(inputs, targets, (segments > 0).astype(np.float32), segments, positions)
+
+  @functools.cache
+  def compute(attention, **mesh):
+    config = tiny_config(
+      position="rope",
+      head_dim=32,
+      num_kv_heads=2,
+      layer_pattern=("full", "local"),
+      window=150,
+      attention_soft_cap=2.0,
+      attention=attention,
+    )
+    graph, parameters = model_graph(config), describe_parameters(config)
+
+    @jax.jit
+    def differentiate(params, batch):
+      batch = sharding.balance_time(batch)
+
+      def loss(params):
+        return objectives.next_token(nnx.merge(graph, params), batch).total
+
+      return jax.value_and_grad(loss)(params)
+
+    if not mesh:
+      return jax.device_get(differentiate(random_params(config), batch))
+    mesh = sharding.make_mesh(ONE | mesh)
+    shardings = sharding.parameter_shardings(parameters, mesh)
+    params = tree.map_named(
+      lambda name, leaf: jax.device_put(leaf, shardings[name]), random_params(config)
+    )
+    with jax.set_mesh(mesh):
+      return jax.device_get(differentiate(params, sharding.to_global(batch, mesh)))
+
+  return compute
+
+
+@pytest.mark.parametrize(
+  "mesh", [{}, {"tensor": 2, "context": 2}, {"data": 2, "context": 2}], ids=str
+)
+def test_a_model_learns_the_same_by_splash(model_loss, small_blocks, mesh):
+  assert_close(model_loss("splash", **mesh), model_loss("xla"))
+
+
+# --- Which kernel ------------------------------------------------------------------------------
+
+
+def choose(config, length=256, *, cached=False, training=True):
+  return choose_kernel(config, length, cached=cached, training=training)
+
+
+@pytest.mark.parametrize(
+  ("platform", "own"), [("cpu", "xla"), ("tpu", "splash"), ("gpu", "cudnn"), ("other", "xla")]
+)
+def test_auto_is_the_kernel_of_the_platform(tiny_config, monkeypatch, platform, own):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  assert choose(tiny_config(dtype="bfloat16")) == own
+
+
+# What no kernel but 'xla' can do, and whose it is.
+OBSTACLES = [
+  ("splash", {"attention_dropout": 0.1}, 256, "attention dropout"),
+  ("splash", {"position": "alibi"}, 256, "position='alibi', a bias"),
+  ("splash", {"position": "t5"}, 256, "position='t5', a bias"),
+  ("splash", {}, 200, "a row of 200: not a multiple of 128 on each device"),
+  ("cudnn", {"attention_dropout": 0.1}, 256, "attention dropout"),
+  ("cudnn", {"position": "alibi"}, 256, "position='alibi', a bias"),
+  ("cudnn", {"position": "t5"}, 256, "position='t5', a bias"),
+  ("cudnn", {"attention_soft_cap": 1.0}, 256, "attention_soft_cap"),
+  ("cudnn", {"dtype": "float32"}, 256, "dtype='float32': it needs bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "changes", "length", "obstacle"), OBSTACLES)
+def test_what_a_kernel_cannot_do_is_refused_or_left_to_xla(
+  tiny_config, monkeypatch, kernel, changes, length, obstacle
+):
+  changes = {"dtype": "bfloat16"} | changes
+  with pytest.raises(UserError) as error:
+    choose(tiny_config(attention=kernel, **changes), length)
+  assert str(error.value) == (
+    f"model.attention={kernel!r} cannot do {obstacle}. Set model.attention=xla."
+  )
+  monkeypatch.setattr(sharding, "platform", lambda: {"splash": "tpu", "cudnn": "gpu"}[kernel])
+  assert choose(tiny_config(**changes), length) == "xla"
+  assert choose(tiny_config(attention="xla", **changes), length) == "xla"
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_kernel_does_the_rest(tiny_config, kernel):
+  config = tiny_config(attention=kernel, dtype="bfloat16", attention_dropout=0.1)
+  assert choose(config, training=False) == kernel  # dropout is of training alone
+  assert choose(config, 1, cached=True) == "xla"  # a cache is not in the order of its positions
+
+
+def test_a_row_is_counted_on_each_device(tiny_config):
+  config = tiny_config(attention="splash")
+  with jax.set_mesh(sharding.make_mesh(ONE | {"context": 4})):
+    assert choose(config, 512) == "splash"
+    with pytest.raises(UserError, match="a row of 640: not a multiple of 128 on each device"):
+      choose(config, 640)
