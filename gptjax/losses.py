@@ -155,5 +155,6 @@ def _count_chunks(tokens: int, vocab: int) -> int:
   return next(
     chunks
     for chunks in range(1, tokens + 1)
-    if tokens % chunks == 0 and (tokens // chunks * vocab * 4 <= MAX_LOGIT_BYTES or chunks == tokens)
+    if tokens % chunks == 0
+    and (tokens // chunks * vocab * 4 <= MAX_LOGIT_BYTES or chunks == tokens)
   )

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,8 +47,10 @@ RULES: dict[str | None, tuple[str, ...]] = {
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Arranges the devices by `config.mesh`, one size an axis; -1 takes what is left.
 
+  Of several slices, `data` is what crosses the network between them.
+
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or `data` not to that of slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   shape = {axis: int(sizes[axis]) for axis in MESH_AXES}
@@ -66,12 +69,24 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       f"mesh {wanted} needs {'a multiple of ' if free else ''}{fixed} devices, this run sees "
       f"{len(devices)}. Set --config.mesh.data=-1 to fill."
     )
-  return jax.make_mesh(
-    tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices
-  )
+  types = (AxisType.Auto,) * len(shape)
+  slices = len({getattr(device, "slice_index", None) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices)
+  if shape["data"] % slices:
+    raise UserError(
+      f"mesh {wanted}: only mesh.data may cross the network between the {slices} slices; make it a "
+      f"multiple of {slices}."
+    )
+  within = tuple((shape | {"data": shape["data"] // slices}).values())
+  across = tuple(slices if axis == "data" else 1 for axis in shape)
+  grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def mesh_axes(axes: Sequence[str | None], among: Sequence[str] = MESH_AXES) -> list[tuple[str, ...]]:
+def mesh_axes(
+  axes: Sequence[str | None], among: Sequence[str] = MESH_AXES
+) -> list[tuple[str, ...]]:
   """Which mesh axes, of those `among`, split each logical axis.
 
   A mesh axis splits a single axis of an array: the first wins.

@@ -83,6 +83,16 @@ def test_parameters_are_split_by_width_and_by_head(tiny_config):
   assert split == (2, 8, 2, 4)
 
 
+def test_vectors_are_whole_over_fsdp(tiny_config):
+  parameters = describe_parameters(tiny_config(qk_norm=True))
+  shardings = sharding.parameter_shardings(parameters, make_mesh(fsdp=2, tensor=2))
+  specs = {name: sharding.spec for name, sharding in shardings.items()}
+  assert specs["final_norm/scale"] == P(None)
+  assert specs["blocks/attention_norm/scale"] == P(None, None)
+  assert specs["blocks/mlp/down/bias"] == P(None, None)
+  assert specs["blocks/mlp/up/bias"] == P(None, "tensor")
+
+
 def test_one_mesh_axis_splits_one_axis_of_an_array():
   assert sharding.mesh_axes(("embed", "embed")) == [("fsdp",), ()]
   assert sharding.partition_spec(("batch", "embed")) == P(("data", "fsdp", "expert"), None)
@@ -133,6 +143,30 @@ def test_a_batch_goes_to_the_devices_and_back(sizes):
   assert there["x"].addressable_shards[0].data.size == 16
   assert there["x"].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
   jax.tree.map(np.testing.assert_array_equal, there, batch)
+
+
+def test_each_device_sees_as_much_of_a_causal_row():
+  assert sharding.time_order(16) is None
+  with jax.set_mesh(make_mesh(context=4)):
+    order = sharding.time_order(16)
+  parts = order.reshape(4, 4)
+  np.testing.assert_array_equal(np.sort(order), np.arange(16))
+  # A query at position p sees p + 1 keys.
+  assert len(set((parts + 1).sum(1))) == 1
+  # Of two runs of the row each, so that neighbours stay together.
+  np.testing.assert_array_equal(parts[:, 1::2] - parts[:, ::2], 1)
+
+
+def test_balancing_moves_all_fields_of_a_batch_alike():
+  batch = {"x": np.arange(64).reshape(4, 16), "y": np.arange(64).reshape(4, 16) / 2}
+  assert sharding.balance_time(batch) is batch
+  mesh = make_mesh(data=2, context=2)
+  with jax.set_mesh(mesh):
+    order = sharding.time_order(16)
+    balanced = jax.jit(sharding.balance_time)(sharding.to_global(batch, mesh))
+  assert balanced["x"].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+  np.testing.assert_array_equal(balanced["x"], batch["x"][:, order])
+  np.testing.assert_array_equal(balanced["y"] * 2, balanced["x"])
 
 
 def test_constrain_pins_under_a_mesh_and_does_nothing_without():

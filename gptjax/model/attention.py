@@ -86,39 +86,34 @@ def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: b
   Raises:
     UserError: the config asks for a kernel that cannot do the job.
   """
-  dropout = training and config.attention_dropout > 0
-  half = config.dtype == "bfloat16"
-  obstacles = {
-    "xla": None,
-    "splash": (
-      "attention dropout"
-      if dropout
-      else f"position={config.position!r}, a bias"
-      if config.position in ("alibi", "t5")
-      else f"a row of {length}: not a multiple of {LANES} on each device"
-      if length % (LANES * sharding.axis_parts("time"))
-      else None
-    ),
-    "cudnn": (
-      "attention dropout"
-      if dropout
-      else f"position={config.position!r}, a bias"
-      if config.position in ("alibi", "t5")
-      else "attention_soft_cap"
-      if config.attention_soft_cap
-      else f"dtype={config.dtype!r}: it needs bfloat16"
-      if not half
-      else None
-    ),
-  }
   if cached:
     return "xla"
+  common = [
+    (training and config.attention_dropout > 0, "attention dropout"),
+    (config.position in ("alibi", "t5"), f"position={config.position!r}, a bias"),
+  ]
+  spans = LANES * sharding.axis_parts("time")
+  obstacles = {
+    "xla": [],
+    "splash": [*common, (length % spans, f"a row of {length}: not a multiple of {spans}")],
+    "cudnn": [
+      *common,
+      (config.attention_soft_cap, "attention_soft_cap"),
+      (config.dtype != "bfloat16", f"dtype={config.dtype!r}: it needs bfloat16"),
+      (config.head_dim % 8, f"head_dim={config.head_dim}: not a multiple of 8"),
+      (length % 2, f"a row of {length}: odd"),
+    ],
+  }
+
+  def obstacle(kernel: str) -> str | None:
+    return next((reason for holds, reason in obstacles[kernel] if holds), None)
+
   if config.attention == "auto":
     own = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "xla")
-    return own if obstacles[own] is None else "xla"
-  if obstacle := obstacles[config.attention]:
+    return "xla" if obstacle(own) else own
+  if reason := obstacle(config.attention):
     raise UserError(
-      f"model.attention={config.attention!r} cannot do {obstacle}. Set model.attention=xla."
+      f"model.attention={config.attention!r} cannot do {reason}. Set model.attention=xla."
     )
   return config.attention
 

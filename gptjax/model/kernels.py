@@ -6,11 +6,12 @@ Axes: B batch, T query positions, S key positions, N query heads, K key-value he
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash_kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import NamedSharding
 
 from gptjax import sharding
@@ -33,13 +34,13 @@ def splash(
   window: int | None,
   cap: float,
 ) -> jax.Array:
-  """Splash attention, the block-sparse flash attention of JAX for TPUs, in interpret mode elsewhere.
+  """Splash attention, JAX's block-sparse flash attention for TPUs; interpreted elsewhere.
 
   Flash attention: Dao et al. 2022 (arXiv:2205.14135). Blocks that no query may see are skipped.
   Positions are those of the row, T = S a multiple of 128. Heads are split as `sharding.RULES` says;
   of a row that is split over `context`, each device has its queries and all keys.
   """
-  B, T, N, H = q_BTNH.shape
+  _, T, N, H = q_BTNH.shape
   order = sharding.time_order(T)
   if order is not None:
     # Keys in the order of the text, which is how the kernel counts them.

@@ -182,6 +182,24 @@ def test_remat_keeps_less_for_the_backward_pass(tiny_config, scan_layers):
   assert kept == sorted(set(kept), reverse=True), kept
 
 
+def test_offload_keeps_in_the_memory_of_the_host_what_dots_keeps(tiny_config):
+  def sizes(remat):
+    """(bytes kept, of which in the host's memory) of the residuals of the backward pass."""
+    config = tiny_config(remat=remat, scan_layers=True)
+    graph, params = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+
+    def forward(params):
+      return jax.vjp(lambda params: nnx.merge(graph, params)(TOKENS), params)[1]
+
+    kept = jax.tree.leaves(jax.make_jaxpr(forward)(nnx.to_pure_dict(params)).out_avals)
+    on_host = [leaf for leaf in kept if leaf.memory_space == jax.memory.Space.Host]
+    return tuple(sum(x.size * x.dtype.itemsize for x in leaves) for leaves in (kept, on_host))
+
+  wide = 2 * TOKENS.size * 32 * 4  # of two layers, float32
+  assert sizes("dots")[1] == 0
+  assert sizes("offload") == (sizes("dots")[0], wide)
+
+
 def test_unstacked_layers_compute_the_same(tiny_config, random_params):
   config = tiny_config(position="rope", layer_pattern=("full", "local"), window=2)
   model = nnx.merge(model_graph(config), random_params(config))

@@ -13,7 +13,7 @@ from gptjax.data.batch import Batch
 from gptjax.errors import UserError
 from gptjax.model import kernels
 from gptjax.model.attention import attend, choose_kernel, make_mask
-from gptjax.model.gpt import describe_parameters
+from gptjax.model.gpt import GPT, describe_parameters
 from gptjax.step import model_graph
 
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
@@ -126,6 +126,23 @@ def test_splash_on_a_mesh_is_that_on_one_device(small_blocks, sizes, length):
   assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("backward", ["one pass", "two kernels"])
+def test_splash_lowers_to_kernels_of_a_tpu(monkeypatch, small_blocks, head_dim, backward):
+  monkeypatch.setattr(kernels, "MAX_PARTIAL_GRADIENTS", 3 if backward == "one pass" else 2)
+  monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+  q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in make_heads(head_dim, 2))
+  segments = jnp.asarray(make_segments()[0])
+
+  def loss(q, k, v):
+    mask = make_mask("splash", segments, segments, 150, segments)
+    return attend(q, k, v, mask, cap=0.5).astype(jnp.float32).sum()
+
+  lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("tpu",))
+  kernel_calls = lowered.as_text().count("@tpu_custom_call")
+  assert kernel_calls == (2 if backward == "one pass" else 3)
+
+
 @pytest.mark.parametrize(
   ("length", "side"), [(128, 128), (384, 384), (1024, 1024), (1152, 384), (2048, 1024)]
 )
@@ -187,6 +204,25 @@ def test_a_model_learns_the_same_by_splash(model_loss, small_blocks, mesh):
   assert_close(model_loss("splash", **mesh), model_loss("xla"))
 
 
+def test_what_remat_keeps_of_splash_is_not_computed_again(tiny_config):
+  def exponentials(remat):
+    # Of these layers only attention has any.
+    choices = {"num_layers": 1, "position": "rope", "activation": "relu", "scan_layers": True}
+    config = tiny_config(attention="splash", remat=remat, **choices)
+    graph = model_graph(config)
+    params = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(GPT(config, nnx.Rngs(0)))))
+    tokens = jnp.zeros((B, 128), jnp.int32)
+
+    def loss(params):
+      return nnx.merge(graph, params).hidden(tokens)[0].sum()
+
+    return jax.jit(jax.grad(loss)).lower(params).compile().as_text().count(" exponential(")
+
+  with jax.set_mesh(sharding.make_mesh(ONE | {"data": 2, "tensor": 2})):
+    counts = {remat: exponentials(remat) for remat in ("none", "save_attention", "full")}
+  assert counts["none"] == counts["save_attention"] < counts["full"]
+
+
 # --- Which kernel ------------------------------------------------------------------------------
 
 
@@ -199,7 +235,7 @@ def choose(config, length=256, *, cached=False, training=True):
 )
 def test_auto_is_the_kernel_of_the_platform(tiny_config, monkeypatch, platform, own):
   monkeypatch.setattr(sharding, "platform", lambda: platform)
-  assert choose(tiny_config(dtype="bfloat16")) == own
+  assert choose(tiny_config(dtype="bfloat16", head_dim=8)) == own
 
 
 # What no kernel but 'xla' can do, and whose it is.
@@ -207,12 +243,14 @@ OBSTACLES = [
   ("splash", {"attention_dropout": 0.1}, 256, "attention dropout"),
   ("splash", {"position": "alibi"}, 256, "position='alibi', a bias"),
   ("splash", {"position": "t5"}, 256, "position='t5', a bias"),
-  ("splash", {}, 200, "a row of 200: not a multiple of 128 on each device"),
+  ("splash", {}, 200, "a row of 200: not a multiple of 128"),
   ("cudnn", {"attention_dropout": 0.1}, 256, "attention dropout"),
   ("cudnn", {"position": "alibi"}, 256, "position='alibi', a bias"),
   ("cudnn", {"position": "t5"}, 256, "position='t5', a bias"),
   ("cudnn", {"attention_soft_cap": 1.0}, 256, "attention_soft_cap"),
   ("cudnn", {"dtype": "float32"}, 256, "dtype='float32': it needs bfloat16"),
+  ("cudnn", {"head_dim": 4}, 256, "head_dim=4: not a multiple of 8"),
+  ("cudnn", {}, 255, "a row of 255: odd"),
 ]
 
 
@@ -220,7 +258,7 @@ OBSTACLES = [
 def test_what_a_kernel_cannot_do_is_refused_or_left_to_xla(
   tiny_config, monkeypatch, kernel, changes, length, obstacle
 ):
-  changes = {"dtype": "bfloat16"} | changes
+  changes = {"dtype": "bfloat16", "head_dim": 8} | changes
   with pytest.raises(UserError) as error:
     choose(tiny_config(attention=kernel, **changes), length)
   assert str(error.value) == (
@@ -233,7 +271,7 @@ def test_what_a_kernel_cannot_do_is_refused_or_left_to_xla(
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_a_kernel_does_the_rest(tiny_config, kernel):
-  config = tiny_config(attention=kernel, dtype="bfloat16", attention_dropout=0.1)
+  config = tiny_config(attention=kernel, dtype="bfloat16", head_dim=8, attention_dropout=0.1)
   assert choose(config, training=False) == kernel  # dropout is of training alone
   assert choose(config, 1, cached=True) == "xla"  # a cache is not in the order of its positions
 
@@ -242,5 +280,5 @@ def test_a_row_is_counted_on_each_device(tiny_config):
   config = tiny_config(attention="splash")
   with jax.set_mesh(sharding.make_mesh(ONE | {"context": 4})):
     assert choose(config, 512) == "splash"
-    with pytest.raises(UserError, match="a row of 640: not a multiple of 128 on each device"):
+    with pytest.raises(UserError, match="a row of 640: not a multiple of 512"):
       choose(config, 640)
