@@ -4,9 +4,10 @@
       --config.data.path=corpus/ --workdir=runs/first
 
 Parts: model (configs/parts/models.py), data (data.py; 'a+b' is a mixture), optim (optim.py), mesh
-(mesh.py) and tuned (tuned/, what `gptjax.compile --search` found for a model on a slice). Any key can be overridden with --config.KEY=VALUE, for example
---config.model.num_layers=6. A duration is one key with a unit, _steps, _tokens, _epochs or
-_percent: --config.total_tokens=1e9 takes the place of total_steps.
+(mesh.py) and tuned (tuned/: layouts that `gptjax.compile --search` found). Any key can be
+overridden with --config.KEY=VALUE, for example --config.model.num_layers=6. A duration is one key
+with a unit, _steps, _tokens, _epochs or _percent: --config.total_tokens=1e9 takes the place of
+total_steps.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
-"""This process: joining those of the other hosts, agreeing with them, and settings for a CPU."""
+"""This process and its machine: joining other hosts, agreeing with them, caches, CPU settings."""
 
 import ctypes
 import os
 import re
 import socket
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +14,11 @@ from gptjax.errors import UserError
 
 # From glibc's malloc.h: parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def cache_root() -> Path:
+  """Where this user's machine keeps what can be made again."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax"
 
 
 def join_hosts(

@@ -299,6 +299,16 @@ def balance_time(batch: Any) -> Any:
   return jax.tree.map(lambda x: constrain(x[:, order], "batch", "time"), batch)
 
 
+def gather_time(x: jax.Array) -> jax.Array:
+  """Within a shard: all positions of [B, T, ...] in the order of the text."""
+  names = split_names("time")
+  if not names:
+    return x
+  whole = jax.lax.all_gather(x, names, axis=1, tiled=True)
+  chunks = jnp.split(whole, 2 * axis_parts("time"), axis=1)
+  return jnp.concatenate([*chunks[0::2], *chunks[1::2][::-1]], axis=1)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of every [B, T] field of a batch."""
   return NamedSharding(mesh, partition_spec(("batch", "time")))

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from gptjax import config as config_lib
+from gptjax.compiler import gpu, topology
 from gptjax.plan import dry_run
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,23 @@ def test_train_command_is_accepted(arguments, capsys):
   assert "parameters: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", commands("compile"))
+def test_compile_command_is_accepted(arguments):
+  known = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "gptjax/compile.py").read_text())
+  spec, overrides = "configs/pretrain.py", {}
+  for argument in shlex.split(arguments):
+    if match := re.fullmatch(r"--config\.([\w.]+)=(.*)", argument):
+      overrides[match[1]] = match[2]
+      continue
+    assert re.fullmatch(rf"--({'|'.join(known)})(=.*)?", argument), argument
+    name, _, value = argument.removeprefix("--").partition("=")
+    if name == "config":
+      spec = value
+    elif name == "topology":
+      (gpu.parse_name if gpu.is_name(value) else topology.parse_name)(value)
+  config_lib.load(spec, overrides)
+
+
 @pytest.mark.parametrize("arguments", commands("generate"))
 def test_generate_command_is_accepted(arguments):
   known = re.findall(r'DEFINE_\w+\("(\w+)"', (ROOT / "gptjax/generate.py").read_text())
@@ -60,6 +78,7 @@ def test_generate_command_is_accepted(arguments):
 
 def test_documents_have_commands():
   assert len(commands("train")) >= 4
+  assert len(commands("compile")) >= 4
   assert len(commands("generate")) >= 2
 
 

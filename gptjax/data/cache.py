@@ -19,6 +19,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
+from gptjax import host
 from gptjax.data.sources import Source, documents
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
@@ -73,7 +74,7 @@ def open_or_build(
       written.
   """
   identity = f"{_FORMAT} {tokenizer.fingerprint()} {source.fingerprint()}"
-  root = _root(cache_dir) / "tokens"
+  root = (Path(cache_dir).expanduser() if cache_dir else host.cache_root()) / "tokens"
   folder = root / hashlib.sha256(identity.encode()).hexdigest()[:32]
   partial = folder.with_suffix(".partial")
   with _writing(root):
@@ -92,12 +93,6 @@ def open_or_build(
       finally:
         shutil.rmtree(partial, ignore_errors=True)
   return _open(folder)
-
-
-def _root(cache_dir: str) -> Path:
-  if cache_dir:
-    return Path(cache_dir).expanduser()
-  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.inference.sampling import Sampling, choose, penalise_repetition
-from gptjax.model.gpt import Cache
+from gptjax.model.gpt import GPT, Cache
 from gptjax.sharding import constrain
 
 
@@ -84,43 +84,56 @@ def decode(
   """
   model = nnx.merge(graphdef, params)
   model.unstack()
-  rows_B = jnp.arange(decoding.tokens.shape[0])
 
   def proceed(carry):
     count, state = carry
     return (count < steps) & ~state.finished.all()
 
-  def append(carry):
+  def step(carry):
     count, state = carry
-    logits_BV = state.logits[:, :vocab_size]
-    if sampling.repetition_penalty != 1:
-      valid_BT = jnp.arange(state.tokens.shape[1])[None] < state.lengths[:, None]
-      logits_BV = penalise_repetition(
-        logits_BV, state.tokens, valid_BT, sampling.repetition_penalty
-      )
-    # A row's randomness comes from its own key and length: the same alone as in any batch.
-    keys_B = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
-    next_B = choose(logits_BV, keys_B, sampling)
-    # A finished row goes on for the sake of the others, writing behind its end or nowhere.
-    tokens_BT = state.tokens.at[rows_B, state.lengths].set(next_B, mode="drop")
-    hidden_B1D, cache = model.hidden(
-      next_B[:, None], positions_BT=state.lengths[:, None], cache=state.cache
-    )
-    lengths_B = jnp.where(state.finished, state.lengths, state.lengths + 1)
-    return count + 1, Decoding(
-      tokens=tokens_BT,
-      lengths=lengths_B,
-      logits=model.logits(hidden_B1D)[:, 0],
-      finished=state.finished | (next_B == end_of_text) | (lengths_B >= limits_B),
-      keys=state.keys,
-      cache=cache,
+    return count + 1, append(
+      model, state, limits_B, end_of_text, sampling=sampling, vocab_size=vocab_size
     )
 
-  state = jax.lax.while_loop(proceed, append, (jnp.int32(0), decoding))[1]
+  state = jax.lax.while_loop(proceed, step, (jnp.int32(0), decoding))[1]
   # Every host of a mesh reads these.
   return dataclasses.replace(
     state,
     tokens=constrain(state.tokens, None, None),
     lengths=constrain(state.lengths, None),
     finished=constrain(state.finished, None),
+  )
+
+
+def append(
+  model: GPT,
+  state: Decoding,
+  limits_B: jax.Array,
+  end_of_text: jax.Array,
+  *,
+  sampling: Sampling,
+  vocab_size: int | None = None,
+) -> Decoding:
+  """Appends one token to each row; arguments as for `decode`."""
+  rows_B = jnp.arange(state.tokens.shape[0])
+  logits_BV = state.logits[:, :vocab_size]
+  if sampling.repetition_penalty != 1:
+    valid_BT = jnp.arange(state.tokens.shape[1])[None] < state.lengths[:, None]
+    logits_BV = penalise_repetition(logits_BV, state.tokens, valid_BT, sampling.repetition_penalty)
+  # A row's randomness comes from its own key and length: the same alone as in any batch.
+  keys_B = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
+  next_B = choose(logits_BV, keys_B, sampling)
+  # A finished row goes on for the sake of the others, writing behind its end or nowhere.
+  tokens_BT = state.tokens.at[rows_B, state.lengths].set(next_B, mode="drop")
+  hidden_B1D, cache = model.hidden(
+    next_B[:, None], positions_BT=state.lengths[:, None], cache=state.cache
+  )
+  lengths_B = jnp.where(state.finished, state.lengths, state.lengths + 1)
+  return Decoding(
+    tokens=tokens_BT,
+    lengths=lengths_B,
+    logits=model.logits(hidden_B1D)[:, 0],
+    finished=state.finished | (next_B == end_of_text) | (lengths_B >= limits_B),
+    keys=state.keys,
+    cache=cache,
   )

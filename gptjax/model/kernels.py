@@ -41,14 +41,6 @@ def splash(
   of a row that is split over `context`, each device has its queries and all keys.
   """
   _, T, N, H = q_BTNH.shape
-  order = sharding.time_order(T)
-  if order is not None:
-    # Keys in the order of the text, which is how the kernel counts them.
-    restore = np.argsort(order)
-    k_BSKH, v_BSKH = k_BSKH[:, restore], v_BSKH[:, restore]
-  key_segments_BS = segment_ids_BT
-  if segment_ids_BT is not None and order is not None:
-    key_segments_BS = segment_ids_BT[:, restore]
   kernel = _splash_kernel(
     T,
     N,
@@ -56,23 +48,30 @@ def splash(
     cap,
     head_shards=sharding.axis_parts("heads"),
     time_shards=sharding.axis_parts("time"),
-    order=order,
+    order=sharding.time_order(T),
     interpret=sharding.platform() != "tpu",
   )
 
-  def run(kernel, q_BTNH, k_BSKH, v_BSKH, *segments):
-    heads_first = [x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)]
-    q_BNTH, k_BKSH, v_BKSH = checkpoint_name(heads_first, "qkv")
+  def run(kernel, q_BTNH, k_BSKH, v_BSKH, *segment_ids):
+    segments = [*segment_ids, *map(sharding.gather_time, segment_ids)]
+    if sharding.axis_parts("time") > 1:
+      # What a remat policy keeps is the device's own part, not the keys of all.
+      k_BSKH, v_BSKH = map(sharding.gather_time, checkpoint_name((k_BSKH, v_BSKH), "qkv"))
+      q_BNTH = checkpoint_name(q_BTNH.swapaxes(1, 2), "qkv")
+      k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    else:
+      heads_first = [x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)]
+      q_BNTH, k_BKSH, v_BKSH = checkpoint_name(heads_first, "qkv")
     pair = splash_kernel.SegmentIds(*segments) if segments else None
     attended_BNTH = jax.vmap(kernel, in_axes=(0, 0, 0, pair and 0))(q_BNTH, k_BKSH, v_BKSH, pair)
     return attended_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)
 
-  queries, keys = ("batch", "time", "heads", None), ("batch", None, "kv_heads", None)
+  queries, keys = ("batch", "time", "heads", None), ("batch", "time", "kv_heads", None)
   in_axes = [queries, keys, keys]
   arguments = [q_BTNH / math.sqrt(H), k_BSKH, v_BSKH]
   if segment_ids_BT is not None:
-    in_axes += [("batch", "time"), ("batch", None)]
-    arguments += [segment_ids_BT, key_segments_BS]
+    in_axes.append(("batch", "time"))
+    arguments.append(segment_ids_BT)
 
   def kernel_spec(mesh):
     spec = sharding.partition_spec(("heads", "time"))
