@@ -69,19 +69,67 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       f"mesh {wanted} needs {'a multiple of ' if free else ''}{fixed} devices, this run sees "
       f"{len(devices)}. Set --config.mesh.data=-1 to fill."
     )
-  types = (AxisType.Auto,) * len(shape)
   slices = len({getattr(device, "slice_index", None) for device in devices})
-  if slices == 1:
-    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices)
   if shape["data"] % slices:
     raise UserError(
       f"mesh {wanted}: only mesh.data may cross the network between the {slices} slices; make it a "
       f"multiple of {slices}."
     )
+  # Neighbours on the torus are neighbours in the mesh, as far as its shape allows.
   within = tuple((shape | {"data": shape["data"] // slices}).values())
   across = tuple(slices if axis == "data" else 1 for axis in shape)
-  grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
-  return Mesh(grid, MESH_AXES, axis_types=types)
+  split = {"allow_split_physical_axes": True}
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(within, devices, **split)
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+  return Mesh(
+    _as_rings(grid, MESH_AXES.index("fsdp")), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)
+  )
+
+
+def _as_rings(grid: np.ndarray, axis: int) -> np.ndarray:
+  """Reorders an axis of a grid of TPUs so that each is wired to the next, as `_ring_scatter` wants.
+
+  Only where the devices along the axis fill a box of the torus, the same everywhere; elsewhere, and
+  of devices without coordinates, the order stays.
+  """
+  lines = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
+  if not all(hasattr(device, "coords") for device in lines[0]):
+    return grid
+  coords = np.array([[device.coords for device in line] for line in lines])
+  offsets = coords - coords.min(axis=1, keepdims=True)
+  box = tuple(int(extent) for extent in offsets[0].max(axis=0) + 1)
+  if math.prod(box) != grid.shape[axis] or (offsets != offsets[:1]).any():
+    return grid
+  place = {tuple(offset): i for i, offset in enumerate(offsets[0].tolist())}
+  return np.take(grid, [place[cell] for cell in ring_of_box(box)], axis=axis)
+
+
+def ring_of_box(box: tuple[int, ...]) -> list[tuple[int, ...]]:
+  """All cells of a box, each next to the one before; the last next to the first, if any way is."""
+  rows = next((i for i, side in enumerate(box) if side % 2 == 0), None)
+  others = [side for i, side in enumerate(box) if i != rows]
+  if rows is None or math.prod(others) == 1:
+    return _snake(box)
+  # Along the first row, back and forth over the rest, and home down the first column.
+  columns = _snake(tuple(others))
+  cells = [(0, column) for column in columns]
+  for row in range(1, box[rows]):
+    turn = columns[1:] if row % 2 == 0 else columns[:0:-1]
+    cells += [(row, column) for column in turn]
+  cells += [(row, columns[0]) for row in range(box[rows] - 1, 0, -1)]
+  return [(*column[:rows], row, *column[rows:]) for row, column in cells]
+
+
+def _snake(box: tuple[int, ...]) -> list[tuple[int, ...]]:
+  """All cells of a box, each next to the one before."""
+  if not box:
+    return [()]
+  rest = _snake(box[1:])
+  return [
+    (first, *cell) for first in range(box[0]) for cell in (rest if first % 2 == 0 else rest[::-1])
+  ]
 
 
 def mesh_axes(

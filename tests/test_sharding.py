@@ -175,3 +175,34 @@ def test_constrain_pins_under_a_mesh_and_does_nothing_without():
   with jax.set_mesh(make_mesh(data=4)):
     pinned = jax.jit(lambda x: sharding.constrain(x, "batch", "time", None))(x)
   assert pinned.addressable_shards[0].data.shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("box", [(4, 4), (2, 4, 4), (3, 4), (2, 2, 1), (4, 4, 2), (8, 2)])
+def test_a_ring_goes_through_a_box_from_neighbour_to_neighbour(box):
+  ring = sharding.ring_of_box(box)
+  assert sorted(ring) == sorted(np.ndindex(*box))
+  steps = np.abs(np.subtract(ring, np.roll(ring, 1, axis=0))).sum(axis=1)
+  assert set(steps.tolist()) == {1}
+
+
+def test_where_there_is_no_ring_there_is_a_path():
+  for box in [(7,), (3, 3), (3, 1, 5)]:
+    path = sharding.ring_of_box(box)
+    assert sorted(path) == sorted(np.ndindex(*box))
+    assert set(np.abs(np.diff(path, axis=0)).sum(axis=1).tolist()) == {1}
+
+
+class FakeChip:
+  def __init__(self, coords):
+    self.coords = coords
+
+
+def test_fsdp_follows_the_wires_and_the_other_axes_stay():
+  chips = [[FakeChip((x, y, z)) for z in range(2) for y in range(4)] for x in range(2)]
+  grid = np.empty((2, 8, 1), object)
+  grid[:, :, 0] = chips
+  ordered = sharding._as_rings(grid, 1)
+  for x in range(2):
+    coords = np.array([chip.coords for chip in ordered[x, :, 0]])
+    assert set(coords[:, 0].tolist()) == {x}
+    assert set(np.abs(coords - np.roll(coords, 1, axis=0)).sum(axis=1).tolist()) == {1}

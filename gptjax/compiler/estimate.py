@@ -4,9 +4,10 @@ The compiler gives cycles for every fused operation. It gives none for hand-writ
 collectives; here is what stands in for them:
 
 - A kernel takes the time of its matrix products at KERNEL_EFFICIENCY of the peak.
-- A collective takes its bytes over the links that it can use (`Slice.link_bandwidth`). A
-  synchronous one is added to the time of the loop body it is in; the asynchronous ones of a loop
-  body are hidden behind what the body computes, and only what is left over is added.
+- A collective takes its bytes over the links that it can use (`Slice.link_bandwidth`); a
+  permutation, over the link that most of its messages share. A synchronous one is added to the time
+  of the loop body it is in; the asynchronous ones of a loop body are hidden behind what the body
+  computes, and only what is left over is added.
 
 Left out: the latency of a collective and of a kernel launch, waiting for a slower chip, the host,
 collectives that share a link, and the network between slices.
@@ -16,6 +17,8 @@ import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+
+import jax
 
 from gptjax.compiler.hlo import Collective, Kernel, Program
 from gptjax.compiler.topology import Slice
@@ -47,9 +50,18 @@ class Estimate:
 
 
 def estimate(
-  program: Program, target: Slice, windows: Sequence[int | None], collectives: list[Collective]
+  program: Program,
+  target: Slice,
+  devices: Sequence[jax.Device],
+  windows: Sequence[int | None],
+  collectives: list[Collective],
 ) -> Estimate:
-  """Adds up the program's times. `windows`: of the layers of one period of the model."""
+  """Adds up the program's times.
+
+  Args:
+    devices: of the mesh, in its order.
+    windows: of the layers of one period of the model.
+  """
   clock = target.generation.clock_hz
   fused = {name: cycles / clock for name, cycles in program.cycles().items()}
   kernels: dict[str, float] = defaultdict(float)
@@ -59,10 +71,15 @@ def estimate(
     kernels[kernel.computation] += kernel.count * kernel_flops(kernel, windows, one_pass)
   waiting: dict[str, float] = defaultdict(float)
   hidden: dict[str, float] = defaultdict(float)
+  sharing: dict[tuple[tuple[int, int], ...], int] = {}
   for collective in collectives:
     seconds = collective.bytes / target.link_bandwidth(collective.group)
-    if collective.kind == "collective-permute":  # One neighbour to the next, over one link.
-      seconds = collective.bytes / target.generation.link_bytes_per_second
+    if pairs := collective.pairs:
+      if pairs not in sharing:
+        sharing[pairs] = target.busiest_link(
+          (devices[source].coords, devices[destination].coords) for source, destination in pairs
+        )
+      seconds = sharing[pairs] * collective.bytes / target.generation.link_bytes_per_second
     (hidden if collective.asynchronous else waiting)[collective.computation] += seconds
   speed = target.chip.peak_flops * KERNEL_EFFICIENCY
   exposed = sum(waiting.values())

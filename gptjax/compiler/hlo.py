@@ -84,6 +84,7 @@ class Collective:
     asynchronous: whether the program computes something else meanwhile.
     op_name: where it comes from.
     computation: the computation it is in, where others may hide it.
+    pairs: of a permutation, who sends to whom, as indices of the mesh's devices.
   """
 
   kind: str
@@ -93,6 +94,7 @@ class Collective:
   asynchronous: bool
   op_name: str
   computation: str
+  pairs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +242,7 @@ class Program:
             asynchronous,
             instruction.op_name,
             home,
+            _pairs(instruction.rest),
           ),
         )
     return list(found.values())
@@ -367,6 +370,12 @@ def _group_size(rest: str, devices: int) -> int:
   if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
     return len(groups[1].split(","))
   return devices
+
+
+def _pairs(rest: str) -> tuple[tuple[int, int], ...]:
+  found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest)
+  pairs = re.findall(r"\{(\d+),(\d+)\}", found[1] if found else "")
+  return tuple((int(source), int(target)) for source, target in pairs)
 
 
 def _sent_bytes(kind: str, instruction: Instruction, group: int) -> float:

@@ -78,7 +78,8 @@ def read_costs(
 
 @read_costs.register
 def _(target: Slice, program: Program, plan: Plan, collectives: list[Collective]) -> Costs:
-  times = estimate(program, target, plan.model.windows, collectives)
+  devices = list(plan.mesh.devices.flat)
+  times = estimate(program, target, devices, plan.model.windows, collectives)
   return Costs({"ici": times.collectives}, times.kernel_flops, estimate=times)
 
 

@@ -5,7 +5,8 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -117,6 +118,25 @@ class Slice(Target):
         size *= length
         links += 2 if length % self.generation.wraps_at == 0 else 1
     return max(links, 1) * self.generation.link_bytes_per_second
+
+  def busiest_link(self, messages: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
+    """How many messages share the link with the most, if all are sent at once.
+
+    Each goes from one chip's coordinates to another's, one dimension after the other, the shorter
+    way round where a dimension is a ring.
+    """
+    load: Counter[tuple[tuple[int, ...], int, int]] = Counter()
+    for source, target in messages:
+      here = list(source)
+      for axis, length in enumerate(self.shape):
+        ring = length % self.generation.wraps_at == 0
+        way = (target[axis] - here[axis]) % length if ring else target[axis] - here[axis]
+        if ring and way > length - way:
+          way -= length
+        for _ in range(abs(way)):
+          load[tuple(here), axis, way > 0] += 1
+          here[axis] = (here[axis] + (1 if way > 0 else -1)) % length
+    return max(load.values(), default=1)
 
 
 def find_slice(name: str, num_slices: int = 1) -> Slice:
