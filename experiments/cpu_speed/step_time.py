@@ -3,7 +3,8 @@
     python -m experiments.cpu_speed.step_time IMPLEMENTATION 124m|char STEPS
 
 IMPLEMENTATION is gptjax, transformers, gptjax-without-heap (freed memory goes back to the system),
-or gptjax-without-layout (JAX's own rule for the gradients of kernels).
+gptjax-without-layout (JAX's own rule for the gradients of kernels) or gptjax-without-copies (one
+compiled layer, scanned, in place of a copy for each).
 
 Forward, cross-entropy, backward, clipping to norm 1 and AdamW, float32, no dropout, random tokens.
 Prints one JSON object. `compare.py` runs both in turn.
@@ -48,11 +49,11 @@ def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarr
       "batch_size": batch_size,
       "sequence_length": length,
       "optim.schedule": "constant",
+      "model.scan_layers": without == "copies",
     },
   )
   if without == "layout":
-    layers_lib.contract = lambda x, kernel, count: jnp.tensordot(x, kernel, axes=count)
-    layers_lib._score = lambda x, table: x @ table.T
+    layers_lib.contract = lambda x, kernel, count, axes: jnp.tensordot(x, kernel, axes=count)
   if without == "heap":
     host.keep_freed_memory = lambda: None
   host.prepare_cpu()

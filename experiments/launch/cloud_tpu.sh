@@ -44,7 +44,7 @@ case "${1:-}" in
     on_all_hosts "python3 -m pip install --quiet --user uv && rm -rf gptjax &&
       git clone --quiet $REPOSITORY gptjax && cd gptjax &&
       ~/.local/bin/uv venv --quiet --python 3.12 .venv &&
-      ~/.local/bin/uv pip install --quiet --python .venv '.[tpu,hf]' gcsfs"
+      ~/.local/bin/uv pip install --quiet --python .venv '.[tpu,hf]'"
     ;;
   train)
     # nohup, so that it outlives the connection.

@@ -14,7 +14,7 @@ WORKDIR=gs://my-bucket/gpt3-1.3b
 xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" \
   --tpu-type="$ACCELERATOR" --num-slices=1 --max-restarts=20 --docker-image=python:3.12 \
   --command="git clone --quiet $REPOSITORY gptjax && cd gptjax && \
-    pip install --quiet '.[tpu,hf]' gcsfs && exec \
+    pip install --quiet '.[tpu,hf]' && exec \
     python -m gptjax.train --config=configs/pretrain.py:model=gpt3-1.3b,data=fineweb,mesh=fsdp \
     --config.batch_size=512 --config.sequence_length=2048 --config.grad_accumulation=4 \
     --config.total_tokens=1e10 --config.optim.learning_rate=2e-4 \

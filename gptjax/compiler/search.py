@@ -65,6 +65,7 @@ def search(
   *,
   processes: int,
   tries: int = 6,
+  rounds: int = 3,
   cache_dir: Path | None = None,
   keep: int = 1,
 ) -> list[Found]:
@@ -75,6 +76,7 @@ def search(
     target: the slice.
     processes: compilations side by side; each takes one or two gigabytes and more than one core.
     tries: compilations a round, at most.
+    rounds: of the three, how many.
     cache_dir: where reports are remembered; by default in the user's cache.
     keep: how many of a round go into the next.
 
@@ -105,11 +107,11 @@ def search(
   }
   found = run("meshes", [cut | start for cut in cuts])
   best = _best(found, keep, by_mesh=True)
-  rounds = [
+  later = [
     ("remat and micro-batches", _remat_and_accumulation),
     ("kernels and options", _kernels_and_options),
   ]
-  for name, variations in rounds:
+  for name, variations in later[: rounds - 1]:
     candidates = [one.overrides | v for one in best for v in variations(config, one.overrides)]
     found += run(name, [c for c in candidates if c not in [f.overrides for f in found]])
     best = _best(found, keep)
@@ -144,9 +146,11 @@ def meshes(devices: int, heads: int, rows: int) -> list[Overrides]:
 
 def _remat_and_accumulation(config: ConfigDict, chosen: Overrides) -> Iterable[Overrides]:
   rows = config.batch_size // (chosen["mesh.data"] * chosen["mesh.fsdp"])
-  for accumulation in (1, 2, 4, 8, 16):
-    if rows % accumulation == 0:
-      for remat in ("none", "dots", "save_qkv", "full"):
+  accumulations = [times for times in (1, 2, 4, 8, 16) if rows % times == 0]
+  # Full recomputation last: the first round has it, and it only fits what nothing else does.
+  for remats in (("none", "dots", "save_qkv"), ("full",)):
+    for accumulation in accumulations:
+      for remat in remats:
         yield {"model.remat": remat, "grad_accumulation": accumulation}
 
 
@@ -209,14 +213,14 @@ def _try_all(
 def misfit(config: ConfigDict, target: Slice) -> str:
   """Why a config cannot fit the slice by arithmetic alone; empty if it may.
 
-  A lower bound: state, and what the layers save for the backward pass.
+  A lower bound: state, gradients, and what the layers save for the backward pass.
   """
   try:
     plan = make_plan(config, target.devices)
     state = plan.abstract_state(plan.make_optimizer(plan.run_length))
   except UserError as error:
     return str(error)
-  _, held = tree_bytes(state)
+  held = tree_bytes(state)[1] + tree_bytes(state.params)[1]
   mesh, model = plan.mesh.shape, plan.model
   rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * config.grad_accumulation)
   widths, wide = _SAVED[model.remat]
@@ -225,7 +229,7 @@ def misfit(config: ConfigDict, target: Slice) -> str:
   saved = model.num_layers * rows * config.sequence_length * per_token * bytes_each
   saved /= mesh["context"]
   if held + saved > target.hbm_bytes:
-    return f"needs {(held + saved) / 2**30:.1f} GiB for state and activations alone"
+    return f"needs {(held + saved) / 2**30:.1f} GiB for state, gradients and activations alone"
   return ""
 
 

@@ -102,7 +102,7 @@ def test_state_and_activations_are_what_counts(target):
   config = config_lib.load(SPEC, SETTINGS | {"model.remat": "full"})
   assert search.misfit(config, target) == ""
   small = Target(target.devices, hbm_bytes=2**20)
-  assert "for state and activations alone" in search.misfit(config, small)
+  assert "for state, gradients and activations alone" in search.misfit(config, small)
   wrong = config_lib.load(SPEC, SETTINGS | {"mesh.tensor": "3"})
   assert "mesh data=-1 x tensor=3 needs a multiple of 3 devices" in search.misfit(wrong, target)
 
