@@ -119,6 +119,13 @@ def test_the_winner_is_a_part_of_a_config(tmp_path, monkeypatch):
     config_lib.load(f"{SPEC},tuned=tiny_v5e-8")
 
 
+@pytest.mark.parametrize("name", tuned.names())
+def test_every_layout_that_is_kept_is_a_config(name):
+  model = name.partition("_")[0]
+  config = config_lib.load(f"configs/pretrain.py:model={model},tuned={name}")
+  assert config.mesh.fsdp > 1
+
+
 def test_the_ranking_says_what_did_not_fit(target):
   text = search.table(
     [
