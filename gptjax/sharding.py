@@ -265,15 +265,12 @@ def sum_scatter(x: jax.Array, axes: Sequence[str | None], summed: Sequence[str])
   for dimension, names in enumerate(mesh_axes(axes)):
     for name in names:
       if name in rest:
-        ring = platform() == "tpu" and jax.lax.axis_size(name) <= MAX_RING
-        scatter = _ring_scatter if ring else _native_scatter
-        x = scatter(x, name, dimension)
+        if platform() == "tpu" and jax.lax.axis_size(name) <= MAX_RING:
+          x = _ring_scatter(x, name, dimension)
+        else:
+          x = jax.lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
         rest.remove(name)
   return jax.lax.psum(x, tuple(rest)) if rest else x
-
-
-def _native_scatter(x: jax.Array, name: str, dimension: int) -> jax.Array:
-  return jax.lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
 
 
 def _ring_scatter(x: jax.Array, name: str, dimension: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,9 @@ from gptjax.compiler.hlo import Collective, Program
 from gptjax.compiler.topology import Slice, Target
 from gptjax.errors import UserError
 from gptjax.plan import Plan
+
+# In the compiler's sentences about what does not fit.
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +93,9 @@ class Report:
 
   Attributes:
     work: what the step does.
-    hbm: arguments, temporaries, output (what is not written over the arguments), code, in bytes.
-    capacity: bytes a program may use. needed: if it does not fit, what it would use.
+    hbm: bytes of arguments, temporaries, output (what is not written over the arguments) and
+      code; of a program that does not fit, what it would need.
+    capacity: bytes a program may use.
     buffers: (bytes, shape, origin) of the largest arrays.
     hardware_flops: what is computed, recomputation included.
     collectives: by kind.
@@ -258,20 +263,14 @@ def compile_report(
 def _needed(problem: str, arguments: Any) -> dict[str, int]:
   """What the compiler says a program would use that it refuses."""
   leaves = jax.tree.leaves(arguments)
-  held = sum(leaf.dtype.itemsize * _size(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+  held = sum(
+    leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves
+  )
   used = re.search(r"Used ([\d.]+)([KMGT])", problem) or re.search(
     r"\(([\d.]+)([KMGT])\) exceeds", problem
   )
-  scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-  total = round(float(used[1]) * scale[used[2]]) if used else 0
+  total = round(float(used[1]) * _UNITS[used[2]]) if used else 0
   return {"arguments": held, "temporaries": max(total - held, 0), "output": 0, "code": 0}
-
-
-def _size(shape: tuple[int, ...]) -> int:
-  size = 1
-  for dim in shape:
-    size *= dim
-  return size
 
 
 def _refused_buffers(problem: str) -> list[tuple[int, str, str]]:
@@ -282,8 +281,7 @@ def _refused_buffers(problem: str) -> list[tuple[int, str, str]]:
     shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
     origin = re.search(r'op_name="([^"]*)"', entry)
     if size and shape:
-      scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[size[2]]
-      found.append((round(float(size[1]) * scale), shape[1], origin[1] if origin else ""))
+      found.append((round(float(size[1]) * _UNITS[size[2]]), shape[1], origin[1] if origin else ""))
   return found
 
 
