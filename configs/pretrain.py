@@ -3,11 +3,11 @@
     python -m gptjax.train --config=configs/pretrain.py:model=gpt2-124m,data=text,optim=adamw \\
       --config.data.path=corpus/ --workdir=runs/first
 
-Parts: model (configs/parts/models.py), data (data.py; 'a+b' is a mixture), optim (optim.py), mesh
-(mesh.py) and tuned (tuned/: layouts that `gptjax.compile --search` found). Any key can be
-overridden with --config.KEY=VALUE, for example --config.model.num_layers=6. A duration is one key
-with a unit, _steps, _tokens, _epochs or _percent: --config.total_tokens=1e9 takes the place of
-total_steps.
+Parts: model (configs/parts/models.py; 'init_from' is that of the checkpoint to start from), data
+(data.py; 'a+b' is a mixture), optim (optim.py), mesh (mesh.py) and tuned (tuned/: layouts that
+`gptjax.compile --search` found). Any key can be overridden with --config.KEY=VALUE, for example
+--config.model.num_layers=6. A duration is one key with a unit, _steps, _tokens, _epochs or
+_percent: --config.total_tokens=1e9 takes the place of total_steps.
 """
 
 from ml_collections import ConfigDict
@@ -16,17 +16,32 @@ from configs.parts import compiler, data, mesh, models, optim, tuned
 from gptjax.config import override, parse_argument
 from gptjax.model.config import ModelConfig
 
+# The preset of a model, and the tokenizer, that are those of the checkpoint of `init_from`.
+INIT_FROM = "init_from"
+
+# The special tokens that an objective needs.
+_SPECIALS = {"masked": "+mask", "span_corruption": "+sentinels"}
+
+
+def _objective(model: dict) -> str:
+  """What a model of this visibility is pretrained for."""
+  if model["encoder_layers"]:
+    return "span_corruption"
+  return {"bidirectional": "masked", "prefix": "prefix"}.get(model["visibility"], "next_token")
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
   parts = parse_argument(
     arg,
-    model=("tiny", models.MODELS),
+    model=("tiny", (*models.MODELS, INIT_FROM)),
     data=("text", None),  # `data.get` checks the names of a mixture one by one
     optim=("adamw", optim.OPTIMIZERS),
     mesh=("data", mesh.MESHES),
     tuned=("none", ("none", *tuned.names())),
   )
-  model = ModelConfig.defaults() | models.MODELS[parts["model"]]
+  model = ModelConfig.defaults() | models.MODELS.get(parts["model"], {})
+  objective = _objective(model)
+  tokenizer = f"bpe:{model['vocab_size'] or 4096}{_SPECIALS.get(objective, '')}"
   config = ConfigDict(
     {
       "seed": 0,
@@ -36,10 +51,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "sequence_length": 256,
       "grad_accumulation": 1,
       # 'bytes', 'bpe:N' (trained on the corpus), or the path of one; see gptjax/data/tokenizer.py.
-      "tokenizer": f"bpe:{model['vocab_size'] or 4096}",
+      # 'init_from' is that of the model to start from.
+      "tokenizer": INIT_FROM if parts["model"] == INIT_FROM else tokenizer,
+      # 'next_token'; 'prefix' and 'masked', for a model.visibility of 'prefix' and 'bidirectional';
+      # 'span_corruption', for one with an encoder, whose rows have sequence_length tokens; '' is
+      # what the model of init_from is for.
+      "objective": "" if parts["model"] == INIT_FROM else objective,
       # Factor of log(sum exp(logits))^2 in what is minimised, but not in the loss that is logged.
       "z_loss": 0.0,
-      # Work directory of a run whose weights to start from.
+      # Likewise of a mixture of experts: factors of what keeps the load of the experts even, and of
+      # the z-loss of the routers' logits.
+      "router_balance_loss": 0.01,
+      "router_z_loss": 0.001,
+      # What to start from: the work directory of a run, hf:FOLDER or hf:ORG/NAME, or gguf:FILE.
       "init_from": "",
       # A step whose loss or gradient is not finite is skipped, this many times.
       "max_skipped_steps": 10,

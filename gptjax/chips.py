@@ -77,6 +77,7 @@ def flops_per_token(
   head_dim: int,
   sequence_length: int,
   windows: Sequence[int | None],
+  causal: bool = True,
 ) -> float:
   """Returns the FLOPs that training on one token takes, forward and backward, without remat.
 
@@ -92,9 +93,10 @@ def flops_per_token(
     sequence_length: T.
     windows: one entry a layer, the number of keys a query sees at most, itself included; None
       where there is no limit.
+    causal: whether a query sees its past alone; otherwise it sees all T keys.
   """
-  keys = 0.0
-  for window in windows:
+  keys = 0.0 if causal else float(sequence_length * len(windows))
+  for window in windows if causal else ():
     window = sequence_length if window is None else min(window, sequence_length)
     # The first `window` queries see 1, 2, ... keys, the rest see `window`.
     keys += window * (window + 1) / 2 / sequence_length

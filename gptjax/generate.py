@@ -1,6 +1,7 @@
 """Text from a trained model.
 
     python -m gptjax.generate --checkpoint=runs/demo --prompt="def main(" --max_tokens=100
+    python -m gptjax.generate --checkpoint=runs/chat --chat --prompt="Who wrote Moby-Dick?"
 
 `generate` is the function behind it, for notebooks and for the samples of a training run.
 """
@@ -17,6 +18,7 @@ from absl import flags
 from flax import nnx
 
 from gptjax import config as config_lib
+from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.inference.decode import decode, prefill
@@ -31,7 +33,7 @@ CHUNK = 16
 @dataclasses.dataclass(frozen=True)
 class Completion:
   """One continued prompt. `tokens` are those of the completion, `finish_reason` is 'stop' (the
-  model ended the text, or a stop string came) or 'length'."""
+  model ended the text or its turn, or a stop string came) or 'length'."""
 
   prompt: str
   completion: str
@@ -42,30 +44,34 @@ class Completion:
 def generate(
   model: GPT,
   tokenizer: Tokenizer,
-  prompts: Sequence[str],
+  prompts: Sequence[str | Sequence[int]],
   *,
   max_tokens: int = 128,
   sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
   stop: Sequence[str] = (),
   seed: int | Sequence[int] = 0,
   on_text: Callable[[int, str], None] | None = None,
+  pad_to_multiple_of: int = 32,
 ) -> list[Completion]:
   """Continues each prompt; a prompt gives the same in any batch as alone.
 
   Args:
-    model: any GPT; its parameters may be sharded.
+    model: any GPT that is not bidirectional; its parameters may be sharded. With an encoder, that
+      reads the prompt.
     tokenizer: the model's.
-    prompts: texts, each read as the start of a document.
+    prompts: texts, each read as the start of a document, or the ids of all that is to be read.
     max_tokens: the most tokens to add to a prompt.
     sampling: how tokens are chosen.
     stop: strings that end a completion, themselves left out.
     seed: of the random choices, for all prompts or one for each; a prompt and a seed decide the
       completion.
     on_text: called with (prompt index, new text) as text becomes certain.
+    pad_to_multiple_of: to what the longest prompt is padded, and a whole row to four times that:
+      few distinct shapes are few compilations.
 
   Raises:
-    UserError: no prompts, no room for a prompt and `max_tokens` in learned positions, or a
-      tokenizer with more tokens than the model.
+    UserError: no prompts, a prompt of no ids, no room for a prompt and `max_tokens` in learned
+      positions, or a tokenizer with more tokens than the model.
   """
   if not prompts or max_tokens < 1:
     raise UserError("generate needs at least one prompt and max_tokens of at least 1.")
@@ -73,7 +79,12 @@ def generate(
     raise UserError(
       f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}."
     )
-  starts = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
+  starts = [_ids(tokenizer, prompt) for prompt in prompts]
+  source = None
+  if model.encoder is not None:
+    # As documents end; what the decoder writes starts anew.
+    source = _pad([[*start, tokenizer.end_of_text] for start in starts], pad_to_multiple_of)
+    starts = [[model.config.decoder_start]] * len(prompts)
   lengths = np.array([len(start) for start in starts], np.int32)
   longest = int(lengths.max())
   room = model.config.max_positions if model.config.position == "learned" else None
@@ -82,9 +93,8 @@ def generate(
       f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's {room} learned "
       "positions."
     )
-  # Few distinct shapes, so few compilations.
-  prompt_length = _round_up(longest, 32, room)
-  total_length = _round_up(longest + max_tokens, 128, room)
+  prompt_length = _round_up(longest, pad_to_multiple_of, room)
+  total_length = _round_up(longest + max_tokens, 4 * pad_to_multiple_of, room)
   tokens = np.full((len(starts), total_length), tokenizer.end_of_text, np.int32)
   for row, start in enumerate(starts):
     tokens[row, : len(start)] = start
@@ -94,7 +104,9 @@ def generate(
   if len(seeds) != len(starts) or not all(0 <= one < 2**32 for one in seeds):
     raise UserError(f"seed={seed}: give one number from 0 to 2**32 - 1, or one for each prompt.")
   keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-  decoding = prefill(graphdef, params, tokens, lengths, keys, prompt_length=prompt_length)
+  decoding = prefill(
+    graphdef, params, tokens, lengths, keys, prompt_length=prompt_length, source=source
+  )
   writers = [_Writer(tokenizer, stop) for _ in starts]
   while True:
     decoding = decode(
@@ -102,7 +114,7 @@ def generate(
       params,
       decoding,
       lengths + max_tokens,
-      tokenizer.end_of_text,
+      np.array(sorted(tokenizer.stops), np.int32),
       steps=min(CHUNK, max_tokens),
       sampling=sampling,
       vocab_size=tokenizer.vocab_size,
@@ -114,12 +126,36 @@ def generate(
         on_text(i, text)
     if all(writer.finish_reason for writer in writers):
       return [
-        Completion(prompt, writer.text, writer.tokens, writer.finish_reason)
+        Completion(
+          prompt if isinstance(prompt, str) else tokenizer.decode(prompt),
+          writer.text,
+          writer.tokens,
+          writer.finish_reason,
+        )
         for prompt, writer in zip(prompts, writers, strict=True)
       ]
 
 
+def _ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+  if isinstance(prompt, str):
+    return [*tokenizer.start, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]
+  if not len(prompt):
+    raise UserError("a prompt given as ids needs at least one.")
+  return list(prompt)
+
+
+def _pad(rows: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows as int32 [B, S], S rounded up, and their lengths [B]."""
+  lengths = np.array([len(row) for row in rows], np.int32)
+  padded = np.zeros((len(rows), _round_up(int(lengths.max()), multiple, None)), np.int32)
+  for i, row in enumerate(rows):
+    padded[i, : len(row)] = row
+  return padded, lengths
+
+
 def _round_up(length: int, multiple: int, most: int | None) -> int:
+  """Rounds up to a multiple, of long ones to an eighth to a quarter more, and to `most` at most."""
+  multiple = max(multiple, (1 << length.bit_length()) >> 3)
   rounded = -(-length // multiple) * multiple
   return rounded if most is None else min(rounded, most)
 
@@ -138,7 +174,7 @@ class _Writer:
     """Takes all tokens so far and returns the text that has become certain since the last call."""
     if self.finish_reason:
       return ""
-    ended = finished and tokens[-1:] == [self.tokenizer.end_of_text]
+    ended = finished and tokens[-1] in self.tokenizer.stops
     self.tokens = tokens[:-1] if ended else tokens
     text = self.tokenizer.decode(self.tokens)
     cuts = [position for string in self.stop if (position := text.find(string)) >= 0]
@@ -168,41 +204,69 @@ class _Writer:
 FLAGS = flags.FLAGS
 
 
-def _define_flags() -> None:
-  flags.DEFINE_string("checkpoint", None, "Work directory of a training run.", required=True)
-  flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat the flag for a batch.")
-  flags.DEFINE_integer("max_tokens", 128, "The most tokens to add to a prompt.")
+def define_sampling_flags() -> None:
+  """Defines the flags that `sampling_from_flags` reads, and those of the checkpoint."""
+  flags.DEFINE_string(
+    "checkpoint", None, "Work directory of a run, hf:PATH or gguf:FILE.", required=True
+  )
+  flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
   flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
   flags.DEFINE_integer("top_k", 0, "Keep the k most likely tokens; 0 is off.")
   flags.DEFINE_float("top_p", 0.95, "Keep the likeliest tokens that reach p together; 1 is off.")
   flags.DEFINE_float("min_p", 0.0, "Keep tokens this likely relative to the best; 0 is off.")
   flags.DEFINE_float("repetition_penalty", 1.0, "Above 1, tokens of the text become less likely.")
-  flags.DEFINE_multi_string("stop", [], "A string that ends a completion; may be repeated.")
   flags.DEFINE_integer("seed", 0, "Of the random choices.")
-  flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
+  flags.DEFINE_string("system", None, "What the conversation starts with, as the system's message.")
+
+
+def sampling_from_flags() -> Sampling:
+  return Sampling(
+    temperature=FLAGS.temperature,
+    top_k=FLAGS.top_k,
+    top_p=FLAGS.top_p,
+    min_p=FLAGS.min_p,
+    repetition_penalty=FLAGS.repetition_penalty,
+  )
+
+
+def _define_flags() -> None:
+  define_sampling_flags()
+  flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat the flag for a batch.")
+  flags.DEFINE_bool("chat", False, "Put each prompt to the model as a user's message.")
+  flags.DEFINE_integer("max_tokens", 128, "The most tokens to add to a prompt.")
+  flags.DEFINE_multi_string("stop", [], "A string that ends a completion; may be repeated.")
   flags.DEFINE_bool("json", False, "Print one JSON object a prompt instead of streaming text.")
+
+
+def chat_prompts(tokenizer: Tokenizer, texts: Sequence[str], system: str | None) -> list[list[int]]:
+  """Returns the ids that ask a chat model for its answer to each text.
+
+  Raises:
+    UserError: the model has no chat template, or its template refuses a system's message.
+  """
+  template = ChatTemplate(tokenizer)
+  before = [] if system is None else [{"role": "system", "content": system}]
+  return [template.encode([*before, {"role": "user", "content": text}]) for text in texts]
 
 
 def main(overrides) -> None:
   if overrides:
     raise UserError("gptjax.generate takes no --config.KEY flags; a run's config comes with it.")
+  if FLAGS.chat and not FLAGS.prompt:
+    raise UserError("--chat needs a --prompt; gptjax.chat asks for one after the other.")
+  if FLAGS.system is not None and not FLAGS.chat:
+    raise UserError("--system is for --chat.")
   model, tokenizer = load_run(FLAGS.checkpoint, ema=FLAGS.ema)
   prompts = FLAGS.prompt or [""]
   stream = not FLAGS.json and len(prompts) == 1
-  if stream:
+  if stream and not FLAGS.chat:
     sys.stdout.write(prompts[0])
   completions = generate(
     model,
     tokenizer,
-    prompts,
+    chat_prompts(tokenizer, prompts, FLAGS.system) if FLAGS.chat else prompts,
     max_tokens=FLAGS.max_tokens,
-    sampling=Sampling(
-      temperature=FLAGS.temperature,
-      top_k=FLAGS.top_k,
-      top_p=FLAGS.top_p,
-      min_p=FLAGS.min_p,
-      repetition_penalty=FLAGS.repetition_penalty,
-    ),
+    sampling=sampling_from_flags(),
     stop=FLAGS.stop,
     seed=FLAGS.seed,
     on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
@@ -210,11 +274,13 @@ def main(overrides) -> None:
   if stream:
     print()
     return
-  for completion in completions:
+  for prompt, completion in zip(prompts, completions, strict=True):
     if FLAGS.json:
-      print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
+      shown = dataclasses.asdict(completion) | {"prompt": prompt}
+      print(json.dumps(shown, ensure_ascii=False))
     else:
-      print(f"{completion.prompt}{completion.completion}\n{'-' * 40}")
+      between = "\n\n" if FLAGS.chat else ""
+      print(f"{prompt}{between}{completion.completion}\n{'-' * 40}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,18 @@ from jax.sharding import Mesh
 from gptjax import chips, optim, sharding, step
 from gptjax.config import RunLength, to_text
 from gptjax.data.batch import Batch
+from gptjax.data.denoising import span_corruption_lengths
+from gptjax.data.options import check_objective
 from gptjax.data.tokenizer import declared_vocab_size
 from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
 from gptjax.optim import Optimizer
+from gptjax.pretrained import read_model_config, tokenizer_of
 from gptjax.step import TrainState
+
+# The tokenizer of the model that a run starts from.
+INIT_FROM = "init_from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +48,50 @@ class Plan:
 
   @property
   def flops_per_token(self) -> float:
-    """Of forward and backward, by the rule of `chips.flops_per_token`."""
-    weights = sum(
-      math.prod(info.shape) for info in self.parameters.values() if info.fan_in_axes is not None
+    """Of forward and backward, by the rule of `chips.flops_per_token`; of an encoder-decoder, for
+    each token of the encoder."""
+    model, length = self.model, self.config.sequence_length
+
+    def matmul_params(pattern: str) -> float:
+      return sum(
+        math.prod(info.shape) * (model.active_experts if "experts" in info.axes else 1)
+        for name, info in self.parameters.items()
+        if info.fan_in_axes is not None and re.match(pattern, name)
+      )
+
+    attention = {"heads": model.num_heads, "head_dim": model.head_dim}
+    # The decoder's own, and what it makes of the encoder's tokens.
+    decoder = matmul_params("(?!encoder/|blocks/cross_attention/(key|value)/)")
+    if model.tied_head:
+      decoder += model.vocab_size * model.embed_dim
+    flops = chips.flops_per_token(
+      matmul_params=decoder,
+      sequence_length=self.target_length,
+      windows=model.windows * (model.num_layers // len(model.windows)),
+      causal=model.visibility != "bidirectional",
+      **attention,
     )
-    if self.model.tied_head:
-      weights += self.model.vocab_size * self.model.embed_dim
-    return chips.flops_per_token(
-      matmul_params=weights,
-      heads=self.model.num_heads,
-      head_dim=self.model.head_dim,
-      sequence_length=self.config.sequence_length,
-      windows=self.model.windows * (self.model.num_layers // len(self.model.windows)),
+    if not model.encoder_layers:
+      return flops
+    flops += 12.0 * model.num_heads * model.head_dim * length * model.num_layers
+    encoder = chips.flops_per_token(
+      matmul_params=matmul_params("encoder/|blocks/cross_attention/(key|value)/"),
+      sequence_length=length,
+      windows=[None] * model.encoder_layers,
+      causal=False,
+      **attention,
     )
+    return encoder + flops * self.target_length / length
+
+  @property
+  def target_length(self) -> int:
+    """Positions of a row that have targets: those of the decoder, beside an encoder."""
+    config = self.config
+    if config.objective != "span_corruption":
+      return config.sequence_length
+    data = config.data
+    _, length = span_corruption_lengths(config.sequence_length, data.mask_rate, data.mean_span)
+    return length
 
   def make_optimizer(self, length: RunLength | None) -> Optimizer:
     """The optimizer of `config.optim`; without a length its learning rate is 0."""
@@ -87,6 +125,8 @@ class Plan:
       "grad_accumulation": self.config.grad_accumulation,
       "dropout": self.model.has_dropout,
       "z_loss": self.config.z_loss,
+      "router_balance_loss": self.config.router_balance_loss,
+      "router_z_loss": self.config.router_z_loss,
       "compiler_options": self.compiler_options,
     }
 
@@ -111,15 +151,24 @@ class Plan:
 
   def abstract_batch(self) -> Batch:
     """The shapes of a batch and where its parts lie."""
-    shape = (self.config.batch_size, self.config.sequence_length)
-    where = sharding.batch_sharding(self.mesh)
-    whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-    return Batch(whole, whole, weights, whole, whole)
+    rows, where = self.config.batch_size, sharding.batch_sharding(self.mesh)
+
+    def field(dtype: Any, length: int = self.target_length) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
+
+    whole = field(jnp.int32)
+    batch = Batch(whole, whole, field(jnp.float32), whole, whole)
+    if self.config.objective == "prefix":
+      batch = dataclasses.replace(batch, prefix=whole)
+    if self.model.encoder_layers:
+      names = ("encoder_inputs", "encoder_segment_ids", "encoder_positions")
+      encoder = field(jnp.int32, self.config.sequence_length)
+      batch = dataclasses.replace(batch, **dict.fromkeys(names, encoder))
+    return batch
 
 
 def make_plan(config: Any, devices: Sequence[jax.Device] | None = None) -> Plan:
-  """Settles the vocabulary and checks the model, the mesh and the batch.
+  """Settles the vocabulary and what `config.init_from` says, and checks the model, mesh and batch.
 
   Args:
     config: from configs/pretrain.py, or with the same keys.
@@ -128,18 +177,77 @@ def make_plan(config: Any, devices: Sequence[jax.Device] | None = None) -> Plan:
   Raises:
     UserError: a value that cannot be used, by its key.
   """
-  if not config.model.vocab_size:
-    with config.unlocked():
+  with config.unlocked():
+    if config.tokenizer == INIT_FROM:
+      config.tokenizer = tokenizer_of(config.init_from)
+    if not config.model.num_layers:
+      config.model.update(_architecture_to_start_from(config))
+    if not config.model.vocab_size:
       config.model.vocab_size = declared_vocab_size(config.tokenizer)
   model = ModelConfig.from_config(config.model)
+  if not config.objective:
+    with config.unlocked():
+      config.objective = _objective_of(model)
   if model.position == "learned" and config.sequence_length > model.max_positions:
     raise UserError(
       f"sequence_length={config.sequence_length} exceeds model.max_positions="
       f"{model.max_positions}; raise the latter or choose model.position=rope."
     )
+  _check_objective(config.objective, model)
   mesh = sharding.make_mesh(config.mesh, devices)
   sharding.check_batch(config.batch_size, config.sequence_length, config.grad_accumulation, mesh)
+  if model.encoder_layers and mesh.shape["context"] > 1:
+    raise UserError(
+      f"mesh.context={mesh.shape['context']}: rows of an encoder-decoder are not split; use "
+      "mesh.data, mesh.fsdp or mesh.tensor."
+    )
+  if model.num_experts % mesh.shape["expert"]:
+    raise UserError(
+      f"mesh.expert={mesh.shape['expert']} does not divide model.num_experts={model.num_experts}."
+    )
   return Plan(config, model, describe_parameters(model), step.model_graph(model), mesh)
+
+
+def _architecture_to_start_from(config: Any) -> dict[str, Any]:
+  """That of the checkpoint `init_from`; UserError if there is none, or a key was set otherwise."""
+  if not config.init_from:
+    raise UserError("model=init_from needs init_from: a run, hf:PATH or gguf:PATH.")
+  architecture = read_model_config(config.init_from).architecture
+  for name, default in ModelConfig.defaults().items():
+    if name in architecture and config.model[name] not in (default, architecture[name]):
+      raise UserError(
+        f"model.{name}={config.model[name]!r}, but init_from={config.init_from} has "
+        f"{architecture[name]!r}; leave it out."
+      )
+  return architecture
+
+
+# The visibility that the model of an objective has, beside an encoder or without one.
+_OBJECTIVES = {
+  "next_token": ("causal", False),
+  "prefix": ("prefix", False),
+  "masked": ("bidirectional", False),
+  "span_corruption": ("causal", True),
+}
+
+
+def _objective_of(model: ModelConfig) -> str:
+  kind = (model.visibility, model.encoder_layers > 0)
+  return next(name for name, needed in _OBJECTIVES.items() if needed == kind)
+
+
+def _check_objective(objective: str, model: ModelConfig) -> None:
+  check_objective(objective)
+  visibility, has_encoder = _OBJECTIVES[objective]
+  if model.visibility != visibility:
+    raise UserError(
+      f"objective={objective!r} needs model.visibility={visibility!r}, not {model.visibility!r}."
+    )
+  if has_encoder != (model.encoder_layers > 0):
+    needs = "at least 1" if has_encoder else "0"
+    raise UserError(
+      f"objective={objective!r} needs model.encoder_layers of {needs}, not {model.encoder_layers}."
+    )
 
 
 def dry_run(config: Any) -> None:

@@ -32,7 +32,10 @@ def loss_curve(workdir: epath.PathLike, baselines: dict[str, float] | None = Non
     axes.grid(alpha=0.3)
 
   draw(training, "loss", "training loss (nats a token)", linewidth=1)
-  draw(validation, "val/bits_per_byte", "validation bits per byte", marker="o", markersize=3)
+  key, label = "val/bits_per_byte", "validation bits per byte"
+  if not any(key in line for line in lines):  # Not all of the text is predicted.
+    key, label = "val/loss", "validation loss (nats a token)"
+  draw(validation, key, label, marker="o", markersize=3)
   for color, (name, value) in zip(("C1", "C2", "C3"), (baselines or {}).items(), strict=False):
     validation.axhline(value, color=color, linestyle="--", linewidth=1)
     validation.annotate(

@@ -37,10 +37,12 @@ RULES: dict[str | None, tuple[str, ...]] = {
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
   "mlp": ("tensor",),
+  "experts": ("expert",),
   "head_dim": (),
   "positions": (),
   "buckets": (),
   "terms": (),
+  "types": (),
   None: (),
 }
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax import objectives, sharding, tree
 from gptjax.data.batch import Batch
 from gptjax.model.config import ModelConfig
-from gptjax.model.figures import Figures
+from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT, ParameterInfo
 from gptjax.optim import Optimizer
 
@@ -101,22 +101,26 @@ def _make_gradients(
   seed: int,
   grad_accumulation: int,
   dropout: bool,
-  z_loss: float,
+  factors: Mapping[str, float],
   observe: bool = False,
-) -> Callable[[TrainState, Batch], tuple[jax.Array, Any, jax.Array, dict[str, jax.Array]]]:
-  """Returns (state, batch) -> (loss without its z-loss, gradient, weight of the batch, figures).
+) -> Callable[[TrainState, Batch], tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
+  """Returns (state, batch) -> (metrics, gradient, figures).
 
-  The loss is the mean over the valid tokens of the whole global batch: each micro-batch is divided
-  by that one count, so their gradients add up to the gradient of the whole. Randomness is a
-  function of (seed, step). The figures, [L] each, are none unless `observe`.
+  The metrics are the loss without what the `factors` of `objectives.next_token` add to it, the
+  weight of the batch, and what the routers of a mixture of experts tell. The loss is the mean over
+  the valid tokens of the whole global batch: each micro-batch is divided by that one count, so
+  their gradients add up to the gradient of the whole. Randomness is a function of (seed, step). The
+  figures, [L] each, are none unless `observe`.
   """
 
   def loss(params, micro: Batch, key, weight):
+    model = nnx.merge(graph, params)
     figures = Figures() if observe else None
-    sums = objectives.next_token(
-      nnx.merge(graph, params), micro, key, z_loss=z_loss, figures=figures
-    )
-    return sums.total / weight, (sums.cross_entropy / weight, dict(figures or {}))
+    routing = Routing() if model.config.num_experts else None
+    sums = objectives.next_token(model, micro, key, figures=figures, routing=routing, **factors)
+    share = micro.weights.sum() / weight
+    told = {f"router/{name}": x * share for name, x in (routing or {}).items()}
+    return sums.total / weight, ({"loss": sums.cross_entropy / weight} | told, dict(figures or {}))
 
   def gradients(state: TrainState, batch: Batch):
     batch = sharding.balance_time(batch)
@@ -126,24 +130,34 @@ def _make_gradients(
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def add(carry, micro_and_key):
-      (_, (plain, figures)), grads = value_and_grad(state.params, *micro_and_key, weight)
-      return jax.tree.map(jnp.add, carry, (plain, grads)), figures
+      (_, told), grads = value_and_grad(state.params, *micro_and_key, weight)
+      return jax.tree.map(jnp.add, carry, grads), told
 
     if grad_accumulation == 1:
-      (_, (plain, figures)), grads = value_and_grad(state.params, batch, key, weight)
+      (_, (metrics, figures)), grads = value_and_grad(state.params, batch, key, weight)
     else:
       keys = None if key is None else jax.random.split(key, grad_accumulation)
-      zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+      zero = jax.tree.map(jnp.zeros_like, state.params)
       micro_batches = _micro_batches(batch, grad_accumulation)
-      (plain, grads), figures = jax.lax.scan(add, zero, (micro_batches, keys))
+      grads, (metrics, figures) = jax.lax.scan(add, zero, (micro_batches, keys))
+      metrics = {name: x.sum(0) for name, x in metrics.items()}
       # Micro-batches are equally large, so the mean of their mean squares is that of the batch.
       figures = {
         name: jnp.sqrt(jnp.square(x).mean(0)) if name.endswith("_rms") else x.max(0)
         for name, x in figures.items()
       }
-    return plain, grads, tokens, figures
+    return _over_layers(metrics) | {"batch_tokens": tokens}, grads, figures
 
   return gradients
+
+
+def _over_layers(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Means over the layers of what routers tell, [L]; of their load [L, E], the `largest_load` of an
+  expert in shares of 1 / E, which is 1 in balance."""
+  means = {name: x.mean() for name, x in metrics.items() if name != "router/load"}
+  if (load_LE := metrics.get("router/load")) is not None:
+    means["router/largest_load"] = load_LE.max(-1).mean() * load_LE.shape[-1]
+  return means
 
 
 def make_train_step(
@@ -154,27 +168,27 @@ def make_train_step(
   grad_accumulation: int,
   dropout: bool,
   ema_decay: float,
-  z_loss: float,
   compiler_options: Mapping[str, Any] | None = None,
+  **factors: float,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Returns jit(state, batch) -> (state, metrics), which donates the state.
 
-  The loss and its gradient are those of `_make_gradients`. An update whose loss or gradient is not
-  finite is not applied.
+  Metrics and gradient are those of `_make_gradients`, `factors` those of `objectives.next_token`.
+  An update whose loss or gradient is not finite is not applied.
   """
   gradients = _make_gradients(
-    graph, seed=seed, grad_accumulation=grad_accumulation, dropout=dropout, z_loss=z_loss
+    graph, seed=seed, grad_accumulation=grad_accumulation, dropout=dropout, factors=factors
   )
 
   def train_step(state: TrainState, batch: Batch):
-    loss, grads, weight, _ = gradients(state, batch)
+    metrics, grads, _ = gradients(state, batch)
     params, opt_state, grad_norm = optimizer.update(
       grads, state.opt_state, state.params, state.step
     )
     ema = None
     if state.ema is not None:
       ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updated, kept = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), updated, kept
@@ -186,14 +200,11 @@ def make_train_step(
       opt_state=opt_state,
       ema=ema,
     )
-    metrics = {
-      "loss": loss,
+    return new_state, metrics | {
       "grad_norm": grad_norm,
       "learning_rate": optimizer.learning_rate(state.step),
-      "batch_tokens": weight,
       "skipped": new_state.skipped,
     }
-    return new_state, metrics
 
   return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
@@ -205,8 +216,8 @@ def make_observe_step(
   seed: int,
   grad_accumulation: int,
   dropout: bool,
-  z_loss: float,
   compiler_options: Mapping[str, Any] | None = None,
+  **factors: float,
 ) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
   """Returns jit(state, batch) -> figures of the update that the training step would make.
 
@@ -221,7 +232,7 @@ def make_observe_step(
     seed=seed,
     grad_accumulation=grad_accumulation,
     dropout=dropout,
-    z_loss=z_loss,
+    factors=factors,
     observe=True,
   )
 
@@ -234,7 +245,7 @@ def make_observe_step(
     }
 
   def observe_step(state: TrainState, batch: Batch):
-    _, grads, _, figures = gradients(state, batch)
+    _, grads, figures = gradients(state, batch)
     params, _, _ = optimizer.update(grads, state.opt_state, state.params, state.step)
     figures = {f"layers/{name}": x for name, x in figures.items()}
     figures |= norms("gradient_norm", grads) | norms("parameter_norm", state.params)

@@ -20,7 +20,7 @@ from flax import nnx
 from gptjax import chips, plot, sharding
 from gptjax import config as config_lib
 from gptjax import step as step_lib
-from gptjax.checkpoint import Checkpoints, restore_params
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import RunLength
 from gptjax.data import pipeline
 from gptjax.data.pipeline import Dataset
@@ -33,7 +33,7 @@ from gptjax.metrics import StepLog, Sums, Writer, read_metrics
 from gptjax.optim import Optimizer
 from gptjax.plan import Plan, dry_run, make_plan
 from gptjax.preemption import Preemption
-from gptjax.pretrained import CHECKPOINTS
+from gptjax.pretrained import CHECKPOINTS, load_params_into
 from gptjax.step import TrainState
 
 VALIDATION_METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")
@@ -47,7 +47,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     workdir: created if need be; any path that etils takes, gs:// included.
 
   Returns:
-    The last validation: 'val/loss' (nats a token), 'val/perplexity', 'val/bits_per_byte'.
+    The last validation: 'val/loss' (nats a token), 'val/perplexity', and 'val/bits_per_byte' where
+    the objective is to predict all of the text.
 
   Raises:
     UserError: something in the config, the data or the work directory cannot be used, or more
@@ -60,6 +61,11 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   prepare_cpu()
   workdir = make_workdir(workdir)
   plan = make_plan(config)
+  if best == "val/bits_per_byte" and config.objective != "next_token":
+    raise UserError(
+      f"checkpoint.best_metric={best!r} is not known under objective={config.objective!r}, which "
+      "predicts only some of the text. Set --config.checkpoint.best_metric=val/loss."
+    )
   dataset = open_data(plan, workdir)
   length = RunLength.from_config(config, dataset.steps_per_epoch)
   save_every, evaluate_every, sample_every, log_every = (
@@ -140,7 +146,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         if last or due(evaluate_every, done):
           log.interrupt()
           validation = validate(done)
-        if sample_every and (last or due(sample_every, done)):
+        writes = plan.model.visibility != "bidirectional"
+        if writes and sample_every and (last or due(sample_every, done)):
           log.interrupt()
           write_samples(writer, done, plan, state, dataset)
       conclude(writer, config, dataset, validation, workdir)
@@ -195,17 +202,14 @@ def open_data(plan: Plan, workdir: epath.Path) -> Dataset:
 
 
 def init_or_restore(plan: Plan, optimizer: Optimizer, checkpoints: Checkpoints) -> TrainState:
-  """The newest whole checkpoint of this run, or another run's weights, or a fresh start."""
+  """The newest whole checkpoint of this run, or another model's weights, or a fresh start."""
   abstract = plan.abstract_state(optimizer)
   restored = checkpoints.restore_latest(abstract)
   if restored is not None:
     return restored[0]
   state = step_lib.init_state(plan.model, optimizer, plan.config.seed, abstract)
   if plan.config.init_from:
-    source = epath.Path(plan.config.init_from)
-    loaded, report = restore_params(source / CHECKPOINTS, abstract.params)
-    if report.mismatched or not report.matched:
-      raise UserError(f"init_from={source} does not fit the model of this config.\n{report}")
+    loaded, report = load_params_into(plan.config.init_from, plan.model, abstract.params)
     if jax.process_index() == 0:
       print(f"init_from {report}")
     state = step_lib.replace_params(state, loaded)
@@ -228,9 +232,12 @@ def evaluate(
 
 
 def describe(validation: Mapping[str, float]) -> str:
+  compression = ""  # Known where all of the text is predicted.
+  if "val/bits_per_byte" in validation:
+    compression = f", bits per byte {validation['val/bits_per_byte']:.4f}"
   return (
-    f"validation loss {validation['val/loss']:.4f}, perplexity {validation['val/perplexity']:.2f}, "
-    f"bits per byte {validation['val/bits_per_byte']:.4f}"
+    f"validation loss {validation['val/loss']:.4f}, "
+    f"perplexity {validation['val/perplexity']:.2f}{compression}"
   )
 
 
@@ -299,7 +306,7 @@ def conclude(
   if jax.process_index() != 0:
     return
   baselines = {}
-  if config.eval.baselines:
+  if config.eval.baselines and "val/bits_per_byte" in validation:
     baselines = {
       "gzip -9": compression.gzip_bits_per_byte(dataset.validation_text()),
       "byte 5-gram": compression.ngram_bits_per_byte(
@@ -307,8 +314,11 @@ def conclude(
       ),
     }
   writer.message(f"loss curve: {plot.loss_curve(workdir, baselines)}")
-  others = "".join(f", {name} {value:.4f}" for name, value in baselines.items())
-  writer.message(f"validation bits per byte: {validation['val/bits_per_byte']:.4f}{others}")
+  if "val/bits_per_byte" in validation:
+    others = "".join(f", {name} {value:.4f}" for name, value in baselines.items())
+    writer.message(f"validation bits per byte: {validation['val/bits_per_byte']:.4f}{others}")
+  else:
+    writer.message(describe(validation))
 
 
 def check_finite(

@@ -10,6 +10,8 @@ import pytest
 
 from gptjax import config as config_lib
 from gptjax.compiler import gpu, topology
+from gptjax.data import tokenizer as tokenizers
+from gptjax.interop import huggingface
 from gptjax.plan import dry_run
 
 ROOT = Path(__file__).parents[1]
@@ -36,11 +38,21 @@ def commands(module: str) -> list:
   return found
 
 
+@pytest.fixture(scope="module")
+def foreign_model(tmp_path_factory, tiny_config, random_params):
+  """A folder as Hugging Face's."""
+  folder = tmp_path_factory.mktemp("foreign")
+  tokenizers.train("bpe:300", ["A text to make a few tokens of."]).save(folder)
+  config = tiny_config(vocab_size=300, max_positions=256)
+  huggingface.save(folder, config, random_params(config), huggingface.find_family(config))
+  return folder
+
+
 @pytest.mark.parametrize("arguments", commands("train"))
-def test_train_command_is_accepted(arguments, capsys):
+def test_train_command_is_accepted(arguments, foreign_model, capsys):
   spec, overrides = None, {}
   for argument in shlex.split(arguments):
-    for placeholder, value in PLACEHOLDERS.items():
+    for placeholder, value in (PLACEHOLDERS | {"FOLDER": str(foreign_model)}).items():
       argument = argument.replace(placeholder, value)
     if match := re.fullmatch(r"--config\.([\w.]+)=(.*)", argument):
       overrides[match[1]] = match[2]
@@ -71,22 +83,26 @@ def test_compile_command_is_accepted(arguments):
   config_lib.load(spec, overrides)
 
 
-@pytest.mark.parametrize("arguments", commands("generate"))
-def test_generate_command_is_accepted(arguments):
-  known = re.findall(r'DEFINE_\w+\("(\w+)"', (ROOT / "gptjax/generate.py").read_text())
-  for argument in shlex.split(arguments):
-    assert re.fullmatch(rf"--({'|'.join(known)})(=.*)?", argument), argument
+# Where the flags of a program are defined.
+FLAGS_OF = {
+  "generate": ("generate",),
+  "chat": ("chat", "generate"),
+  "convert": ("convert",),
+  "sweep": ("sweep",),
+}
 
 
-@pytest.mark.parametrize("arguments", commands("sweep"))
-def test_sweep_command_is_accepted(arguments):
-  known = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "gptjax/sweep.py").read_text())
-  for argument in shlex.split(arguments):
-    if argument.startswith("--config."):
-      continue
-    assert re.fullmatch(rf"--({'|'.join(known)})(=.*)?", argument), argument
-    if argument.startswith("--sweep=") and "NAME" not in argument:
-      assert (ROOT / argument.removeprefix("--sweep=")).exists()
+@pytest.mark.parametrize("program", FLAGS_OF)
+def test_commands_have_flags_that_exist(program):
+  sources = [(ROOT / f"gptjax/{name}.py").read_text() for name in FLAGS_OF[program]]
+  known = [flag for text in sources for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)]
+  for parameters in commands(program):
+    for argument in shlex.split(parameters.values[0]):
+      if argument.startswith("--config."):
+        continue
+      assert re.fullmatch(rf"--({'|'.join(known)})(=.*)?", argument), argument
+      if argument.startswith("--sweep=") and "NAME" not in argument:
+        assert (ROOT / argument.removeprefix("--sweep=")).exists()
 
 
 def test_documents_have_commands():
@@ -94,6 +110,8 @@ def test_documents_have_commands():
   assert len(commands("train")) >= 4
   assert len(commands("compile")) >= 4
   assert len(commands("generate")) >= 2
+  assert len(commands("convert")) >= 2
+  assert len(commands("chat")) >= 1
 
 
 def test_make_targets_exist():

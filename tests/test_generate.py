@@ -155,6 +155,14 @@ def test_a_prompt_that_looks_like_a_special_token_is_text(reciting):
   assert completion.completion == SCRIPT[len(prompt) :]
 
 
+def test_a_prompt_of_ids_is_read_as_it_is(reciting):
+  ids = [BYTES.end_of_text, *BYTES.encode("abc")]
+  completions, _ = recite(reciting(SCRIPT), prompts=["abc", ids])
+  assert completions[0] == completions[1]
+  (completion,), _ = recite(reciting(SCRIPT), prompts=[ids[1:]])
+  assert completion.completion == SCRIPT[2:]
+
+
 # --- Errors ------------------------------------------------------------------------------------
 
 
@@ -169,6 +177,8 @@ def test_learned_positions_refuse_what_does_not_fit(reciting):
 def test_nothing_to_do_is_refused(reciting):
   with pytest.raises(UserError, match="at least one prompt"):
     recite(reciting(SCRIPT), prompts=[])
+  with pytest.raises(UserError, match="a prompt given as ids needs at least one"):
+    recite(reciting(SCRIPT), prompts=["x", []])
   with pytest.raises(UserError, match="max_tokens of at least 1"):
     recite(reciting(SCRIPT), max_tokens=0)
 
@@ -199,6 +209,30 @@ def random_model(tiny_config, random_params):
   kind = {"position": "rope", "norm": "rmsnorm", "bias": False, "tied_head": False}
   config = tiny_config(vocab_size=264, layer_pattern=("local", "full"), window=4, **kind)
   return nnx.merge(model_graph(config), random_params(config, seed=3))
+
+
+def test_a_prompt_is_the_prefix_of_a_prefix_model(tiny_config, random_params):
+  config = tiny_config(vocab_size=264, visibility="prefix", position="rope")
+  model = nnx.merge(model_graph(config), random_params(config, seed=3))
+  together, _ = recite(model, PROMPTS, max_tokens=3)
+  for prompt, completion in zip(PROMPTS, together, strict=True):
+    row = np.array([[BYTES.end_of_text, *BYTES.encode(prompt)]])
+    best = int(model(row, prefix_BS=np.ones_like(row))[0, -1, : BYTES.vocab_size].argmax())
+    assert completion.tokens[0] == best
+
+
+def test_an_encoder_reads_the_prompt_and_the_decoder_starts_anew(tiny_config, random_params):
+  config = tiny_config(vocab_size=264, encoder_layers=1, position="t5", decoder_start=7)
+  model = nnx.merge(model_graph(config), random_params(config, seed=3))
+  together, _ = recite(model, PROMPTS, max_tokens=4)
+  for prompt, completion in zip(PROMPTS, together, strict=True):
+    source = [BYTES.end_of_text, *BYTES.encode(prompt), BYTES.end_of_text]
+    encoded = model.encode(np.array([source]))
+    row = [7]
+    for token in completion.tokens:
+      logits = model(np.array([row]), encoded=encoded)[0, -1, : BYTES.vocab_size]
+      assert int(logits.argmax()) == token
+      row.append(token)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

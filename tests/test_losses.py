@@ -195,3 +195,25 @@ def test_a_mesh_changes_nothing(chunks_of, sizes, axes):
   chunks_of(1)
   with jax.set_mesh(sharding.make_mesh(ONE | sizes)):
     assert_close(actual_of(tokens, axes, **options), expected)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_bias_of_the_logits_counts_and_has_its_gradient(chunks_of, tensor):
+  x_BTD, kernel_DV, targets_BT, weights_BT = make_tokens()
+  bias_V = np.random.default_rng(1).normal(size=V).astype(np.float32)
+  chunks_of(8)
+
+  def expected(bias_V):
+    # As one more column of the input, which is 1.
+    x = jnp.concatenate([x_BTD, jnp.ones((B, T, 1))], axis=-1)
+    kernel = jnp.concatenate([kernel_DV, bias_V[None]])
+    return by_formula(x, kernel, targets_BT, weights_BT, cap=3.0, z_loss=0.1)[0]
+
+  def actual(bias_V):
+    tokens = (x_BTD, kernel_DV, targets_BT, weights_BT)
+    return losses.cross_entropy(*tokens, axes=UNTIED, bias_V=bias_V, cap=3.0, z_loss=0.1).total
+
+  mesh = sharding.make_mesh(ONE | {"data": 2, "tensor": tensor}, jax.devices()[: 2 * tensor])
+  with jax.set_mesh(mesh):
+    found = jax.device_get(jax.jit(jax.value_and_grad(actual))(bias_V))
+  assert_close(found, jax.jit(jax.value_and_grad(expected))(bias_V))

@@ -12,6 +12,7 @@ from configs.parts import optim as presets
 from gptjax import optim, sharding, tree
 from gptjax import step as step_lib
 from gptjax.data.batch import Batch
+from gptjax.model.figures import Routing
 from gptjax.model.gpt import describe_parameters
 
 B, T = 8, 8
@@ -45,7 +46,7 @@ def make_optimizer(config, name="sgd", **changes):
   return optim.make_optimizer(values, describe_parameters(config), optax.constant_schedule(0.5))
 
 
-def make_step(config, optimizer, *, seed=0, grad_accumulation=1, dropout=False, z_loss=0.0):
+def make_step(config, optimizer, *, seed=0, grad_accumulation=1, dropout=False, **factors):
   return step_lib.make_train_step(
     step_lib.model_graph(config),
     optimizer,
@@ -53,7 +54,7 @@ def make_step(config, optimizer, *, seed=0, grad_accumulation=1, dropout=False, 
     grad_accumulation=grad_accumulation,
     dropout=dropout,
     ema_decay=EMA,
-    z_loss=z_loss,
+    **factors,
   )
 
 
@@ -132,6 +133,55 @@ def test_the_z_loss_is_minimised_and_not_reported(config, optimizer, start, batc
   assert abs(float(second_with_z["loss"]) - float(second["loss"])) > 1e-3
   table, plain_table = (s.params["embed"]["embedding"] for s in (state, plain))
   assert np.abs(table - plain_table).max() > 1e-3
+
+
+def test_a_mixture_minimises_the_losses_of_its_routers_and_tells_them(
+  tiny_config, random_params, batch, after_two_steps
+):
+  config = tiny_config(num_layers=2, num_experts=4, experts_per_token=2, scan_layers=True)
+  optimizer = make_optimizer(config)
+  params = random_params(config)
+  batch = dataclasses.replace(batch, weights=np.ones_like(batch.weights))
+
+  def run(**options):
+    factors = {"router_balance_loss": 0.2, "router_z_loss": 0.1}
+    step = make_step(config, optimizer, **factors, **options)
+    arrays = jax.tree.map(jnp.asarray, params)
+    opt_state = optimizer.init(arrays)
+    state = step_lib.TrainState(jnp.int32(0), jnp.int32(0), arrays, opt_state, None)
+    return jax.device_get(step(state, batch))
+
+  @jax.jit
+  def by_hand(params):
+    routing = Routing()
+    logits_BTV = nnx.merge(step_lib.model_graph(config), params)(
+      batch.inputs,
+      positions_BT=batch.positions,
+      segment_ids_BT=batch.segment_ids,
+      routing=routing,
+    )
+    picked = jax.nn.one_hot(batch.targets, 32) * jax.nn.log_softmax(logits_BTV)
+    loss, balance, z = -picked.sum(-1).mean(), routing["balance_loss"], routing["z_loss"]
+    told = {
+      "loss": loss,
+      "router/balance_loss": balance.mean(),
+      "router/z_loss": z.mean(),
+      "router/largest_load": 4 * (routing["load"][0].max() + routing["load"][1].max()) / 2,
+    }
+    return loss + 0.2 * balance.mean() + 0.1 * z.mean(), told
+
+  grads, told = jax.grad(by_hand, has_aux=True)(params)
+  state, metrics = run()
+  for name, value in told.items():
+    assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+  # One step of plain SGD is the gradient.
+  assert_close(jax.tree.map(lambda old, new: (old - new) / 0.5, params, state.params), grads, 1e-4)
+  # Of micro-batches, all but the balance is the mean.
+  _, accumulated = run(grad_accumulation=2)
+  for name in ("loss", "router/z_loss"):
+    assert accumulated[name] == pytest.approx(float(told[name]), rel=1e-5), name
+  assert accumulated["router/largest_load"] == metrics["router/largest_load"]
+  assert not [name for name in after_two_steps[1] if name.startswith("router")]
 
 
 @pytest.mark.parametrize("grad_accumulation", [2, 4])

@@ -472,7 +472,7 @@ def test_bad_input_is_named(corpus, tmp_path):
     (
       {"data.path": short, "sequence_length": 100},
       None,
-      "sequence_length is 100, but the training",
+      "a row takes 100 tokens, but the training",
     ),
     ({}, blocked / "run", "cannot be written"),
     ({"batch_size": 7}, None, "batch_size=7 does not divide"),
@@ -482,10 +482,45 @@ def test_bad_input_is_named(corpus, tmp_path):
     ({"sequence_length": 257}, None, "exceeds model.max_positions=256"),
     ({"optim.name": "adamx"}, None, r"no algorithm 'adamx'\. Did you mean"),
     ({"checkpoint.best_metric": "val/los"}, None, r"Did you mean 'val/loss'"),
+    ({"objective": "masked"}, None, "needs model.visibility='bidirectional', not 'causal'"),
+    ({"objective": "mask"}, None, r"no choice 'mask'\. Did you mean 'masked'"),
+    (
+      {
+        "objective": "prefix",
+        "model.visibility": "prefix",
+        "checkpoint.best_metric": "val/bits_per_byte",
+      },
+      None,
+      "best_metric='val/bits_per_byte' is not known under objective='prefix'",
+    ),
   ]
   for number, (overrides, workdir, sentence) in enumerate(cases):
     with pytest.raises(UserError, match=sentence):
       train(small_config(corpus, **overrides), workdir or tmp_path / str(number))
+
+
+@pytest.mark.parametrize(
+  ("objective", "changes"),
+  [
+    ("masked", {"model.visibility": "bidirectional", "tokenizer": "bpe:300+mask"}),
+    (
+      "span_corruption",
+      {
+        "model.encoder_layers": 1,
+        "model.position": "t5",
+        "model.scan_layers": True,
+        "tokenizer": "bpe:400+sentinels",
+      },
+    ),
+  ],
+)
+def test_objectives_that_denoise_learn(corpus, tmp_path, objective, changes):
+  changes |= {"objective": objective, "optim.learning_rate": 1e-2, "eval.every_steps": 40}
+  validation = train(small_config(corpus, **changes), tmp_path)
+  first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+  assert validation["val/loss"] < first["val/loss"] - 0.5
+  # Not all of the text is predicted, so this is not known.
+  assert "val/bits_per_byte" not in validation
 
 
 def test_another_vocabulary_than_the_checkpoint_has_is_named(corpus, tmp_path):

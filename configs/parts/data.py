@@ -24,6 +24,9 @@ DEFAULTS = PART_DEFAULTS | {
   "cache_dir": "",  # where tokens are kept; '' is $XDG_CACHE_HOME/gptjax or ~/.cache/gptjax
   "fim_rate": 0.0,  # share of documents to reorder for fill-in-the-middle
   "spm_rate": 0.5,  # share of those with the suffix first
+  "mask_rate": 0.15,  # objective=masked, span_corruption: the share of tokens to predict
+  "whole_words": True,  # masked: a word is masked whole; Chinese needs jieba
+  "mean_span": 3.0,  # span_corruption: tokens of a span, on average
   "mixture": {},  # name -> the keys of PART_DEFAULTS and weight; replaces the single corpus above
 }
 

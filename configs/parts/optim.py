@@ -4,14 +4,15 @@
 rate (`lr`) and of the weight decay (`decay`), another `algorithm`, or `frozen=True`.
 """
 
-# Norm scales, biases and the weights of mixtures are not decayed: pulling them to zero is no
+# Norm scales, biases, sinks and the weights of mixtures are not decayed: pulling them to zero is no
 # regularisation.
-_DECAY_MATRICES = ((r"norm|bias$|mix", {"decay": 0.0}), (r".*", {}))
+_VECTORS = r"norm|bias$|mix|sinks"
+_DECAY_MATRICES = ((_VECTORS, {"decay": 0.0}), (r".*", {}))
 
 # Muon and SOAP are for matrices inside the network; the rest trains with AdamW.
 _HIDDEN_MATRICES = (
-  (r"norm|bias$|mix", {"algorithm": "adamw", "decay": 0.0}),
-  (r"^embed|^position|^head|relative", {"algorithm": "adamw"}),
+  (_VECTORS, {"algorithm": "adamw", "decay": 0.0}),
+  (r"^embed|^position|^token_type|^head|^pooler|relative", {"algorithm": "adamw"}),
   (r".*", {}),
 )
 

@@ -39,8 +39,8 @@ def make_decoding_plan(
     raise UserError(f"--batch={batch} and --context={context} must both be at least 1.")
   if batch % rows:
     raise UserError(
-      f"--batch={batch} does not divide over the {rows} devices of the mesh's data and fsdp axes: "
-      f"use a multiple of {rows}."
+      f"--batch={batch} does not divide over the {rows} devices of the mesh's data, fsdp "
+      f"and expert axes: use a multiple of {rows}."
     )
   if model.position == "learned" and context > model.max_positions:
     raise UserError(
@@ -151,7 +151,8 @@ def _work(plan: Plan, params: Any, decoding: Decoding) -> Work:
 
   Read are the parameters that tokens are multiplied with or scaled by, not the tables that they
   are only looked up in: all of each that `tensor` does not split, since a device gathers what
-  `fsdp` splits. Of the cache, what the layers see: all of it, or a window.
+  `fsdp` splits; of experts, those that some row is expected to choose if all are as likely. Of the
+  cache, what the layers see: all of it, or a window.
   """
   model, mesh = plan.model, plan.mesh
   batch, context = decoding.tokens.shape
@@ -162,11 +163,13 @@ def _work(plan: Plan, params: Any, decoding: Decoding) -> Work:
   for info in plan.parameters.values():
     is_scores = model.tied_head and info.axes == ("vocab", "embed")
     is_matrix = info.fan_in_axes is not None or is_scores
-    weights += math.prod(info.shape) if is_matrix else 0
+    active = model.active_experts if "experts" in info.axes else 1.0
+    weights += math.prod(info.shape) * active if is_matrix else 0
     if is_matrix or not {"vocab", "positions"} & set(info.axes):
       split = [axis for axes in sharding.parameter_axes(info.axes) for axis in axes]
       parts = math.prod(mesh.shape[axis] for axis in split if axis != "fsdp")
-      read += math.prod(info.shape) * jnp.dtype(model.dtype).itemsize // parts
+      size = math.prod(info.shape) * jnp.dtype(model.dtype).itemsize // parts
+      read += round(size * (1 - (1 - active) ** batch))
   held = {"parameters": tree_bytes(params)[1], "kv_cache": cache}
   advice = {
     "parameters": "parameters: a longer mesh.tensor or mesh.fsdp",

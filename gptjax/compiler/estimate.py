@@ -55,12 +55,14 @@ def estimate(
   devices: Sequence[jax.Device],
   windows: Sequence[int | None],
   collectives: list[Collective],
+  expert_rows: float = 1.0,
 ) -> Estimate:
   """Adds up the program's times.
 
   Args:
     devices: of the mesh, in its order.
     windows: of the layers of one period of the model.
+    expert_rows: the share of the rows of a kernel of experts that are in use.
   """
   clock = target.generation.clock_hz
   fused = {name: cycles / clock for name, cycles in program.cycles().items()}
@@ -68,7 +70,9 @@ def estimate(
   found = program.kernels()
   one_pass = not any("_dq_" in kernel.name for kernel in found)
   for kernel in found:
-    kernels[kernel.computation] += kernel.count * kernel_flops(kernel, windows, one_pass)
+    kernels[kernel.computation] += kernel.count * kernel_flops(
+      kernel, windows, one_pass, expert_rows
+    )
   waiting: dict[str, float] = defaultdict(float)
   hidden: dict[str, float] = defaultdict(float)
   sharing: dict[tuple[tuple[int, int], ...], int] = {}
@@ -94,12 +98,20 @@ def estimate(
   )
 
 
-def kernel_flops(kernel: Kernel, windows: Sequence[int | None], one_pass: bool) -> float:
-  """FLOPs of one run of a splash attention kernel on one device; 0 for a kernel it does not know.
+def kernel_flops(
+  kernel: Kernel, windows: Sequence[int | None], one_pass: bool, expert_rows: float = 1.0
+) -> float:
+  """FLOPs of one run of a splash attention or Megablox kernel on one device; 0 for a kernel it does
+  not know.
 
   Blocks that no query may see are not visited. Of a model whose layers differ in their windows,
   each kernel counts as their mean. `one_pass`: whether one kernel makes all gradients.
   """
+  if "gmm" in kernel.name:
+    (rows, columns), (*_, contracted, produced) = kernel.operands[-2:]
+    # The sums over rows, `tgmm`, have no kernel [groups, contracted, produced] but other rows.
+    contracted = columns if "tgmm" in kernel.name else contracted
+    return expert_rows * 2.0 * rows * contracted * produced
   if "splash" not in kernel.name:
     return 0.0
   forward = "fwd" in kernel.name

@@ -83,7 +83,10 @@ def read_costs(
 @read_costs.register
 def _(target: Slice, program: Program, plan: Plan, collectives: list[Collective]) -> Costs:
   devices = list(plan.mesh.devices.flat)
-  times = estimate(program, target, devices, plan.model.windows, collectives)
+  model, experts = plan.model, plan.model.num_experts
+  # Of the rows that `model.moe` makes room for, those of an even load.
+  rows = max(model.experts_per_token, experts // plan.mesh.shape["expert"]) / (experts or 1)
+  times = estimate(program, target, devices, model.windows, collectives, rows)
   return Costs({"ici": times.collectives}, times.kernel_flops, estimate=times)
 
 

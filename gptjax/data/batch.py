@@ -18,6 +18,9 @@ class Batch:
     weights: float32 [B, T], what each target counts in the loss; 0 for padding.
     segment_ids: int32 [B, T], the document of each input, from 1; 0 for padding.
     positions: int32 [B, T], distance from the start of the segment within its row, from 0.
+    prefix: int32 [B, T], 1 where all of the segment sees the input, for a prefix language model.
+    encoder_inputs, encoder_segment_ids, encoder_positions: int32 [B, S], what an encoder reads; a
+      segment of the decoder's row sees the one of the same id.
   """
 
   inputs: np.ndarray | jax.Array
@@ -25,14 +28,12 @@ class Batch:
   weights: np.ndarray | jax.Array
   segment_ids: np.ndarray | jax.Array
   positions: np.ndarray | jax.Array
+  prefix: np.ndarray | jax.Array | None = None
+  encoder_inputs: np.ndarray | jax.Array | None = None
+  encoder_segment_ids: np.ndarray | jax.Array | None = None
+  encoder_positions: np.ndarray | jax.Array | None = None
 
   @classmethod
   def stack(cls, rows: Sequence["Batch"]) -> "Batch":
     """Stacks rows [T] to a batch [B, T]."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-
-  @classmethod
-  def padding(cls, sequence_length: int) -> "Batch":
-    """Returns a row [T] that counts for nothing."""
-    zeros = np.zeros(sequence_length, np.int32)
-    return cls(zeros, zeros, zeros.astype(np.float32), zeros, zeros)

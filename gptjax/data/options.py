@@ -8,6 +8,7 @@ from gptjax.errors import UserError, did_you_mean
 
 SOURCES = ("text", "jsonl", "parquet", "tfds", "hf", "stdlib")
 UNDECODABLE = ("error", "skip")
+OBJECTIVES = ("next_token", "prefix", "masked", "span_corruption")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +34,14 @@ class DataOptions:
   batch_size: int
   sequence_length: int
   tokenizer: str
+  objective: str
+  decoder_start: int
   cache_dir: str
   fim_rate: float
   spm_rate: float
+  mask_rate: float
+  whole_words: bool
+  mean_span: float
   parts: dict[str, PartOptions]
   weights: dict[str, float]
 
@@ -59,9 +65,14 @@ def read_options(config: Any) -> DataOptions:
     batch_size=config.batch_size,
     sequence_length=config.sequence_length,
     tokenizer=config.tokenizer,
+    objective=config.objective,
+    decoder_start=config.model.decoder_start,
     cache_dir=data.cache_dir,
     fim_rate=data.fim_rate,
     spm_rate=data.spm_rate,
+    mask_rate=data.mask_rate,
+    whole_words=data.whole_words,
+    mean_span=data.mean_span,
     parts=parts,
     weights=weights,
   )
@@ -70,7 +81,20 @@ def read_options(config: Any) -> DataOptions:
   _check(options.sequence_length >= 1, "sequence_length", options.sequence_length, "1 or more")
   _check(0 <= options.fim_rate <= 1, "data.fim_rate", options.fim_rate, "from 0 to 1")
   _check(0 <= options.spm_rate <= 1, "data.spm_rate", options.spm_rate, "from 0 to 1")
+  _check(0 < options.mask_rate < 1, "data.mask_rate", options.mask_rate, "between 0 and 1")
+  _check(options.mean_span >= 1, "data.mean_span", options.mean_span, "1 or more")
+  check_objective(options.objective)
+  if options.fim_rate and options.objective != "next_token":
+    raise UserError(
+      f"data.fim_rate={options.fim_rate} needs objective='next_token', not {options.objective!r}."
+    )
   return options
+
+
+def check_objective(objective: str) -> None:
+  """Raises UserError for a name that is not among OBJECTIVES."""
+  if objective not in OBJECTIVES:
+    raise UserError(f"objective: no choice {objective!r}. {did_you_mean(objective, OBJECTIVES)}")
 
 
 def _read_part(part: Mapping[str, Any], key: str) -> PartOptions:

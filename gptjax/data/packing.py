@@ -13,37 +13,37 @@ class Windows:
   As inputs and targets of T tokens they predict every token but the stream's first exactly once.
   """
 
-  def __init__(self, cache: TokenCache, sequence_length: int, *, drop_remainder: bool):
-    """Prepares windows of `sequence_length` + 1 tokens.
+  def __init__(self, cache: TokenCache, length: int, *, drop_remainder: bool):
+    """Prepares windows of `length` + 1 tokens.
 
     Args:
       cache: the stream.
-      sequence_length: T.
+      length: T.
       drop_remainder: whether to leave out a last window that is shorter (training does).
 
     Raises:
       UserError: if the stream is too short for a single window.
     """
     predicted = cache.num_tokens - 1
-    full, remainder = divmod(predicted, sequence_length)
+    full, remainder = divmod(predicted, length)
     if drop_remainder and not full:
       raise UserError(
-        f"sequence_length is {sequence_length}, but the training corpus has only {predicted} "
+        f"a row takes {length} tokens, but the training corpus has only {predicted} "
         f"tokens to predict. Set --config.sequence_length={predicted} or less, or add text."
       )
     self._tokens = cache.tokens
-    self._sequence_length = sequence_length
-    self._length = full + (remainder > 0 and not drop_remainder)
+    self._stride = length
+    self._count = full + (remainder > 0 and not drop_remainder)
 
   def __len__(self) -> int:
-    return self._length
+    return self._count
 
   def __getitem__(self, index: int) -> np.ndarray:
     """Returns int32 [T + 1], or [2 to T + 1] for the last one."""
     if not 0 <= index < len(self):
       raise IndexError(index)
-    start = index * self._sequence_length
-    return self._tokens[start : start + self._sequence_length + 1].astype(np.int32)
+    start = index * self._stride
+    return self._tokens[start : start + self._stride + 1].astype(np.int32)
 
 
 def pack(window: np.ndarray, sequence_length: int, end_of_text: int) -> Batch:
@@ -64,12 +64,15 @@ def pack(window: np.ndarray, sequence_length: int, end_of_text: int) -> Batch:
   index = np.arange(len(inputs), dtype=np.int32)
   starts = inputs == end_of_text
   starts[:1] = True
-  row = Batch(
-    inputs=inputs,
-    targets=targets,
-    weights=np.ones(len(inputs), np.float32),
-    segment_ids=np.cumsum(starts, dtype=np.int32),
-    positions=index - np.maximum.accumulate(np.where(starts, index, 0)),
+  return Batch(
+    inputs=pad(inputs, sequence_length),
+    targets=pad(targets, sequence_length),
+    weights=pad(np.ones(len(inputs), np.float32), sequence_length),
+    segment_ids=pad(np.cumsum(starts, dtype=np.int32), sequence_length),
+    positions=pad(index - np.maximum.accumulate(np.where(starts, index, 0)), sequence_length),
   )
-  padding = sequence_length - len(inputs)
-  return Batch(**{name: np.pad(values, (0, padding)) for name, values in vars(row).items()})
+
+
+def pad(values: np.ndarray, length: int) -> np.ndarray:
+  """Fills up an array with zeros to [length]."""
+  return np.pad(values, (0, length - len(values)))

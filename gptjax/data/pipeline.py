@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from etils import epath
 
@@ -15,7 +16,9 @@ from gptjax.data import cache, mixture, sources
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenCache
+from gptjax.data.denoising import MaskedLanguageModel, PrefixLanguageModel, SpanCorruption
 from gptjax.data.fim import FillInTheMiddle
+from gptjax.data.mixture import MakeRow
 from gptjax.data.options import DataOptions, read_options
 from gptjax.data.packing import Windows, pack
 from gptjax.data.sources import Source
@@ -63,21 +66,14 @@ class Dataset:
     self._training, self._validation = training, validation
     self._host_rows = options.batch_size // process_count
     self._first_row = process_index * self._host_rows
-    windows = training.windows(options.sequence_length, drop_remainder=True)
+    make_row, window_length = _make_objective(options, tokenizer, options.fim_rate)
+    windows = training.windows(window_length, drop_remainder=True)
     self._rows_per_epoch = sum(map(len, windows.values()))
     self._rows = mixture.training_rows(
-      windows,
-      options.weights,
-      seed=options.seed,
-      sequence_length=options.sequence_length,
-      end_of_text=tokenizer.end_of_text,
-      fim=(
-        FillInTheMiddle(tokenizer, options.fim_rate, options.spm_rate) if options.fim_rate else None
-      ),
+      windows, options.weights, seed=options.seed, make_row=make_row
     )
-    self._validation_windows = [
-      *validation.windows(options.sequence_length, drop_remainder=False).values()
-    ]
+    self._make_validation_row, _ = _make_objective(options, tokenizer, fim_rate=0)
+    self._validation_windows = [*validation.windows(window_length, drop_remainder=False).values()]
 
   @property
   def num_tokens(self) -> int:
@@ -90,8 +86,10 @@ class Dataset:
     return self._rows_per_epoch / self._options.batch_size
 
   @property
-  def validation_bytes(self) -> int:
-    """UTF-8 bytes of the validation text, for bits per byte."""
+  def validation_bytes(self) -> int | None:
+    """UTF-8 bytes of the validation text, for bits per byte; None if not all of it is predicted."""
+    if self._options.objective != "next_token":
+      return None
     return sum(tokens.num_bytes for tokens in self._validation.caches.values())
 
   def training_text(self) -> Iterator[str]:
@@ -115,15 +113,46 @@ class Dataset:
   def validation_batches(self) -> Iterator[Batch]:
     """Yields this host's rows of the validation set, once, in order and never reordered for FIM.
 
-    Every host yields as many batches; the last is filled up with rows of weight 0.
+    What the objective draws at random depends on the seed and the row's index alone. Every host
+    yields as many batches; the last is filled up with rows of weight 0.
     """
-    length, separator = self._options.sequence_length, self.tokenizer.end_of_text
-    rows = itertools.chain.from_iterable(self._validation_windows)
-    filling = Batch.padding(length)
-    while batch := list(itertools.islice(rows, self._options.batch_size)):
+    windows = enumerate(itertools.chain.from_iterable(self._validation_windows))
+    while batch := list(itertools.islice(windows, self._options.batch_size)):
       host = batch[self._first_row : self._first_row + self._host_rows]
-      packed = [pack(window, length, separator) for window in host]
-      yield Batch.stack(packed + [filling] * (self._host_rows - len(packed)))
+      rows = [self._validation_row(index, window) for index, window in host]
+      missing = self._host_rows - len(rows)
+      if missing:
+        rows += [jax.tree.map(np.zeros_like, self._validation_row(*batch[0]))] * missing
+      yield Batch.stack(rows)
+
+  def _validation_row(self, index: int, window: np.ndarray) -> Batch:
+    return self._make_validation_row(window, np.random.default_rng((self._options.seed, index)))
+
+
+def _make_objective(
+  options: DataOptions, tokenizer: Tokenizer, fim_rate: float
+) -> tuple[MakeRow, int]:
+  """What makes rows of windows, and the length of those."""
+  length = options.sequence_length
+  match options.objective:
+    case "prefix":
+      return PrefixLanguageModel(length, tokenizer.end_of_text), length
+    case "masked":
+      return (
+        MaskedLanguageModel(tokenizer, length, options.mask_rate, options.whole_words),
+        length,
+      )
+    case "span_corruption":
+      corruption = SpanCorruption(
+        tokenizer, length, options.mask_rate, options.mean_span, options.decoder_start
+      )
+      return corruption, corruption.window_length
+  fim = FillInTheMiddle(tokenizer, fim_rate, options.spm_rate) if fim_rate else None
+
+  def next_token(window: np.ndarray, rng: np.random.Generator) -> Batch:
+    return pack(fim(window, rng) if fim else window, length, tokenizer.end_of_text)
+
+  return next_token, length
 
 
 def open_dataset(

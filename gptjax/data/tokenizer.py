@@ -4,16 +4,21 @@ A spec names one:
 
     bytes                       256 bytes and 4 special tokens
     bpe:N                       byte-level BPE of N tokens in all, trained on the training text
-    FOLDER                      GPT-2's encoder.json + vocab.bpe, or vocab.json + merges.txt,
-                                or a tokenizer.json
+    bytes+mask, bpe:N+sentinels the same with '<|mask|>', with 100 sentinels, or both
+    FOLDER                      tokenizer.json; or GPT-2's encoder.json + vocab.bpe, or vocab.json +
+                                merges.txt; or tokenizer.model, spiece.model, or vocab.txt
     FILE.tiktoken               one of OpenAI's, told apart by its name
     tokenizer.json, FILE.model  of the Hugging Face library, of SentencePiece
+    vocab.txt                   BERT's WordPiece
+    FILE.gguf                   that of a model of llama.cpp
 
-A run keeps its tokenizer in its own folder, so it never trains one twice nor needs the original.
+Beside the files of a foreign one, those of `tokenizer_settings.FILES` are read where they are. A
+run keeps its tokenizer in its own folder, so it never trains one twice nor needs the original.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +27,14 @@ import numpy as np
 from etils import epath
 
 from gptjax.data import tokenizer_formats as formats
-from gptjax.errors import UserError
+from gptjax.data import tokenizer_gguf
+from gptjax.data import tokenizer_settings as settings_lib
+from gptjax.errors import UserError, did_you_mean
 
 _META = "gptjax_tokenizer.json"
-_BYTES, _BPE = "bytes", "bpe:"
+_BPE = "bpe:"
+# Tokens that end a turn of a chat, of the templates in use.
+_ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +47,19 @@ class Tokenizer:
     spec: what it was made from.
     vocab_size: number of ids, unused ones included.
     end_of_text: id of the separator between documents.
+    start: ids that a document or a prompt begins with.
+    stops: ids that end a completion.
     fim_prefix, fim_middle, fim_suffix: ids for fill-in-the-middle, or None.
+    mask: id of what hides a token, or None.
+    sentinels: ids of what stands for removed spans, in order (Raffel et al. 2020); may be empty.
     specials: the ids of all special tokens by their text.
+    roles: texts of special tokens by what its files call them ('bos_token', 'eos_token', ...).
+    chat_template: the model's own, in Jinja, or None.
   """
 
   spec: str
   _format: formats.Format
+  _settings: settings_lib.Settings
   _files: Mapping[str, bytes]
 
   @property
@@ -57,6 +73,42 @@ class Tokenizer:
   @property
   def end_of_text(self) -> int:
     return self._format.end_of_text
+
+  @property
+  def start(self) -> tuple[int, ...]:
+    bos = self.specials.get(self.roles.get("bos_token"))
+    if self._settings.adds_bos and bos is not None:
+      return (bos,)
+    if self._settings.adds_bos is False or self._format.start is None:
+      return (self.end_of_text,)
+    return self._format.start
+
+  @property
+  def stops(self) -> frozenset[int]:
+    template = self.chat_template or ""
+    names = (self.roles.get("eos_token"), *(text for text in _ENDS_OF_TURN if text in template))
+    named = {self.specials[text] for text in names if text in self.specials}
+    return frozenset({self.end_of_text, *named, *self._settings.end_ids})
+
+  @property
+  def roles(self) -> Mapping[str, str]:
+    return self._settings.roles
+
+  @property
+  def chat_template(self) -> str | None:
+    return self._settings.chat_template
+
+  @property
+  def mask(self) -> int | None:
+    return next((self.specials[text] for text in formats.MASKS if text in self.specials), None)
+
+  @property
+  def sentinels(self) -> tuple[int, ...]:
+    for name in formats.SENTINELS:
+      if name.format(0) in self.specials:
+        ids = (self.specials.get(name.format(number)) for number in itertools.count())
+        return tuple(itertools.takewhile(lambda token: token is not None, ids))
+    return ()
 
   @property
   def fim_prefix(self) -> int | None:
@@ -79,13 +131,25 @@ class Tokenizer:
     return self.encode_batch([text])[0].tolist()
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Encodes each text to uint32 [its tokens], in parallel where the library can."""
+    """Encodes each text to uint32 [its tokens], in parallel where the library can.
+
+    Raises:
+      UserError: half of a surrogate pair is in a text, which is no character.
+    """
+    for text in texts:
+      _check(text)
     return self._format.encode_batch(texts)
+
+  def encode_with_specials(self, text: str) -> list[int]:
+    """Returns the ids of `text`, its special tokens parsed, as of a rendered chat template."""
+    _check(text)
+    return self._format.encode_with_specials(text)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of a whole document; bytes that are not UTF-8 become U+FFFD."""
     text = self.decode_bytes(ids).decode("utf-8", errors="replace")
-    return text.removeprefix(" ") if self._format.adds_space else text
+    text = text.removeprefix(" ") if self._format.adds_space else text
+    return text.removesuffix(" ") if self._format.ends_with_space else text
 
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
     """Returns the bytes of any piece of a document, so that pieces can be joined; specials are
@@ -127,26 +191,32 @@ def open_saved(folder: epath.PathLike) -> Tokenizer | None:
 
 def load(spec: str) -> Tokenizer:
   """Loads the tokenizer that `spec` names; UserError if there is none, or if it must be trained."""
-  if spec == _BYTES:
-    return _make(spec, "bytes", {})
+  if spec.split("+")[0] == "bytes":
+    _, specials = _parse(spec)
+    added = specials[len(formats.SPECIALS) :]
+    return _make(spec, "bytes", {"specials.json": json.dumps(added).encode()} if added else {})
   if spec.startswith(_BPE):
     raise UserError(f"tokenizer {spec!r} must be trained; a run keeps it in WORKDIR/tokenizer.")
   path = Path(spec).expanduser()
+  if path.suffix == ".gguf" and path.is_file():
+    return _make(spec, *tokenizer_gguf.read(path))
   kind, names = formats.recognise(path)
   if kind is None:
     found = "holds no tokenizer that we read" if path.exists() else "is no file or folder"
     raise UserError(
-      f"tokenizer {spec!r} {found}. Give 'bytes', 'bpe:N', a folder with encoder.json and "
-      "vocab.bpe (or vocab.json and merges.txt), or a tokenizer.json, *.tiktoken or *.model file."
+      f"tokenizer {spec!r} {found}. Give 'bytes', 'bpe:N', a folder with tokenizer.json, "
+      "encoder.json and vocab.bpe (or vocab.json and merges.txt), tokenizer.model, spiece.model or "
+      "vocab.txt, one of these files, or a *.tiktoken, *.model or *.gguf file."
     )
   folder = path if path.is_dir() else path.parent
-  return _make(spec, kind, {name: (folder / name).read_bytes() for name in names})
+  beside = [name for name in settings_lib.FILES if (folder / name).is_file()]
+  return _make(spec, kind, {name: (folder / name).read_bytes() for name in (*names, *beside)})
 
 
 def train(spec: str, texts: Iterable[str], *, progress: bool = False) -> Tokenizer:
   """Trains the byte-level BPE `bpe:N` on `texts`. The same texts give the same tokenizer."""
   vocab_size = declared_vocab_size(spec)
-  content = formats.train_bpe(texts, vocab_size, progress)
+  content = formats.train_bpe(texts, vocab_size, _parse(spec)[1], progress)
   return _make(spec, "tokenizer.json", {"tokenizer.json": content}, vocab_size)
 
 
@@ -188,24 +258,50 @@ def declared_vocab_size(spec: str) -> int:
   """Returns the vocabulary size of `spec` without training anything."""
   if not spec.startswith(_BPE):
     return load(spec).vocab_size
-  number = spec.removeprefix(_BPE)
-  smallest = 256 + len(formats.SPECIALS)
+  base, specials = _parse(spec)
+  number = base.removeprefix(_BPE)
+  smallest = 256 + len(specials)
   if not number.isdecimal() or int(number) < smallest:
     raise UserError(
       f"tokenizer {spec!r}: N in bpe:N must be a whole number of {smallest} or more "
-      f"(256 bytes and {len(formats.SPECIALS)} special tokens)."
+      f"(256 bytes and {len(specials)} special tokens)."
     )
   return int(number)
+
+
+def _parse(spec: str) -> tuple[str, tuple[str, ...]]:
+  """Splits the spec of a tokenizer made here into its kind and its special tokens."""
+  base, *suffixes = spec.split("+")
+  for suffix in suffixes:
+    if suffix not in formats.SUFFIXES:
+      raise UserError(
+        f"tokenizer {spec!r}: no suffix {suffix!r}. {did_you_mean(suffix, formats.SUFFIXES)}"
+      )
+  asked = [texts for suffix, texts in formats.SUFFIXES.items() if suffix in suffixes]
+  return base, tuple(itertools.chain(formats.SPECIALS, *asked))
+
+
+def _check(text: str) -> None:
+  """Refuses what has no UTF-8, which the libraries replace, or call no text at all."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"a text has half of a surrogate pair (U+{ord(text[error.start]):04X}) at character "
+      f"{error.start}, which is no character; replace it, by U+FFFD for example."
+    ) from error
 
 
 def _make(
   spec: str, kind: str, files: Mapping[str, bytes], vocab_size: int | None = None
 ) -> Tokenizer:
   try:
-    made = formats.READERS[kind](files)
+    settings = settings_lib.read(files)
+    own = {name: content for name, content in files.items() if name not in settings_lib.FILES}
+    made = formats.READERS[kind](own, settings)
   except UserError as error:
     raise UserError(f"tokenizer {spec!r}: {error}") from error
   if vocab_size is not None:  # A small text gives fewer merges than were asked for.
     unused = (b"",) * (vocab_size - len(made.token_bytes))
     made = dataclasses.replace(made, token_bytes=made.token_bytes + unused)
-  return Tokenizer(spec, made, files)
+  return Tokenizer(spec, made, settings, files)

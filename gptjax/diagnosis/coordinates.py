@@ -96,7 +96,7 @@ def _make_look(plan: Plan) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
       segment_ids_BT=batch.segment_ids,
       figures=found,
     )
-    found["hidden"] = x_BTD[None] * plan.model.width_ratio  # the division is the logits' own
+    found["hidden"] = x_BTD[None]
     found["logits"] = model.logits(x_BTD)[None]
     return {name: found[name].astype(jnp.float32) for name in QUANTITIES}
 

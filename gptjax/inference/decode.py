@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.inference.sampling import Sampling, choose, penalise_repetition
-from gptjax.model.gpt import GPT, Cache
+from gptjax.model.gpt import GPT
+from gptjax.model.stack import Cache, Encoded
 from gptjax.sharding import constrain
 
 
@@ -22,6 +23,7 @@ class Decoding:
 
   tokens: int32 [B, T], prompt and completion, left-aligned; lengths: int32 [B], how many are valid.
   logits: float32 [B, V] of the next token. finished: bool [B]. keys: one PRNG key a row [B].
+  encoded: what an encoder made of the prompts, or None.
   """
 
   tokens: jax.Array
@@ -30,6 +32,7 @@ class Decoding:
   finished: jax.Array
   keys: jax.Array
   cache: Cache
+  encoded: Encoded | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "prompt_length"))
@@ -41,15 +44,28 @@ def prefill(
   keys_B: jax.Array,
   *,
   prompt_length: int,
+  source: tuple[jax.Array, jax.Array] | None = None,
 ) -> Decoding:
   """Reads the prompts, all within the first `prompt_length` columns of the row.
+
+  `source` is what an encoder reads first, int32 tokens [B, S] and how many of each row are valid
+  [B]. To a model of visibility 'prefix' the prompt is the prefix.
 
   What the padding behind a short prompt leaves in the cache lies in slots that a query of that
   row does not see before they are overwritten, so rows do not depend on each other.
   """
   model = nnx.merge(graphdef, params)
   B, T = tokens_BT.shape
-  hidden_BTD, cache = model.hidden(tokens_BT[:, :prompt_length], cache=model.empty_cache(B, T))
+  encoded = None
+  if source is not None:
+    valid_BS = jnp.arange(source[0].shape[1])[None] < source[1][:, None]
+    encoded = model.encode(source[0], segment_ids_BS=valid_BS.astype(jnp.int32), for_decoding=True)
+  hidden_BTD, cache = model.hidden(
+    tokens_BT[:, :prompt_length],
+    prefix_BS=(jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32),
+    encoded=encoded,
+    cache=model.empty_cache(B, T),
+  )
   last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
   return Decoding(
     tokens=tokens_BT,
@@ -58,6 +74,7 @@ def prefill(
     finished=jnp.zeros(B, bool),
     keys=keys_B,
     cache=cache,
+    encoded=encoded,
   )
 
 
@@ -71,7 +88,7 @@ def decode(
   params,
   decoding: Decoding,
   limits_B: jax.Array,
-  end_of_text: jax.Array,
+  stops: jax.Array,
   *,
   steps: int,
   sampling: Sampling,
@@ -79,8 +96,9 @@ def decode(
 ) -> Decoding:
   """Appends up to `steps` tokens to each row, until all rows are finished.
 
-  A row finishes with `end_of_text`, which is kept, or at its limit [B] of tokens. Only tokens below
-  `vocab_size` are chosen: a model may have more rows than its tokenizer has tokens.
+  A row finishes with one of the tokens `stops` (int32, one or an array of them), which is kept, or
+  at its limit [B] of tokens. Only tokens below `vocab_size` are chosen: a model may have more rows
+  than its tokenizer has tokens.
   """
   model = nnx.merge(graphdef, params)
   model.unstack()
@@ -92,7 +110,7 @@ def decode(
   def step(carry):
     count, state = carry
     return count + 1, append(
-      model, state, limits_B, end_of_text, sampling=sampling, vocab_size=vocab_size
+      model, state, limits_B, stops, sampling=sampling, vocab_size=vocab_size
     )
 
   state = jax.lax.while_loop(proceed, step, (jnp.int32(0), decoding))[1]
@@ -109,7 +127,7 @@ def append(
   model: GPT,
   state: Decoding,
   limits_B: jax.Array,
-  end_of_text: jax.Array,
+  stops: jax.Array,
   *,
   sampling: Sampling,
   vocab_size: int | None = None,
@@ -126,14 +144,19 @@ def append(
   # A finished row goes on for the sake of the others, writing behind its end or nowhere.
   tokens_BT = state.tokens.at[rows_B, state.lengths].set(next_B, mode="drop")
   hidden_B1D, cache = model.hidden(
-    next_B[:, None], positions_BT=state.lengths[:, None], cache=state.cache
+    next_B[:, None],
+    positions_BT=state.lengths[:, None],
+    encoded=state.encoded,
+    cache=state.cache,
   )
   lengths_B = jnp.where(state.finished, state.lengths, state.lengths + 1)
+  stopped_B = (next_B[:, None] == jnp.ravel(stops)[None]).any(axis=1)
   return Decoding(
     tokens=tokens_BT,
     lengths=lengths_B,
     logits=model.logits(hidden_B1D)[:, 0],
-    finished=state.finished | (next_B == end_of_text) | (lengths_B >= limits_B),
+    finished=state.finished | stopped_B | (lengths_B >= limits_B),
     keys=state.keys,
     cache=cache,
+    encoded=state.encoded,
   )

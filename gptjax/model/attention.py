@@ -35,19 +35,32 @@ def visible(
   window: int | None = None,
   query_segments_BT: jax.Array | None = None,
   key_segments_BS: jax.Array | None = None,
+  *,
+  visibility: str = "causal",
+  prefix_BS: jax.Array | None = None,
 ) -> jax.Array:
   """Which keys a query may see: bool [B, T, S].
 
-  The past and itself, no further back than `window` positions (its own included), and only
-  within its own segment of a packed row.
+  Within its own segment of a packed row: the past and itself, no further back than `window`
+  positions (its own included), or everything if `visibility` is 'bidirectional', or besides the
+  past the keys of the prefix, where `prefix_BS` is not 0.
   """
   distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
   mask_BTS = distance_BTS >= 0
+  if visibility == "bidirectional":
+    mask_BTS = jnp.ones_like(mask_BTS)
+  elif visibility == "prefix" and prefix_BS is not None:
+    mask_BTS |= prefix_BS[:, None, :] > 0
   if window is not None:
     mask_BTS &= distance_BTS < window
   if query_segments_BT is not None:
-    mask_BTS &= query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
+    mask_BTS &= same_segment(query_segments_BT, key_segments_BS)
   return mask_BTS
+
+
+def same_segment(query_segments_BT: jax.Array, key_segments_BS: jax.Array) -> jax.Array:
+  """Bool [B, T, S]."""
+  return query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
 
 
 @jax.tree_util.register_dataclass
@@ -55,12 +68,13 @@ def visible(
 class Mask:
   """Who sees whom, in the form that the kernel takes.
 
-  kernel: 'xla', 'splash' or 'cudnn'. window: as of `visible`. segment_ids_BT: for a kernel that
-  works out what is visible itself. visible_BTS: for one that is told.
+  kernel: 'xla', 'splash' or 'cudnn'. window, visibility: as of `visible`. segment_ids_BT: for a
+  kernel that works out what is visible itself. visible_BTS: for one that is told.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})
-  window: int | None = dataclasses.field(metadata={"static": True})
+  window: int | None = dataclasses.field(default=None, metadata={"static": True})
+  visibility: str = dataclasses.field(default="causal", metadata={"static": True})
   segment_ids_BT: jax.Array | None = None
   visible_BTS: jax.Array | None = None
 
@@ -71,12 +85,23 @@ def make_mask(
   key_positions_BS: jax.Array,
   window: int | None,
   segment_ids_BT: jax.Array | None,
+  *,
+  visibility: str = "causal",
+  prefix_BS: jax.Array | None = None,
 ) -> Mask:
   """The mask of `visible`, whose arguments these are, for one kernel."""
   if kernel == "splash":
-    return Mask(kernel, window, segment_ids_BT=segment_ids_BT)
-  seen = visible(query_positions_BT, key_positions_BS, window, segment_ids_BT, segment_ids_BT)
-  return Mask(kernel, window, visible_BTS=seen)
+    return Mask(kernel, window, visibility, segment_ids_BT=segment_ids_BT)
+  seen = visible(
+    query_positions_BT,
+    key_positions_BS,
+    window,
+    segment_ids_BT,
+    segment_ids_BT,
+    visibility=visibility,
+    prefix_BS=prefix_BS,
+  )
+  return Mask(kernel, window, visibility, visible_BTS=seen)
 
 
 def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: bool) -> str:
@@ -95,11 +120,16 @@ def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: b
   common = [
     (training and config.attention_dropout > 0, "attention dropout"),
     (config.position in ("alibi", "t5"), f"position={config.position!r}, a bias"),
+    (config.attention_sinks, "attention_sinks"),
   ]
   spans = LANES * sharding.axis_parts("time")
   obstacles = {
     "xla": [],
-    "splash": [*common, (length % spans, f"a row of {length}: not a multiple of {spans}")],
+    "splash": [
+      *common,
+      (config.visibility == "prefix", "visibility='prefix'"),
+      (length % spans, f"a row of {length}: not a multiple of {spans}"),
+    ],
     "cudnn": [
       *common,
       (config.attention_soft_cap, "attention_soft_cap"),
@@ -128,36 +158,47 @@ def attend(
   v_BSKH: jax.Array,
   mask: Mask,
   *,
+  scale: float | None = None,
   bias_BNTS: jax.Array | None = None,
   cap: float = 0.0,
+  sinks_N: jax.Array | None = None,
   dropout_rate: float = 0.0,
   key: jax.Array | None = None,
 ) -> jax.Array:
-  """softmax(QK^T / sqrt(H) + bias) V over visible keys (Vaswani et al. 2017, eq. 1).
+  """softmax(scale QK^T + bias) V over visible keys (Vaswani et al. 2017, eq. 1).
 
-  Shapes: q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K -> [B, T, N, H]. The softmax
-  is float32; the products have the dtype of q. Bias and dropout are of the 'xla' kernel alone,
-  the cap of all but 'cudnn'; `choose_kernel` sees to that.
+  Shapes: q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K -> [B, T, N, H]. The scale is
+  1 / sqrt(H) if it is None. The softmax is float32; the products have the dtype of q. `sinks_N` is
+  the logit of one more key a head, whose value is 0. Bias, sinks and dropout are of the 'xla'
+  kernel alone, the cap of all but 'cudnn'; `choose_kernel` sees to that.
   """
+  scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
   match mask.kernel:
     case "splash":
-      segments = mask.segment_ids_BT
-      return kernels.splash(q_BTNH, k_BSKH, v_BSKH, segments, window=mask.window, cap=cap)
+      segments, causal = mask.segment_ids_BT, mask.visibility == "causal"
+      options = {"window": mask.window, "causal": causal, "cap": cap}
+      return kernels.splash(q_BTNH * scale, k_BSKH, v_BSKH, segments, **options)
     case "cudnn":
-      return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask.visible_BTS)
+      return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask.visible_BTS, scale)
   q_BTNH, k_BSKH, v_BSKH = checkpoint_name((q_BTNH, k_BSKH, v_BSKH), "qkv")
-  logits = _visible_logits(q_BTNH, k_BSKH, mask.visible_BTS, bias_BNTS, cap)
-  weights = jax.nn.softmax(logits, axis=-1).astype(q_BTNH.dtype)
-  weights = dropout(weights, dropout_rate, key)
+  logits = _visible_logits(q_BTNH * scale, k_BSKH, mask.visible_BTS, bias_BNTS, cap)
+  if sinks_N is None:
+    weights = jax.nn.softmax(logits, axis=-1)
+  else:
+    sinks = jnp.broadcast_to(
+      sinks_N.astype(jnp.float32).reshape(1, *logits.shape[1:3], 1, 1), (*logits.shape[:-1], 1)
+    )
+    weights = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
+  weights = dropout(weights.astype(q_BTNH.dtype), dropout_rate, key)
   attended = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(q_BTNH.shape)
   return checkpoint_name(attended, "attention")
 
 
-def _visible_logits(q_BTNH, k_BSKH, visible_BTS, bias_BNTS, cap: float) -> jax.Array:
+def _visible_logits(scaled_q_BTNH, k_BSKH, visible_BTS, bias_BNTS, cap: float) -> jax.Array:
   """What the softmax is taken of: float32 [B, K, G, T, S], `MASKED` where a key is not seen."""
-  B, T, N, H = q_BTNH.shape
+  B, T, N, H = scaled_q_BTNH.shape
   K = k_BSKH.shape[2]
-  q_BTKGH = (q_BTNH / math.sqrt(H)).reshape(B, T, K, N // K, H)
+  q_BTKGH = scaled_q_BTNH.reshape(B, T, K, N // K, H)
   logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32)
   logits = soft_cap(logits, cap)
   if bias_BNTS is not None:
@@ -171,6 +212,7 @@ def largest_logit(
   mask: Mask,
   positions_BT: jax.Array,
   *,
+  scale: float | None = None,
   bias_BNTS: jax.Array | None = None,
   cap: float = 0.0,
 ) -> jax.Array:
@@ -180,6 +222,7 @@ def largest_logit(
   kernel could hold fits. Keys and queries have the same positions. It has no gradient.
   """
   q_BTNH, k_BSKH, bias_BNTS = jax.lax.stop_gradient((q_BTNH, k_BSKH, bias_BNTS))
+  scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
   T = q_BTNH.shape[1]
   parts = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= _OBSERVED_QUERIES)
 
@@ -187,9 +230,11 @@ def largest_logit(
     q_BTNH, q_positions_BT, q_segments_BT, visible_BTS, bias_BTNS = queries
     if visible_BTS is None:
       segments = (q_segments_BT, mask.segment_ids_BT)
-      visible_BTS = visible(q_positions_BT, positions_BT, mask.window, *segments)
+      visible_BTS = visible(
+        q_positions_BT, positions_BT, mask.window, *segments, visibility=mask.visibility
+      )
     bias_BNTS = None if bias_BTNS is None else bias_BTNS.swapaxes(1, 2)
-    return _visible_logits(q_BTNH, k_BSKH, visible_BTS, bias_BNTS, cap).max()
+    return _visible_logits(q_BTNH * scale, k_BSKH, visible_BTS, bias_BNTS, cap).max()
 
   bias_BTNS = None if bias_BNTS is None else bias_BNTS.swapaxes(1, 2)
   queries = (q_BTNH, positions_BT, mask.segment_ids_BT, mask.visible_BTS, bias_BTNS)
@@ -200,19 +245,21 @@ def largest_logit(
 
 
 class Attention(nnx.Module):
-  """Multi-head self-attention, grouped keys and values by configuration.
+  """Multi-head attention, grouped keys and values by configuration.
 
-  Shapes: [B, T, D] -> [B, T, D].
+  Shapes: [B, T, D] -> [B, T, D]. Of a layer's input to itself, by a call; or to what an encoder
+  made, by `keys_and_values` and `cross`, then without positions.
   """
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, cross: bool = False):
     self.config = config
     D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    shared = {"bias": config.bias, "dtype": config.dtype, "rngs": rngs}
+    shared = {"dtype": config.dtype, "rngs": rngs}
 
     def project(heads: int, axis: str) -> Linear:
       axes = ("embed", axis, "head_dim")
-      return Linear((D,), (heads, H), axes=axes, std=config.hidden_std, **shared)
+      std = config.hidden_std
+      return Linear((D,), (heads, H), axes=axes, bias=config.qkv_bias, std=std, **shared)
 
     self.query = project(N, "heads")
     self.key = project(K, "kv_heads")
@@ -221,13 +268,15 @@ class Attention(nnx.Module):
       (N, H),
       (D,),
       axes=("heads", "head_dim", "embed"),
+      bias=config.out_bias,
       std=config.residual_std,
       **shared,
     )
-    norm = {"eps": config.norm_eps, "axis": "head_dim"}
+    norm = {"eps": config.norm_eps, "offset": config.norm_offset, "axis": "head_dim"}
     self.query_norm = RMSNorm(H, **norm) if config.qk_norm else None
     self.key_norm = RMSNorm(H, **norm) if config.qk_norm else None
-    self.value_mix = Mix(0.5, 0.5) if config.value_residual else None
+    self.sinks = nnx.Param(jnp.zeros(N), axes=("heads",)) if config.attention_sinks else None
+    self.value_mix = Mix(0.5, 0.5) if config.value_residual and not cross else None
 
   def __call__(
     self,
@@ -249,12 +298,12 @@ class Attention(nnx.Module):
     """
     config = self.config
     x_BTD = constrain(x_BTD, "batch", "time", None)
-    q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-    if self.query_norm is not None:
-      q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
+    q_BTNH = self._queries(x_BTD)
+    k_BSKH, v_BSKH = self.keys_and_values(x_BTD)
     if config.position == "rope":
-      q_BTNH = rotate(q_BTNH, positions_BT, config)
-      k_BSKH = rotate(k_BSKH, positions_BT, config)
+      local = mask.window is not None
+      q_BTNH = rotate(q_BTNH, positions_BT, config, local=local)
+      k_BSKH = rotate(k_BSKH, positions_BT, config, local=local)
     if self.value_mix is not None:
       v_BSKH = self.value_mix(v_BSKH, first_values_BTKH)
     if cache is not None:
@@ -268,17 +317,47 @@ class Attention(nnx.Module):
         k_BSKH,
         mask,
         positions_BT,
+        scale=self._scale,
         bias_BNTS=bias_BNTS,
         cap=config.attention_soft_cap,
       )
+    return self._attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key), cache
+
+  def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each [B, S, K, H], without positions."""
+    k_BSKH, v_BSKH = self.key(x_BSD), self.value(x_BSD)
+    return (k_BSKH if self.key_norm is None else self.key_norm(k_BSKH)), v_BSKH
+
+  def cross(
+    self,
+    x_BTD: jax.Array,
+    keys_and_values: tuple[jax.Array, jax.Array],
+    mask: Mask,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Attends to keys and values that `keys_and_values` made of something else."""
+    q_BTNH = self._queries(constrain(x_BTD, "batch", "time", None))
+    return self._attend(q_BTNH, *keys_and_values, mask, None, key)
+
+  def _queries(self, x_BTD: jax.Array) -> jax.Array:
+    q_BTNH = self.query(x_BTD)
+    return q_BTNH if self.query_norm is None else self.query_norm(q_BTNH)
+
+  @property
+  def _scale(self) -> float:
+    return self.config.attention_scale or 1 / math.sqrt(self.config.head_dim)
+
+  def _attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key) -> jax.Array:
     attended = attend(
       q_BTNH,
       k_BSKH,
       v_BSKH,
       mask,
+      scale=self._scale,
       bias_BNTS=bias_BNTS,
-      cap=config.attention_soft_cap,
-      dropout_rate=config.attention_dropout,
+      cap=self.config.attention_soft_cap,
+      sinks_N=None if self.sinks is None else self.sinks[...],
+      dropout_rate=self.config.attention_dropout,
       key=key,
     )
-    return checkpoint_name(self.out(attended), "attention_out"), cache
+    return checkpoint_name(self.out(attended), "attention_out")

@@ -20,5 +20,13 @@ class Figures(dict[str, jax.Array]):
     self.update({name: x} if self.whole else {f"{name}_rms": root_mean_square(x)})
 
 
+class Routing(dict[str, jax.Array]):
+  """What the routers of a mixture of experts tell, filled while a forward pass is traced.
+
+  balance_loss, z_loss: float32 scalars with gradients, to be minimised. load: float32 [E], the
+  share of the tokens' choices that fell on each expert, without a gradient.
+  """
+
+
 def root_mean_square(x: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.square(x.astype(jnp.float32)).mean())

@@ -3,8 +3,6 @@
 Axes: B batch, T query positions, S key positions, N query heads, K key-value heads, H head width.
 """
 
-import math
-
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
@@ -32,19 +30,22 @@ def splash(
   segment_ids_BT: jax.Array | None,
   *,
   window: int | None,
+  causal: bool,
   cap: float,
 ) -> jax.Array:
   """Splash attention, JAX's block-sparse flash attention for TPUs; interpreted elsewhere.
 
   Flash attention: Dao et al. 2022 (arXiv:2205.14135). Blocks that no query may see are skipped.
-  Positions are those of the row, T = S a multiple of 128. Heads are split as `sharding.RULES` says;
-  of a row that is split over `context`, each device has its queries and all keys.
+  The queries come scaled. Positions are those of the row, T = S a multiple of 128. Heads are split
+  as `sharding.RULES` says; of a row that is split over `context`, each device has its queries and
+  all keys.
   """
-  _, T, N, H = q_BTNH.shape
+  _, T, N, _ = q_BTNH.shape
   kernel = _splash_kernel(
     T,
     N,
     window,
+    causal,
     cap,
     head_shards=sharding.axis_parts("heads"),
     time_shards=sharding.axis_parts("time"),
@@ -68,7 +69,7 @@ def splash(
 
   queries, keys = ("batch", "time", "heads", None), ("batch", "time", "kv_heads", None)
   in_axes = [queries, keys, keys]
-  arguments = [q_BTNH / math.sqrt(H), k_BSKH, v_BSKH]
+  arguments = [q_BTNH, k_BSKH, v_BSKH]
   if segment_ids_BT is not None:
     in_axes.append(("batch", "time"))
     arguments.append(segment_ids_BT)
@@ -85,12 +86,16 @@ def block_size(length: int) -> int:
   return max(side for side in range(LANES, MAX_BLOCK + 1, LANES) if length % side == 0)
 
 
-def _splash_kernel(length, heads, window, cap, *, head_shards, time_shards, order, interpret):
-  if window is None:
+def _splash_kernel(
+  length, heads, window, causal, cap, *, head_shards, time_shards, order, interpret
+):
+  if not causal:
+    mask = splash_mask.FullMask((length, length))
+  elif window is None:
     mask = splash_mask.CausalMask((length, length))
   else:
     mask = splash_mask.LocalMask((length, length), (window - 1, 0), 0)
-  if order is not None:
+  if order is not None and causal:
     mask.q_sequence = order.astype(np.int32)
   block = block_size(length // time_shards)
   keys = block_size(length)
@@ -119,6 +124,7 @@ def cudnn(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   visible_BTS: jax.Array,
+  scale: float,
 ) -> jax.Array:
   """The fused attention of cuDNN on NVIDIA GPUs, with the mask as written."""
   keys = ("batch", None, "kv_heads", None)
@@ -128,6 +134,7 @@ def cudnn(
     attended = jax.nn.dot_product_attention(
       *checkpoint_name((q_BTNH, k_BSKH, v_BSKH), "qkv"),
       mask=visible_BTS[:, None],
+      scale=scale,
       implementation="cudnn",
     )
     return checkpoint_name(attended, "attention")

@@ -125,16 +125,17 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+  """x / sqrt(mean(x^2) + eps) * (scale + offset) over the last axis, in float32."""
 
-  def __init__(self, width: int, *, eps: float, axis: str = "embed"):
-    self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
+  def __init__(self, width: int, *, eps: float, offset: float = 0.0, axis: str = "embed"):
+    self.scale = nnx.Param(jnp.full(width, 1 - offset), axes=(axis,))
     self.eps = eps
+    self.offset = offset
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-    return (y * _as_last_axis(self.scale[...], y)).astype(x.dtype)
+    return (y * _as_last_axis(self.scale[...] + self.offset, y)).astype(x.dtype)
 
 
 class Mix(nnx.Module):

@@ -147,6 +147,17 @@ def compiled():
   return compile_decoding(plan, target), plan
 
 
+def test_of_experts_only_those_chosen_count():
+  changes = {"model.num_experts": 4, "model.experts_per_token": 1}
+  dense = work_of(make_plan(jax.devices()[:1], {}))
+  mixture = work_of(make_plan(jax.devices()[:1], {}, **changes))
+  router, expert = 2 * 256 * 4, 2 * 3 * 256 * 512
+  assert mixture.model_flops == dense.model_flops + 2 * BATCH * router
+  # All rows choose at random: of 4, the expected share that any of 8 chooses.
+  read = mixture.read["parameters"] - dense.read["parameters"]
+  assert abs(read - 2 * (router + expert * (4 * (1 - 0.75**BATCH) - 1))) <= 3
+
+
 def test_the_compiled_step_holds_what_was_counted(compiled):
   report, _ = compiled
   held = report.work.held

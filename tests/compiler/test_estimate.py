@@ -51,6 +51,16 @@ def test_a_kernel_counts_its_products_on_the_blocks_it_visits():
   assert kernel_flops(Kernel("other", 1, "main", (), ""), (None,), one_pass=True) == 0
 
 
+def test_a_kernel_of_experts_counts_the_rows_in_use():
+  rows, kernels = (1024, 256), (8, 256, 512)
+  product = 2 * 1024 * 256 * 512
+  forward = Kernel("gmm", 1, "main", (rows, kernels), "")
+  assert kernel_flops(forward, (None,), one_pass=True) == product
+  assert kernel_flops(forward, (None,), one_pass=True, expert_rows=0.25) == product / 4
+  sums = Kernel("tgmm", 1, "main", (rows, (1024, 512)), "")
+  assert kernel_flops(sums, (None,), one_pass=True) == product
+
+
 def test_neighbours_on_a_ring_share_no_link():
   cells = ring_of_box((4, 4))
   forward = list(zip(cells, cells[1:] + cells[:1], strict=True))

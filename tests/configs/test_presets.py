@@ -28,6 +28,28 @@ PUBLISHED = {
   "llama3.1-8b": 8_030_261_248,
   "llama3.1-70b": 70_553_706_496,
   "llama3.2-1b": 1_235_814_400,
+  "mixtral-8x7b": 46_702_792_704,
+  "gpt-neo-125m": 125_198_592,
+  "gpt-neo-1.3b": 1_315_575_808,
+  "gpt-j-6b": 6_050_882_784,
+  "gpt-neox-20b": 20_554_567_680,
+  "pythia-70m": 70_426_624,
+  "pythia-160m": 162_322_944,
+  "pythia-1.4b": 1_414_647_808,
+  "mistral-7b": 7_241_732_096,
+  "qwen2.5-0.5b": 494_032_768,
+  "qwen3-0.6b": 596_049_920,
+  "gemma2-2b": 2_614_341_888,
+  "gemma3-270m": 268_098_176,
+  "gpt-oss-20b": 20_914_757_184,
+  "bert-base": 109_514_298,
+  "bert-large": 335_174_458,
+  "bert-base-chinese": 102_290_312,
+  "roberta-base": 124_697_433,
+  "t5-small": 60_506_624,
+  "t5-base": 222_903_552,
+  "t5-v1.1-base": 247_577_856,
+  "mt5-small": 300_176_768,
 }
 # What the paper prints (Brown et al. 2020, table 2.1), rounded, and mostly without embeddings'
 # last digits.
@@ -41,7 +63,16 @@ NOMINAL = {
   "gpt3-13b": 12.85e9,
   "gpt3-175b": 174.6e9,
 }
-HOMEMADE = {"debug", "tiny", "tiny-gpt2", "char", "speedrun"}
+HOMEMADE = {
+  "debug",
+  "tiny",
+  "tiny-gpt2",
+  "tiny-moe",
+  "char",
+  "speedrun",
+  "gpt4-style-14b",
+  "gpt4-style-1.8t",
+}
 
 
 def build(name):
@@ -92,7 +123,7 @@ def test_muon_takes_every_projection_of_the_layers_and_nothing_else(name):
   plan = make_plan(config_lib.load(f"configs/pretrain.py:model={name},optim=muon"))
   groups = plan.make_optimizer(None).groups
   muon = {name for name, group in groups.items() if group.algorithm == "muon"}
-  assert muon == {name for name in groups if re.fullmatch(r"blocks/.*/kernel", name)}
+  assert muon == {name for name in groups if re.fullmatch(r"(encoder/)?blocks/.*/kernel", name)}
 
 
 @pytest.mark.parametrize("name", ["tiny", "gpt2-124m"])
@@ -112,3 +143,17 @@ def test_a_config_file_runs_without_an_argument_and_from_any_directory(tmp_path,
   root = Path.cwd()
   monkeypatch.chdir(tmp_path)
   assert config_lib.load(f"{root}/configs/pretrain.py").model.num_layers == 4
+
+
+def test_of_experts_only_the_active_count_in_the_flops():
+  dense = {"num_experts": 0, "experts_per_token": 0}
+  load = {"sequence_length": 256, "model.vocab_size": 4096}
+
+  def flops(**changes):
+    overrides = {f"model.{key}": value for key, value in changes.items()}
+    return make_plan(config_lib.load("configs/pretrain.py:model=tiny-moe", load | overrides))
+
+  mixture, twice_as_wide = flops(), flops(**dense, mlp_dim=2 * 256)
+  routers = 6 * 4 * 192 * 8
+  assert mixture.flops_per_token == twice_as_wide.flops_per_token + routers
+  assert mixture.num_parameters > 2 * twice_as_wide.num_parameters

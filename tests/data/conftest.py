@@ -34,7 +34,15 @@ def corpus(tmp_path):
 def make_config(tmp_path, corpus):
   """Returns a function that makes a config over the corpus, with some data keys changed."""
 
-  def make(tokenizer="bytes", batch_size=4, sequence_length=64, seed=0, preset="text", **data):
+  def make(
+    tokenizer="bytes",
+    batch_size=4,
+    sequence_length=64,
+    seed=0,
+    preset="text",
+    objective="next_token",
+    **data,
+  ):
     keys = presets.get(preset) | {"cache_dir": str(tmp_path / "cache")}
     if preset == "text":
       keys |= {"path": str(corpus), "validation_fraction": 0.2}
@@ -44,6 +52,8 @@ def make_config(tmp_path, corpus):
         "batch_size": batch_size,
         "sequence_length": sequence_length,
         "tokenizer": tokenizer,
+        "objective": objective,
+        "model": {"decoder_start": 0},
         "data": keys | data,
       }
     )

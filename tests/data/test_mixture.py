@@ -5,7 +5,7 @@ import pytest
 
 from gptjax.data import mixture
 from gptjax.data.cache import TokenCache
-from gptjax.data.packing import Windows
+from gptjax.data.packing import Windows, pack
 
 
 def windows(name, rows):
@@ -15,9 +15,10 @@ def windows(name, rows):
 
 
 def training_rows(parts, weights, seed=0):
-  return mixture.training_rows(
-    parts, weights, seed=seed, sequence_length=4, end_of_text=9999, fim=None
-  )
+  def make_row(window, rng):
+    return pack(window, sequence_length=4, end_of_text=9999)
+
+  return mixture.training_rows(parts, weights, seed=seed, make_row=make_row)
 
 
 def values(rows, indices):
@@ -62,3 +63,17 @@ def test_equal_parts_are_shuffled_apart():
   first, second = ([v % 100 for v in seen if v // 100 == part] for part in (1, 2))
   assert sorted(first) == sorted(second)
   assert first != second
+
+
+def test_parts_epochs_and_seeds_draw_apart():
+  def drawn(seed):
+    rows = mixture.training_rows(
+      {"a": windows(1, 5), "b": windows(2, 5)},
+      {"a": 1, "b": 1},
+      seed=seed,
+      make_row=lambda window, rng: float(rng.random()),
+    )
+    return [rows[index] for index in range(20)]
+
+  assert drawn(0) == drawn(0)
+  assert len({*drawn(0), *drawn(1)}) == 40

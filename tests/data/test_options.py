@@ -14,6 +14,13 @@ from gptjax.errors import UserError
     ({"validation_fraction": 0.0}, "data.validation_fraction is 0.0; it must be between 0 and 1"),
     ({"fim_rate": 1.5}, "data.fim_rate is 1.5; it must be from 0 to 1"),
     ({"spm_rate": -1}, "data.spm_rate is -1; it must be from 0 to 1"),
+    ({"mask_rate": 0.0}, "data.mask_rate is 0.0; it must be between 0 and 1"),
+    ({"mean_span": 0.5}, "data.mean_span is 0.5; it must be 1 or more"),
+    ({"objective": "maskd"}, "objective: no choice 'maskd'. Did you mean 'masked'"),
+    (
+      {"objective": "prefix", "fim_rate": 0.5},
+      "data.fim_rate=0.5 needs objective='next_token', not 'prefix'",
+    ),
     ({"seed": -1}, "seed is -1; it must be 0 or more"),
     ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
     ({"sequence_length": 0}, "sequence_length is 0; it must be 1 or more"),

@@ -20,7 +20,10 @@ def concatenate(batches):
   return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 
-@pytest.fixture(params=["plain", "fim", "mixture"])
+TOKENIZERS = {"prefix": "bytes", "masked": "bytes+mask", "span_corruption": "bytes+sentinels"}
+
+
+@pytest.fixture(params=["plain", "fim", "mixture", *TOKENIZERS])
 def config(request, make_config, corpus, tmp_path):
   match request.param:
     case "plain":
@@ -31,6 +34,8 @@ def config(request, make_config, corpus, tmp_path):
       part = presets.PART_DEFAULTS | {"source": "text", "path": str(corpus), "weight": 1.0}
       one_file = part | {"path": str(corpus / "0.txt"), "weight": 2.5}
       return make_config(mixture={"folder": part, "file": one_file})
+    case objective:
+      return make_config(TOKENIZERS[objective], objective=objective)
 
 
 STEPS = [0, 1, 7, 100, 12345]
@@ -65,10 +70,14 @@ def test_a_run_resumes_at_any_step(config, tmp_path):
 def test_batch_shapes(config, tmp_path):
   batch = pipeline.open_dataset(config, tmp_path).training_batch(3)
   assert isinstance(batch, Batch)
-  dtypes = {"weights": "float32"}
+  # With an encoder it has sequence_length, and the decoder what 0.15 of the window takes.
+  decoder_length = 64 if batch.encoder_inputs is None else 16
   for name, values in vars(batch).items():
-    assert values.shape == (4, 64)
-    assert values.dtype == dtypes.get(name, "int32")
+    if values is None:
+      assert name == "prefix" or name.startswith("encoder_")
+    else:
+      assert values.shape == (4, 64 if name.startswith("encoder_") else decoder_length)
+      assert values.dtype == ("float32" if name == "weights" else "int32")
 
 
 def test_seeds_order_the_rows_but_share_split_tokenizer_and_cache(make_config, tmp_path):
@@ -99,6 +108,45 @@ def test_fim_differs_between_epochs(make_config, tmp_path):
     for start in (0, steps)
   )
   assert len(first & second) < 0.1 * steps
+
+
+@pytest.mark.parametrize("objective", TOKENIZERS)
+def test_what_is_predicted_differs_between_epochs_but_not_in_validation(
+  make_config, tmp_path, objective
+):
+  config = make_config(TOKENIZERS[objective], objective=objective, batch_size=1)
+  dataset = pipeline.open_dataset(config, tmp_path)
+  steps = int(dataset.steps_per_epoch)
+
+  def rows(batches):
+    return {b"".join(x.tobytes() for x in jax.tree.leaves(batch)) for batch in batches}
+
+  first, second = (
+    rows(dataset.training_batch(step) for step in range(start, start + steps))
+    for start in (0, steps)
+  )
+  assert len(first & second) < 0.1 * steps
+  validation = rows(dataset.validation_batches())
+  assert rows(dataset.validation_batches()) == validation
+  config.seed = 1
+  assert rows(pipeline.open_dataset(config, tmp_path).validation_batches()) != validation
+  assert dataset.validation_bytes is None  # Not all of them are predicted.
+
+
+def test_validation_rows_are_masked_apart(make_config, tmp_path, corpus):
+  same = corpus / "same.txt"
+  same.write_text("a" * 1000)
+  config = make_config(
+    "bytes+mask", objective="masked", whole_words=False, validation_path=str(same), batch_size=1
+  )
+  batches = [*pipeline.open_dataset(config, tmp_path).validation_batches()][1:-1]
+  assert len({batch.weights.tobytes() for batch in batches}) == len(batches) > 10
+
+
+def test_every_validation_token_is_read_by_a_masked_language_model(make_config, tmp_path):
+  dataset = pipeline.open_dataset(make_config("bytes+mask", objective="masked"), tmp_path)
+  tokens = [batch.targets[batch.segment_ids > 0] for batch in dataset.validation_batches()]
+  assert dataset.tokenizer.decode(np.concatenate(tokens)) == "".join(dataset.validation_text())
 
 
 def test_validation_is_its_text_once_and_never_reordered(make_config, tmp_path):
@@ -146,7 +194,7 @@ def test_batch_size_must_be_shared_evenly(make_config, tmp_path):
 def test_a_part_too_short_for_a_row_is_named(make_config, tmp_path, corpus):
   part = presets.PART_DEFAULTS | {"source": "text", "path": str(corpus), "weight": 1.0}
   short = part | {"path": str(corpus / "5.txt")}
-  with pytest.raises(UserError, match="data part 'short': sequence_length is 64"):
+  with pytest.raises(UserError, match="data part 'short': a row takes 64 tokens"):
     pipeline.open_dataset(make_config(mixture={"long": part, "short": short}), tmp_path)
-  with pytest.raises(UserError, match="data part 'text': sequence_length is 100000"):
+  with pytest.raises(UserError, match="data part 'text': a row takes 100000 tokens"):
     pipeline.open_dataset(make_config(sequence_length=100000), tmp_path)

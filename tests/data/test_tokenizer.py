@@ -204,6 +204,10 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
   [
     ("bpe:259", "whole number of 260 or more"),
     ("bpe:many", "whole number of 260 or more"),
+    ("bytes+masks", "no suffix 'masks'. Did you mean 'mask'"),
+    ("bpe:500+", "no suffix ''"),
+    ("bpe:260+mask", "whole number of 261 or more"),
+    ("bpe:300+sentinels", "whole number of 360 or more"),
     ("byts", "is no file or folder. Give 'bytes'"),
     (".", "holds no tokenizer that we read"),
   ],
@@ -222,8 +226,8 @@ def test_a_bad_spec_gets_one_sentence(spec, problem):
     ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
     (
       "tokenizer.json",
-      json.dumps({"model": {"type": "Unigram"}, "added_tokens": []}),
-      "is a Unigram model; only BPE",
+      json.dumps({"model": {"type": "WordLevel"}, "added_tokens": []}),
+      "is a WordLevel model",
     ),
   ],
 )
@@ -237,3 +241,53 @@ def test_batches_are_encoded_as_single_texts_are(tokenizer):
   batch = tokenizer.encode_batch(TEXTS)
   assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in TEXTS]
   assert all(ids.dtype == np.uint32 for ids in batch)
+
+
+# --- Special tokens ----------------------------------------------------------------------------
+
+
+def test_documents_start_and_end_with_the_separator(tokenizer):
+  assert tokenizer.start == (tokenizer.end_of_text,)
+  assert tokenizer.stops == {tokenizer.end_of_text}
+  assert (tokenizer.mask, tokenizer.sentinels, tokenizer.chat_template) == (None, (), None)
+
+
+@pytest.mark.parametrize("base", ["bytes", "bpe:400"])
+def test_suffixes_add_special_tokens(base, tmp_path):
+  mask = tokenizers.train_or_load(f"{base}+mask", lambda: DOCUMENTS, tmp_path / "mask")
+  both = tokenizers.train_or_load(f"{base}+sentinels+mask", lambda: DOCUMENTS, tmp_path / "both")
+  assert mask.decode_bytes([mask.mask]) == b""
+  assert (mask.sentinels, len({*both.sentinels, both.mask})) == ((), 101)
+  assert both.sentinels == tuple(range(both.sentinels[0], both.sentinels[0] + 100))
+  assert not {*both.encode("<|mask|><|sentinel_0|>")} & {*both.specials.values()}
+  again = tokenizers.open_saved(tmp_path / "both")
+  assert (again.mask, again.sentinels) == (both.mask, both.sentinels)
+  if base == "bytes":
+    assert (mask.vocab_size, both.vocab_size) == (261, 361)
+  else:
+    assert mask.vocab_size == both.vocab_size == 400
+
+
+def test_what_is_made_without_a_suffix_is_what_it_always_was(bpe):
+  # Runs and caches on disk were made with these.
+  digest = "277089d91c0bdf4f"
+  assert tokenizers.load("bytes").fingerprint().startswith(digest)
+  assert [bpe.specials[text] for text in SPECIALS] == [0, 1, 2, 3]
+
+
+def test_special_tokens_are_parsed_where_they_are_asked_for(tokenizer):
+  end, line = tokenizer.end_of_text, tokenizer.encode("\n")
+  name = next(text for text, token in tokenizer.specials.items() if token == end)
+  ids = tokenizer.encode_with_specials(f"ab{name}{name}\n")
+  assert ids == [*tokenizer.encode("ab"), end, end, *line[tokenizer._format.adds_space :]]
+
+
+def test_of_two_special_tokens_the_longer_is_parsed():
+  tokenizer = tokenizers._make("bytes", "bytes", {"specials.json": b'["<a>", "<a>b", "<a>bc"]'})
+  assert tokenizer.encode_with_specials("<a>b<a><a>bc") == [261, 260, 262]
+
+
+@pytest.mark.parametrize("kind", ["encode", "encode_with_specials"])
+def test_half_a_surrogate_pair_gets_one_sentence(tokenizer, kind):
+  with pytest.raises(UserError, match=r"half of a surrogate pair \(U\+D83D\) at character 2"):
+    getattr(tokenizer, kind)("ab\ud83d")

@@ -26,16 +26,14 @@ def model(tiny_config, random_params):
 def run(model):
   graph, params = nnx.split(model)
 
-  def run(limits, end_of_text=NEVER, steps=8, calls=1):
+  def run(limits, stops=NEVER, steps=8, calls=1):
     tokens = np.zeros((2, T), np.int32)
     tokens[:, :5] = PROMPTS
     keys = jax.random.split(jax.random.key(0), 2)
     state = prefill(graph, params, tokens, LENGTHS, keys, prompt_length=5)
     first = np.asarray(state.logits)
     for _ in range(calls):
-      state = decode(
-        graph, params, state, np.array(limits), end_of_text, steps=steps, sampling=GREEDY
-      )
+      state = decode(graph, params, state, np.array(limits), stops, steps=steps, sampling=GREEDY)
     return first, state
 
   return run
@@ -78,7 +76,7 @@ def test_a_row_ends_at_its_own_limit(run, expected):
   np.testing.assert_array_equal(state.tokens[0, :7], expected[0, :7])
 
 
-def test_a_row_ends_with_the_end_of_text_and_keeps_it(run, expected):
+def test_a_row_ends_with_any_of_the_stops_and_keeps_it(run, expected):
   # A token that comes in one row only, some way in, is declared to be the end.
   end, row, at = next(
     (int(expected[row, at]), row, at)
@@ -87,7 +85,7 @@ def test_a_row_ends_with_the_end_of_text_and_keeps_it(run, expected):
     if expected[row, at] not in expected[row, LENGTHS[row] : at]
     and expected[row, at] not in expected[1 - row, LENGTHS[1 - row] : LENGTHS[1 - row] + 8]
   )
-  _, state = run(LENGTHS + 8, end_of_text=end)
+  _, state = run(LENGTHS + 8, stops=np.array([NEVER, end, NEVER]))
   assert int(state.lengths[row]) == at + 1
   assert int(state.tokens[row, at]) == end
   assert int(state.lengths[1 - row]) == LENGTHS[1 - row] + 8

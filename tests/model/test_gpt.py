@@ -35,7 +35,7 @@ def loss_and_gradients(config):
 # --- Who sees whom -----------------------------------------------------------------------------
 
 
-def make_influence(config):
+def make_influence(config, **kwargs):
   """jit(params) -> [T, T]: the gradient of logits[t] with respect to the embedding of token s."""
   graph = model_graph(config)
   tokens = jnp.arange(T)[None]  # so that row s of the table is the embedding of token s
@@ -43,7 +43,7 @@ def make_influence(config):
   def gradient(t, table, params):
     def logit(table):
       model = nnx.merge(graph, params | {"embed": {"embedding": table}})
-      return model(tokens)[0, t] @ jnp.arange(1.0, 1 + config.vocab_size)
+      return model(tokens, **kwargs)[0, t] @ jnp.arange(1.0, 1 + config.vocab_size)
 
     return jnp.abs(jax.grad(logit)(table)[:T]).max(-1)
 
@@ -63,6 +63,8 @@ COMBINATIONS = (
   ("alibi", "rmsnorm", "post", "geglu"),
   ("t5", "rmsnorm", "pre", "relu"),
   ("none", "layernorm", "pre", "relu2"),
+  ("rope", "rmsnorm", "both", "swiglu_clamped"),
+  ("learned", "layernorm", "pre", "silu"),
 )
 
 
@@ -75,6 +77,17 @@ def test_a_token_depends_on_its_past_and_on_nothing_else(tiny_config, random_par
   past = np.tri(T, dtype=bool)
   assert (influence[~past] == 0).all()
   assert (influence[past] > 1e-4).all()
+
+
+def test_a_bidirectional_model_sees_all_and_a_prefix_model_its_prefix(tiny_config, random_params):
+  config = tiny_config(num_layers=1, tied_head=False, visibility="bidirectional")
+  assert (np.asarray(make_influence(config)(random_params(config))) > 1e-4).all()
+
+  config = tiny_config(num_layers=1, tied_head=False, visibility="prefix")
+  prefix = np.array([[1, 1, 1, 0, 0, 0, 0, 0]])
+  influence = np.asarray(make_influence(config, prefix_BS=prefix)(random_params(config)))
+  seen = np.tri(T, dtype=bool) | (prefix > 0)
+  np.testing.assert_array_equal(influence > 1e-4, seen)
 
 
 def test_every_choice_is_among_the_combinations():

@@ -1,0 +1,207 @@
+"""A conversation with a chat model in the terminal.
+
+    python -m gptjax.chat --checkpoint=runs/chat --system="You answer in one sentence."
+
+Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists the commands.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+from absl import flags
+
+from gptjax import config as config_lib
+from gptjax.data.chat import ChatTemplate, Message
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError, did_you_mean
+from gptjax.generate import define_sampling_flags, generate, sampling_from_flags
+from gptjax.inference.sampling import Sampling
+from gptjax.model.gpt import GPT
+from gptjax.pretrained import load_run
+
+with contextlib.suppress(ImportError):
+  import readline  # noqa: F401 (gives `input` a line editor, where the system has one)
+
+# Each turn is longer than the last, and compiling for a new length takes longer than reading it.
+_PADDING = 256
+COMMANDS = {
+  "/reset": "forget the conversation",
+  "/temperature": "X: choose more freely (1), or always the most likely token (0)",
+  "/system": "TEXT: the message that the conversation starts with; without TEXT, none",
+  "/help": "this list",
+  "/quit": "end, as Ctrl-D does",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What a model said, how many of the oldest turns were dropped to make room for it, and whether
+  Ctrl-C cut it short."""
+
+  text: str
+  dropped: int
+  stopped: bool
+
+
+class Conversation:
+  """A model, and what was said to it and by it."""
+
+  def __init__(
+    self,
+    model: GPT,
+    tokenizer: Tokenizer,
+    *,
+    system: str | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    max_tokens: int = 512,
+    context: int = 0,
+    seed: int = 0,
+  ):
+    """Starts with nothing said.
+
+    Args:
+      model: any GPT.
+      tokenizer: the model's, with a chat template.
+      system: what the conversation starts with.
+      sampling: how tokens are chosen.
+      max_tokens: the most tokens of an answer; half of the context is the most in any case.
+      context: tokens of a conversation that the model sees; 0 is its `max_positions`.
+      seed: of the random choices.
+
+    Raises:
+      UserError: the tokenizer has no chat template.
+    """
+    self.model, self.tokenizer = model, tokenizer
+    self.template = ChatTemplate(tokenizer)
+    self.system, self.sampling, self.seed = system, sampling, seed
+    self.context = context or model.config.max_positions
+    self.max_tokens = min(max_tokens, self.context // 2)
+    self.turns: list[list[Message]] = []
+
+  def prompt(self, turns: list[list[Message]]) -> list[int]:
+    """Returns the ids of the system's message and `turns`, up to where an answer begins."""
+    before = [] if self.system is None else [{"role": "system", "content": self.system}]
+    return self.template.encode([*before, *(message for turn in turns for message in turn)])
+
+  def ask(self, text: str, on_text: Callable[[str], None]) -> Answer:
+    """Answers, and remembers both; of an answer that Ctrl-C stops, what was written.
+
+    Args:
+      text: what the user says.
+      on_text: called with each new piece of the answer.
+
+    Raises:
+      UserError: `text` alone leaves no room for an answer, or the template refuses it; the
+        conversation is as before.
+    """
+    turns = [*self.turns, [{"role": "user", "content": text}]]
+    room, dropped = self.context - self.max_tokens, 0
+    while len(prompt := self.prompt(turns[dropped:])) > room:
+      dropped += 1
+      if dropped == len(turns):
+        raise UserError(
+          f"a message that makes {len(prompt)} tokens with the system's has no room in the model's "
+          f"context of {self.context}, of which {self.max_tokens} are for the answer."
+        )
+    pieces = []
+
+    def write(_, piece: str) -> None:
+      pieces.append(piece)
+      on_text(piece)
+
+    try:
+      generate(
+        self.model,
+        self.tokenizer,
+        [prompt],
+        max_tokens=self.max_tokens,
+        sampling=self.sampling,
+        seed=self.seed,
+        on_text=write,
+        pad_to_multiple_of=_PADDING,
+      )
+      stopped = False
+    except KeyboardInterrupt:
+      stopped = True
+    answer = "".join(pieces)
+    turns[-1].append({"role": "assistant", "content": answer})
+    self.turns, self.seed = turns[dropped:], (self.seed + 1) % 2**32
+    return Answer(answer, dropped, stopped)
+
+  def command(self, line: str) -> str:
+    """Obeys a line that starts with '/', but for /quit; returns what to say about it."""
+    name, _, rest = line.partition(" ")
+    match name:
+      case "/reset":
+        self.turns = []
+        return "the conversation is forgotten"
+      case "/temperature":
+        try:
+          self.sampling = dataclasses.replace(self.sampling, temperature=float(rest))
+        except ValueError as error:
+          return str(error) if isinstance(error, UserError) else f"{rest!r} is no number"
+        return f"the temperature is {self.sampling.temperature:g}"
+      case "/system":
+        self.system = rest.strip() or None
+        return f"the system's message is {self.system!r}" if self.system else "no system's message"
+      case "/help":
+        return "\n".join(f"{name} {text}" for name, text in COMMANDS.items())
+      case _:
+        return f"no command {name!r}. {did_you_mean(name, COMMANDS)}"
+
+
+def converse(conversation: Conversation) -> None:
+  """Reads from the terminal and answers, until the end of the input or /quit."""
+  while True:
+    try:
+      line = input("> ").strip()
+    except EOFError:
+      print()
+      return
+    except KeyboardInterrupt:
+      print()
+      continue
+    if line == "/quit":
+      return
+    if line.startswith("/"):
+      print(f"[{conversation.command(line)}]")
+    elif line:
+      try:
+        answer = conversation.ask(line, lambda text: print(text, end="", flush=True))
+        print("\n[stopped]" if answer.stopped else "")
+        if answer.dropped:
+          print(f"[turns that do not fit into the context any more: {answer.dropped}, the oldest]")
+      except UserError as error:
+        print(f"[{error}]")
+
+
+def _define_flags() -> None:
+  define_sampling_flags()
+  flags.DEFINE_integer("max_tokens", 512, "The most tokens of an answer.", lower_bound=1)
+  flags.DEFINE_integer(
+    "context", 0, "Tokens of a conversation; 0 is the model's max_positions.", lower_bound=0
+  )
+
+
+def main(overrides) -> None:
+  if overrides:
+    raise UserError("gptjax.chat takes no --config.KEY flags; a run's config comes with it.")
+  args = flags.FLAGS
+  model, tokenizer = load_run(args.checkpoint, ema=args.ema)
+  conversation = Conversation(
+    model,
+    tokenizer,
+    system=args.system,
+    sampling=sampling_from_flags(),
+    max_tokens=args.max_tokens,
+    context=args.context,
+    seed=args.seed,
+  )
+  print("Ctrl-C stops an answer, Ctrl-D ends, /help lists the commands.")
+  converse(conversation)
+
+
+if __name__ == "__main__":
+  _define_flags()
+  config_lib.run_app(main, __doc__)
