@@ -277,11 +277,15 @@ class StepLog:
 
   def flush(self) -> Mapping[str, Any]:
     """Waits for the pending step and writes it if it is due; {} if there is none."""
+    return self._write_pending(timed=True)
+
+  def _write_pending(self, *, timed: bool) -> Mapping[str, Any]:
     if self._pending is None:
       return {}
     (step, metrics), self._pending = self._pending, None
     metrics = jax.device_get(dict(metrics))
-    self._throughput.tick(self._tokens_per_step)
+    if timed:
+      self._throughput.tick(self._tokens_per_step)
     if self._every_steps and step % self._every_steps == 0:
       rate = self._throughput.rate()
       self._writer.write(
@@ -310,7 +314,9 @@ class StepLog:
 
   def interrupt(self) -> Mapping[str, Any]:
     """Writes what is pending before the loop does something else, whose time is not counted."""
-    arrived = self.flush()
+    # Not timed: where the dispatch of a step waits for it, as on a CPU it may, the step has arrived
+    # with the one before, and would seem to take no time.
+    arrived = self._write_pending(timed=False)
     self._throughput.restart()
     return arrived
 

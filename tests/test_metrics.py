@@ -401,6 +401,24 @@ def test_step_log_writes_a_step_when_the_next_one_is_dispatched(tmp_path):
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [2, 4]
 
 
+def test_a_step_that_arrives_with_the_one_before_does_not_seem_to_take_no_time(
+  tmp_path, monkeypatch
+):
+  now = 0.0
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+  with metrics.Writer(
+    tmp_path, total_steps=4, resume_step=0, tensorboard=False, wandb=False, run_config={}
+  ) as writer:
+    log = metrics.StepLog(writer, every_steps=1, tokens_per_step=10, flops_per_token=7.0)
+    for step in range(1, 5):
+      now = 5.0 * step  # The dispatch waited for the step.
+      log.step(step, {"loss": jnp.float32(1)})
+    log.interrupt()
+    assert log.spent(4)["seconds"] == 20
+  rates = [line["tokens_per_second"] for line in metrics.read_metrics(tmp_path)]
+  assert rates == [None, 2, 2, None]
+
+
 def test_step_log_counts_tokens_of_all_devices_in_the_mfu(tmp_path, monkeypatch):
   monkeypatch.setattr(metrics.chips, "mfu", lambda rate, flops, **_: rate * flops)
   with metrics.Writer(
