@@ -61,10 +61,12 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   prepare_cpu()
   workdir = make_workdir(workdir)
   plan = make_plan(config)
-  if best == "val/bits_per_byte" and config.objective != "next_token":
+  chats = config.data.format == "chat"
+  if best == "val/bits_per_byte" and (chats or config.objective != "next_token"):
     raise UserError(
-      f"checkpoint.best_metric={best!r} is not known under objective={config.objective!r}, which "
-      "predicts only some of the text. Set --config.checkpoint.best_metric=val/loss."
+      f"checkpoint.best_metric={best!r} is not known under objective={config.objective!r} and "
+      f"data.format={config.data.format!r}, which predict only some of the text. "
+      "Set --config.checkpoint.best_metric=val/loss."
     )
   dataset = open_data(plan, workdir)
   length = RunLength.from_config(config, dataset.steps_per_epoch)

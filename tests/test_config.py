@@ -300,8 +300,8 @@ def unread(config, names):
 
 @pytest.mark.parametrize(
   "spec",
-  [PRETRAIN, f"{ROOT}/configs/quickstart.py"],
-  ids=["pretrain", "quickstart"],
+  [PRETRAIN, f"{ROOT}/configs/quickstart.py", f"{ROOT}/configs/finetune.py"],
+  ids=["pretrain", "quickstart", "finetune"],
 )
 def test_every_key_is_read_by_some_code(spec):
   assert unread(config_lib.load(spec), names_that_code_reads()) == []

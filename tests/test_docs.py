@@ -43,7 +43,7 @@ def foreign_model(tmp_path_factory, tiny_config, random_params):
   """A folder as Hugging Face's."""
   folder = tmp_path_factory.mktemp("foreign")
   tokenizers.train("bpe:300", ["A text to make a few tokens of."]).save(folder)
-  config = tiny_config(vocab_size=300, max_positions=256)
+  config = tiny_config(vocab_size=300, max_positions=1024)
   huggingface.save(folder, config, random_params(config), huggingface.find_family(config))
   return folder
 
@@ -87,7 +87,9 @@ def test_compile_command_is_accepted(arguments):
 FLAGS_OF = {
   "generate": ("generate",),
   "chat": ("chat", "generate"),
+  "evaluate": ("evaluate",),
   "convert": ("convert",),
+  "show": ("show",),
   "sweep": ("sweep",),
 }
 
@@ -112,6 +114,7 @@ def test_documents_have_commands():
   assert len(commands("generate")) >= 2
   assert len(commands("convert")) >= 2
   assert len(commands("chat")) >= 1
+  assert len(commands("evaluate")) >= 3
 
 
 def test_make_targets_exist():

@@ -11,7 +11,8 @@ from gptjax.errors import UserError, did_you_mean
 PART_DEFAULTS = {
   "source": "",  # text | jsonl | parquet | tfds | hf | stdlib
   "path": "",  # a file, a folder or a glob; tfds: NAME[/config]; hf: id[:config]
-  "text_key": "text",  # jsonl, parquet, tfds, hf: where the text of a record is
+  # jsonl, parquet, tfds, hf: where the text of a record is; format=chat reads whole records.
+  "text_key": "text",
   "split": "train",  # tfds, hf
   "validation_split": "",  # tfds, hf: a split of its own to validate on, such as 'validation'
   "validation_path": "",  # files of their own to validate on
@@ -27,6 +28,12 @@ DEFAULTS = PART_DEFAULTS | {
   "mask_rate": 0.15,  # objective=masked, span_corruption: the share of tokens to predict
   "whole_words": True,  # masked: a word is masked whole; Chinese needs jieba
   "mean_span": 3.0,  # span_corruption: tokens of a span, on average
+  "format": "text",  # 'chat': records are conversations; see gptjax/data/conversations.py
+  # chat: 'chatml', 'llama3' or 'alpaca' of gptjax/data/chat_templates.py; '' is the tokenizer's own
+  "chat_template": "",
+  "train_on": "assistant",  # chat: the tokens that count in the loss; or 'all'
+  # chat, longer than a row: 'truncate' keeps what fits, if an answer is in it; or 'drop'
+  "overlong": "truncate",
   "mixture": {},  # name -> the keys of PART_DEFAULTS and weight; replaces the single corpus above
 }
 

@@ -1,1 +1,1 @@
-"""From files to batches: sources, tokenizers, the token cache, packing, mixtures, the pipeline."""
+"""From files to batches: sources, chats, tokenizers, the token cache, packing, mixtures."""

@@ -12,8 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import tqdm
@@ -21,7 +22,6 @@ from absl import logging
 
 from gptjax import host
 from gptjax.data.sources import Source, documents
-from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 
 _FORMAT = 1
@@ -30,6 +30,17 @@ _PIECE_CHARACTERS = 1 << 18
 # No pattern of the byte-level tokenizers reaches from a lone newline into a word after it, so
 # cutting there changes no token.
 _CUT = re.compile(r"(?<=\S\n)(?=\w)")
+
+
+class Encoder(Protocol):
+  """What makes ids of documents: a `Tokenizer`, or a `ChatEncoder`."""
+
+  vocab_size: int
+  end_of_text: int
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+  def fingerprint(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +67,7 @@ class TokenCache:
 
 
 def open_or_build(
-  source: Source, tokenizer: Tokenizer, cache_dir: str, *, progress: bool = False
+  source: Source, tokenizer: Encoder, cache_dir: str, *, progress: bool = False
 ) -> TokenCache:
   """Opens the cache of (source, tokenizer), building it first if there is none.
 
@@ -123,7 +134,7 @@ def _open(folder: Path) -> TokenCache | None:
   return TokenCache(tokens, boundaries, meta["num_bytes"])
 
 
-def _build(folder: Path, source: Source, tokenizer: Tokenizer, progress: bool) -> None:
+def _build(folder: Path, source: Source, tokenizer: Encoder, progress: bool) -> None:
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
   separator = np.array([tokenizer.end_of_text], dtype)
   boundaries, num_tokens, num_bytes = [], 0, 0

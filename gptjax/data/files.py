@@ -1,4 +1,7 @@
-"""Documents in local files, read at random: text, JSON lines, Parquet, the standard library."""
+"""Documents in local files, read at random: text, JSON lines, Parquet, the standard library.
+
+A document is what a record has under `text_key`, or under '' the whole record as JSON.
+"""
 
 import dataclasses
 import functools
@@ -139,6 +142,8 @@ class JsonLines:
       raise UserError(f"{name}: not JSON ({error.msg}, column {error.colno}).") from error
     if not isinstance(record, dict):
       raise UserError(f"{name}: a JSON {type(record).__name__}, not an object.")
+    if not self._text_key:
+      return line
     return _text(record.get(self._text_key), name, self._text_key, list(record))
 
   def name(self, index: int) -> str:
@@ -205,22 +210,24 @@ class ParquetFiles:
       except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{file}: not a Parquet file ({error}).") from error
       columns = metadata.schema.to_arrow_schema().names
-      if text_key not in columns:
+      if text_key and text_key not in columns:
         raise UserError(missing_key(file, text_key, columns))
       file_start = rows[-1]
       for group in range(metadata.num_row_groups):
         self._groups.append((number, group, file_start))
         rows.append(rows[-1] + metadata.row_group(group).num_rows)
     self._first = np.array(rows, np.int64)
-    self._column = functools.lru_cache(maxsize=1)(self._read_group)
+    self._table = functools.lru_cache(maxsize=1)(self._read_group)
 
   def __len__(self) -> int:
     return int(self._first[-1])
 
   def __getitem__(self, index: int) -> str:
     group = self._group(index)
-    value = self._column(group)[int(index - self._first[group])].as_py()
-    return _text(value, self.name(index), self._text_key, [self._text_key])
+    (record,) = self._table(group).slice(int(index - self._first[group]), 1).to_pylist()
+    if not self._text_key:
+      return to_json(record)
+    return _text(record[self._text_key], self.name(index), self._text_key, [self._text_key])
 
   def name(self, index: int) -> str:
     number, _, file_start = self._groups[self._group(index)]
@@ -235,12 +242,10 @@ class ParquetFiles:
   def _group(self, index: int) -> int:
     return int(np.searchsorted(self._first, index, side="right")) - 1
 
-  def _read_group(self, group: int) -> pa.ChunkedArray:
+  def _read_group(self, group: int) -> pa.Table:
     number, group_in_file, _ = self._groups[group]
-    table = pq.ParquetFile(self._files.files[number]).read_row_group(
-      group_in_file, columns=[self._text_key]
-    )
-    return table.column(0)
+    columns = [self._text_key] if self._text_key else None
+    return pq.ParquetFile(self._files.files[number]).read_row_group(group_in_file, columns=columns)
 
 
 def open_jsonl(path: str, text_key: str, undecodable: str) -> JsonLines:
@@ -270,6 +275,20 @@ def decode(data: bytes, name: str, undecodable: str) -> str:
 @functools.lru_cache(maxsize=1024)  # A document is read more than once; one warning is enough.
 def _warn_skipped(name: str, reason: str) -> None:
   logging.warning("%s: skipped, not UTF-8 text (%s).", name, reason)
+
+
+def to_json(record: object) -> str:
+  """Returns a record as JSON; bytes are UTF-8 text, and what JSON has no value for is its name."""
+
+  def plain(value: object) -> object:
+    match value:
+      case bytes():
+        return value.decode("utf-8", errors="replace")
+      case np.ndarray() | np.generic():
+        return value.tolist()
+    return str(value)
+
+  return json.dumps(record, ensure_ascii=False, default=plain)
 
 
 def missing_key(name: object, text_key: str, found: Sequence[str]) -> str:

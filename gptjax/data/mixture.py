@@ -6,19 +6,24 @@ import grain
 import numpy as np
 
 from gptjax.data.batch import Batch
+from gptjax.data.chat_packing import PackedConversations
 from gptjax.data.packing import Windows
 
-# Makes a row of a window: it depends on the window and the randomness alone.
-MakeRow = Callable[[np.ndarray, np.random.Generator], Batch]
+# Makes a row of an item of these: it depends on the item and the randomness alone.
+MakeRow = Callable[[np.ndarray | Batch, np.random.Generator], Batch]
 
 
 def training_rows(
-  parts: Mapping[str, Windows], weights: Mapping[str, float], *, seed: int, make_row: MakeRow
+  parts: Mapping[str, Windows | PackedConversations],
+  weights: Mapping[str, float],
+  *,
+  seed: int,
+  make_row: MakeRow,
 ) -> grain.MapDataset[Batch]:
   """Returns rows without end; row i depends on the arguments and i alone.
 
   Args:
-    parts: the windows of each corpus, none of them empty.
+    parts: the windows or the packed conversations of each corpus, none of them empty.
     weights: the share of rows from each corpus, in any unit, above 0.
     seed: decides the order of each part, and the randomness of `make_row`.
     make_row: the objective.

@@ -1,13 +1,17 @@
 """The data keys of a config, each read and checked here and nowhere else."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.errors import UserError, did_you_mean
 
 SOURCES = ("text", "jsonl", "parquet", "tfds", "hf", "stdlib")
 UNDECODABLE = ("error", "skip")
+FORMATS = ("text", "chat")
+RECORD_SOURCES = ("jsonl", "parquet", "tfds", "hf")
+TRAIN_ON = ("assistant", "all")
+OVERLONG = ("truncate", "drop")
 OBJECTIVES = ("next_token", "prefix", "masked", "span_corruption")
 
 
@@ -42,6 +46,10 @@ class DataOptions:
   mask_rate: float
   whole_words: bool
   mean_span: float
+  format: str
+  chat_template: str
+  train_on: str
+  overlong: str
   parts: dict[str, PartOptions]
   weights: dict[str, float]
 
@@ -58,6 +66,8 @@ def read_options(config: Any) -> DataOptions:
   else:
     part = _read_part(data, "data")
     parts, weights = {part.source: part}, {part.source: 1.0}
+  if data.format == "chat":
+    parts = {name: _of_records(name, part) for name, part in parts.items()}
   for name, weight in weights.items():
     _check(weight > 0, f"data.mixture.{name}.weight", weight, "a number above 0")
   options = DataOptions(
@@ -73,6 +83,10 @@ def read_options(config: Any) -> DataOptions:
     mask_rate=data.mask_rate,
     whole_words=data.whole_words,
     mean_span=data.mean_span,
+    format=data.format,
+    chat_template=data.chat_template,
+    train_on=data.train_on,
+    overlong=data.overlong,
     parts=parts,
     weights=weights,
   )
@@ -83,7 +97,15 @@ def read_options(config: Any) -> DataOptions:
   _check(0 <= options.spm_rate <= 1, "data.spm_rate", options.spm_rate, "from 0 to 1")
   _check(0 < options.mask_rate < 1, "data.mask_rate", options.mask_rate, "between 0 and 1")
   _check(options.mean_span >= 1, "data.mean_span", options.mean_span, "1 or more")
+  _check_choice("data.format", options.format, FORMATS)
+  _check_choice("data.train_on", options.train_on, TRAIN_ON)
+  _check_choice("data.overlong", options.overlong, OVERLONG)
   check_objective(options.objective)
+  if options.format == "chat" and (options.objective != "next_token" or options.fim_rate):
+    raise UserError(
+      f"data.format='chat' needs objective='next_token' and data.fim_rate=0, not "
+      f"{options.objective!r} and {options.fim_rate}."
+    )
   if options.fim_rate and options.objective != "next_token":
     raise UserError(
       f"data.fim_rate={options.fim_rate} needs objective='next_token', not {options.objective!r}."
@@ -93,8 +115,12 @@ def read_options(config: Any) -> DataOptions:
 
 def check_objective(objective: str) -> None:
   """Raises UserError for a name that is not among OBJECTIVES."""
-  if objective not in OBJECTIVES:
-    raise UserError(f"objective: no choice {objective!r}. {did_you_mean(objective, OBJECTIVES)}")
+  _check_choice("objective", objective, OBJECTIVES)
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+  if value not in choices:
+    raise UserError(f"{key}: no choice {value!r}. {did_you_mean(value, choices)}")
 
 
 def _read_part(part: Mapping[str, Any], key: str) -> PartOptions:
@@ -115,6 +141,16 @@ def _read_part(part: Mapping[str, Any], key: str) -> PartOptions:
     fraction = options.validation_fraction
     _check(0 < fraction < 1, f"{key}.validation_fraction", fraction, "between 0 and 1")
   return options
+
+
+def _of_records(name: str, part: PartOptions) -> PartOptions:
+  """The same part with whole records as its documents."""
+  if part.source not in RECORD_SOURCES:
+    raise UserError(
+      f"data part {name!r}: a {part.source!r} source has no conversations. "
+      f"data.format='chat' takes {', '.join(RECORD_SOURCES)}."
+    )
+  return dataclasses.replace(part, text_key="")
 
 
 def _read(part: Mapping[str, Any], name: str, key: str) -> Any:

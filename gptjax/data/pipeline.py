@@ -4,18 +4,22 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import grain
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
-from gptjax.data import cache, mixture, sources
+from gptjax.data import cache, chat, conversations, mixture, sources
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenCache
+from gptjax.data.chat_encoding import ChatEncoder
+from gptjax.data.chat_packing import PackedConversations
+from gptjax.data.conversations import Conversations
 from gptjax.data.denoising import MaskedLanguageModel, PrefixLanguageModel, SpanCorruption
 from gptjax.data.fim import FillInTheMiddle
 from gptjax.data.mixture import MakeRow
@@ -36,17 +40,22 @@ class _Corpora:
   sources: Mapping[str, Source]
   caches: Mapping[str, TokenCache]
 
-  def windows(self, sequence_length: int, *, drop_remainder: bool) -> dict[str, Windows]:
+  def windows(
+    self, options: DataOptions, length: int, *, drop_remainder: bool
+  ) -> dict[str, Windows | PackedConversations]:
     windows = {}
     for name, tokens in self.caches.items():
       try:
-        windows[name] = Windows(tokens, sequence_length, drop_remainder=drop_remainder)
+        if options.format == "chat":
+          windows[name] = PackedConversations(tokens, length, options.overlong)
+        else:
+          windows[name] = Windows(tokens, length, drop_remainder=drop_remainder)
       except UserError as error:
         raise UserError(f"data part {name!r}: {error}") from error
     return windows
 
   def text(self) -> Iterator[str]:
-    return itertools.chain.from_iterable(map(sources.documents, self.sources.values()))
+    return itertools.chain.from_iterable(map(_texts, self.sources.values()))
 
 
 class Dataset:
@@ -67,13 +76,17 @@ class Dataset:
     self._host_rows = options.batch_size // process_count
     self._first_row = process_index * self._host_rows
     make_row, window_length = _make_objective(options, tokenizer, options.fim_rate)
-    windows = training.windows(window_length, drop_remainder=True)
+    windows = training.windows(options, window_length, drop_remainder=True)
+    validation_windows = validation.windows(options, window_length, drop_remainder=False)
+    if process_index == 0:
+      _warn_overlong("training", windows, options)
+      _warn_overlong("validation", validation_windows, options)
     self._rows_per_epoch = sum(map(len, windows.values()))
     self._rows = mixture.training_rows(
       windows, options.weights, seed=options.seed, make_row=make_row
     )
     self._make_validation_row, _ = _make_objective(options, tokenizer, fim_rate=0)
-    self._validation_windows = [*validation.windows(window_length, drop_remainder=False).values()]
+    self._validation_windows = [*validation_windows.values()]
 
   @property
   def num_tokens(self) -> int:
@@ -88,7 +101,7 @@ class Dataset:
   @property
   def validation_bytes(self) -> int | None:
     """UTF-8 bytes of the validation text, for bits per byte; None if not all of it is predicted."""
-    if self._options.objective != "next_token":
+    if self._options.objective != "next_token" or self._options.format == "chat":
       return None
     return sum(tokens.num_bytes for tokens in self._validation.caches.values())
 
@@ -134,6 +147,8 @@ def _make_objective(
 ) -> tuple[MakeRow, int]:
   """What makes rows of windows, and the length of those."""
   length = options.sequence_length
+  if options.format == "chat":
+    return lambda row, _: row, length
   match options.objective:
     case "prefix":
       return PrefixLanguageModel(length, tokenizer.end_of_text), length
@@ -182,6 +197,8 @@ def open_dataset(
       f"Set --config.batch_size to a multiple of {process_count}."
     )
   pairs = {name: sources.open_pair(part) for name, part in options.parts.items()}
+  if options.format == "chat":
+    pairs = {name: tuple(map(Conversations, pair)) for name, pair in pairs.items()}
   training = {name: pair[0] for name, pair in pairs.items()}
   validation = {name: pair[1] for name, pair in pairs.items()}
   tokenizer = tokenizers.train_or_load(
@@ -192,11 +209,18 @@ def open_dataset(
     progress=progress,
   )
 
+  encoder = tokenizer
+  if options.format == "chat":
+    chosen = chat.set_template(tokenizer, options.chat_template)
+    if process_index == 0 and chosen.fingerprint() != tokenizer.fingerprint():
+      chosen.save(epath.Path(workdir) / "tokenizer")  # To be talked to as it was trained.
+    tokenizer, encoder = chosen, ChatEncoder(chosen, options.train_on)
+
   def tokenise(side: Mapping[str, Source]) -> _Corpora:
     return _Corpora(
       side,
       {
-        name: cache.open_or_build(source, tokenizer, options.cache_dir, progress=progress)
+        name: cache.open_or_build(source, encoder, options.cache_dir, progress=progress)
         for name, source in side.items()
       },
     )
@@ -206,11 +230,28 @@ def open_dataset(
   )
 
 
+def _warn_overlong(
+  side: str, windows: Mapping[str, Windows | PackedConversations], options: DataOptions
+) -> None:
+  for name, rows in windows.items():
+    if isinstance(rows, PackedConversations) and rows.truncated + rows.dropped:
+      logging.warning(
+        "data part %r, %s: of the conversations longer than a row of %d tokens, %d are truncated "
+        "and %d dropped (data.overlong=%s).",
+        *(name, side, options.sequence_length, rows.truncated, rows.dropped, options.overlong),
+      )
+
+
+def _texts(source: Source, indices: Iterable[int] | None = None) -> Iterator[str]:
+  read = conversations.texts if isinstance(source, Conversations) else sources.documents
+  return read(source, indices)
+
+
 def _tokenizer_text(training: Mapping[str, Source], weights: Mapping[str, float]) -> Iterator[str]:
   """Yields text to train a tokenizer on: of a large corpus, documents spread evenly over it."""
   for name, source in training.items():
     budget = _TOKENIZER_TRAINING_CHARACTERS * weights[name] / sum(weights.values())
-    probe = list(sources.documents(source, range(min(len(source), 100))))
+    probe = list(_texts(source, range(min(len(source), 100))))
     typical = sum(map(len, probe)) / max(1, len(probe))
     count = min(len(source), math.ceil(budget / max(1, typical)))
-    yield from sources.documents(source, np.linspace(0, len(source) - 1, count, dtype=int).tolist())
+    yield from _texts(source, np.linspace(0, len(source) - 1, count, dtype=int).tolist())

@@ -1,4 +1,7 @@
-"""Corpora as sequences of documents, and their split into training and validation."""
+"""Corpora as sequences of documents, and their split into training and validation.
+
+Under a `text_key` of '' a document is a whole record, as JSON.
+"""
 
 import difflib
 import hashlib
@@ -50,6 +53,11 @@ def open_pair(options: PartOptions) -> tuple[Source, Source]:
     if not len(validation):
       raise UserError(f"{path} {options.validation_split}: no documents to validate on.".strip())
     return source, validation
+  if len(source) == 1 and not options.text_key:
+    raise UserError(
+      f"{source.name(0)}: a single record cannot be split into training and validation. "
+      "Set --config.data.validation_path= to others."
+    )
   return split(source, options.validation_fraction, _SPLIT_SEED)
 
 
@@ -82,7 +90,10 @@ class Records:
     return len(self._records)
 
   def __getitem__(self, index: int) -> str:
-    text = self._records[int(index)][self._text_key]
+    record = self._records[int(index)]
+    if not self._text_key:
+      return files.to_json(record)
+    text = record[self._text_key]
     return files.decode(text, self.name(index), "error") if isinstance(text, bytes) else text
 
   def name(self, index: int) -> str:
@@ -111,7 +122,7 @@ def open_tfds(name: str, split: str, text_key: str, data_dir: str) -> Records:
   except (ValueError, KeyError, OSError, ImportError, NotImplementedError) as error:
     raise UserError(f"TFDS {name!r}, split {split!r}: {_first_line(error)}") from error
   info = source.dataset_info
-  if text_key not in info.features:
+  if text_key and text_key not in info.features:
     raise UserError(files.missing_key(f"TFDS {info.full_name}", text_key, list(info.features)))
   folder = epath.Path(info.data_dir)
   stats = [(p.name, p.stat()) for p in sorted(folder.iterdir())] if folder.exists() else []
@@ -132,9 +143,10 @@ def open_hf(path: str, split: str, text_key: str) -> Records:
     records = datasets.load_dataset(name, config or None, split=split)
   except (ValueError, OSError) as error:  # The library's own errors derive from these.
     raise UserError(f"Hugging Face {path!r}, split {split!r}: {_first_line(error)}") from error
-  if text_key not in records.column_names:
+  if text_key and text_key not in records.column_names:
     raise UserError(files.missing_key(f"Hugging Face {path}", text_key, records.column_names))
-  records = records.select_columns([text_key])
+  if text_key:
+    records = records.select_columns([text_key])
   return Records(records, text_key, f"hf:{path}:{split}", records._fingerprint)
 
 

@@ -168,6 +168,19 @@ class Tokenizer:
       digest.update(f"\0{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
+  def with_chat_template(self, template: str) -> "Tokenizer":
+    """Returns the same with another chat template, whose 'eos_token' is, unless the tokenizer has
+    one, the separator of documents."""
+    names = {token: text for text, token in self.specials.items()}
+    roles = {"eos_token": names[self.end_of_text]} | dict(self.roles)
+    files = {**self._files, **settings_lib.chat_template_files(template, roles)}
+    return _make(self.spec, self._format.kind, files, self.vocab_size)
+
+  @property
+  def adds_space(self) -> bool:
+    """Whether encoding puts a space before a text, so that its pieces are not its tokens'."""
+    return self._format.adds_space
+
   def save(self, folder: epath.PathLike) -> None:
     """Writes all that `open_saved` needs; `folder` may be remote (gs://...)."""
     folder = epath.Path(folder)

@@ -73,6 +73,11 @@ def write(
   }
 
 
+def chat_template_files(template: str, roles: Mapping[str, str]) -> dict[str, bytes]:
+  """Returns the files that, in the place of others, give a chat template and roles."""
+  return {_TEMPLATE: template.encode(), _ROLES: json.dumps(dict(roles)).encode()}
+
+
 def parse_json(content: bytes, name: str) -> Any:
   """Parses JSON; UserError that names the file if it is none."""
   try:

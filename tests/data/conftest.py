@@ -9,6 +9,7 @@ import ml_collections
 import pytest
 
 from configs.parts import data as presets
+from gptjax.data import tokenizer as tokenizer_lib
 
 DOCUMENTS = [
   inspect.getsource(textwrap),
@@ -18,6 +19,29 @@ DOCUMENTS = [
   "Emoji 👩‍👩‍👧 and é, <|endoftext|> as plain text.\n" * 20,
   "short",
 ]
+
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>",
+            "<|end_header_id|>"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer():
+  """Returns a function that writes a byte-level tokenizer and what a template's model has."""
+  made = json.loads(tokenizer_lib.train("bpe:300", ["a little text"])._files["tokenizer.json"])
+  size = len(made["model"]["vocab"])
+  plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+  made["added_tokens"] += [
+    {"id": size + number, "content": text, "special": True, **plain}
+    for number, text in enumerate(SPECIALS)
+  ]
+
+  def write(folder, template):
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer_lib.load(str(folder))
+
+  return write
 
 
 @pytest.fixture

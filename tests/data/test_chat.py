@@ -1,9 +1,9 @@
-import json
+import datetime
 
 import pytest
 
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.chat import ChatTemplate
+from gptjax.data.chat import ChatTemplate, set_template
 from gptjax.errors import UserError
 
 CHATML = """{% for message in messages %}
@@ -44,34 +44,11 @@ INSTRUCTIONS = """{%- set state = namespace(system='') -%}
 {%- endif -%}{%- endfor -%}"""
 
 TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "instructions": INSTRUCTIONS}
-SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>",
-            "<|end_header_id|>"]  # fmt: skip
-
 USER = {"role": "user", "content": " Who wrote <b>Moby-Dick</b>? 谁？ "}
 ANSWER = {"role": "assistant", "content": "Herman Melville."}
 SYSTEM = {"role": "system", "content": "Answer in one sentence.\n"}
 TOOL = {"role": "tool", "content": '{"name": "é<"}'}
 CONVERSATIONS = [[USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER]]
-
-
-@pytest.fixture(scope="module")
-def write():
-  """Returns a function that writes a byte-level tokenizer and what a template's model has."""
-  made = json.loads(tokenizer_lib.train("bpe:300", ["a little text"])._files["tokenizer.json"])
-  size = len(made["model"]["vocab"])
-  plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-  made["added_tokens"] += [
-    {"id": size + number, "content": text, "special": True, **plain}
-    for number, text in enumerate(SPECIALS)
-  ]
-
-  def write(folder, template):
-    (folder / "tokenizer.json").write_text(json.dumps(made))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return tokenizer_lib.load(str(folder))
-
-  return write
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +61,9 @@ def reference():
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
 def test_a_conversation_reads_as_in_transformers(
-  write, reference, tmp_path, name, add_generation_prompt
+  write_tokenizer, reference, tmp_path, name, add_generation_prompt
 ):
-  template = ChatTemplate(write(tmp_path, TEMPLATES[name]))
+  template = ChatTemplate(write_tokenizer(tmp_path, TEMPLATES[name]))
   theirs = reference.from_pretrained(tmp_path)
   options = {"add_generation_prompt": add_generation_prompt}
   for messages in CONVERSATIONS + ([[*CONVERSATIONS[0], TOOL]] if name == "headers" else []):
@@ -96,20 +73,20 @@ def test_a_conversation_reads_as_in_transformers(
     assert template.encode(messages, **options) == ids
 
 
-def test_where_a_template_is_found(write, tmp_path):
-  assert write(tmp_path, CHATML).chat_template == CHATML
+def test_where_a_template_is_found(write_tokenizer, tmp_path):
+  assert write_tokenizer(tmp_path, CHATML).chat_template == CHATML
   several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
-  assert write(tmp_path, several).chat_template == CHATML
+  assert write_tokenizer(tmp_path, several).chat_template == CHATML
   (tmp_path / "chat_template.jinja").write_text(HEADERS)
-  tokenizer = write(tmp_path, CHATML)
+  tokenizer = write_tokenizer(tmp_path, CHATML)
   assert tokenizer.chat_template == HEADERS
   tokenizer.save(tmp_path / "saved")
   assert tokenizer_lib.open_saved(tmp_path / "saved").chat_template == HEADERS
 
 
-def test_the_end_of_a_turn_stops(write, tmp_path):
+def test_the_end_of_a_turn_stops(write_tokenizer, tmp_path):
   def stops(template):
-    tokenizer = write(tmp_path, template)
+    tokenizer = write_tokenizer(tmp_path, template)
     return {text for text, token in tokenizer.specials.items() if token in tokenizer.stops}
 
   assert stops(None) == {"<|endoftext|>", "</s>"}
@@ -137,6 +114,115 @@ def test_a_tokenizer_without_a_template_is_refused():
     ("{{ messages.append(1) }}", [USER], "refuses .* .append. of .list. object is unsafe"),
   ],
 )
-def test_what_cannot_be_rendered_gets_one_sentence(write, tmp_path, template, messages, problem):
+def test_what_cannot_be_rendered_gets_one_sentence(
+  write_tokenizer, tmp_path, template, messages, problem
+):
   with pytest.raises(UserError, match=problem):
-    ChatTemplate(write(tmp_path, template)).render(messages)
+    ChatTemplate(write_tokenizer(tmp_path, template)).render(messages)
+
+
+MARKED = """{{ bos_token }}{% for message in messages %}
+{% if message.role == 'assistant' %}
+A: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+{% else %}Q: {{ message.content }}{% endif %}
+{% endfor %}{% if add_generation_prompt %}
+A: {% endif %}"""
+ENDED = """{% for message in messages %}
+{{ message.role + ': ' + message.content + '<|im_end|>' }}{% endfor %}
+{% if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ eos_token }}{% endif %}"""
+CHAT = [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "Still him.\n"}]
+
+
+@pytest.mark.parametrize(
+  ("template", "answers"),
+  [
+    (CHATML, ["Herman Melville.<|im_end|>\n", "Still him.\n<|im_end|>\n"]),
+    (INSTRUCTIONS, [" Herman Melville.</s>", " Still him.\n</s>"]),
+    (MARKED, ["Herman Melville.</s>", "Still him.\n</s>"]),
+    (ENDED, ["Herman Melville.<|im_end|>", "Still him.\n<|im_end|></s>"]),
+  ],
+  ids=["chatml", "instructions", "marked", "ended"],
+)
+def test_the_pieces_of_a_conversation_are_its_text_and_tell_the_answers(
+  write_tokenizer, tmp_path, template, answers
+):
+  chat = ChatTemplate(write_tokenizer(tmp_path, template))
+  pieces = chat.pieces(CHAT)
+  assert "".join(text for text, _ in pieces) == chat.render(CHAT, add_generation_prompt=False)
+  assert [text for text, is_answer in pieces if is_answer] == answers
+  # What comes before an answer is what the model was asked with.
+  assert pieces[0][0] == chat.render(CHAT[:2])
+  assert "".join(text for text, _ in pieces[:3]) == chat.render(CHAT[:4])
+
+
+@pytest.mark.parametrize(
+  "template",
+  [
+    # Only the last message keeps its thoughts.
+    "{% for m in messages %}{{ m.role }}: {% if loop.last and m.role == 'assistant' %}<think>"
+    "{% endif %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    # An answer does not begin with what asks for it.
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A{% endif %}",
+  ],
+)
+def test_a_template_that_does_not_tell_the_answers_is_an_error(write_tokenizer, tmp_path, template):
+  chat = ChatTemplate(write_tokenizer(tmp_path, template))
+  with pytest.raises(UserError, match=r"writes message 2 or those before it in another way"):
+    chat.pieces(CHAT)
+
+
+@pytest.mark.parametrize(
+  "template",
+  [
+    "{{ messages | length }}{% if x %}{% generation %}{% endgeneration %}{% endif %}",
+    "{% set x %}{% generation %}{{ bos_token }}{% endgeneration %}{% endset %}{{ x[1:] }}",
+  ],
+)
+def test_marks_around_no_text_are_an_error(write_tokenizer, tmp_path, template):
+  with pytest.raises(UserError, match="but what it marks in these messages is nothing, or not one"):
+    ChatTemplate(write_tokenizer(tmp_path, template)).pieces(CHAT)
+
+
+def test_a_template_may_be_told_what_day_it_is(write_tokenizer, tmp_path):
+  tokenizer = write_tokenizer(tmp_path, "{{ strftime_now('%d %b %Y') }}")
+  assert ChatTemplate(tokenizer, datetime.date(2024, 7, 26)).render([USER]) == "26 Jul 2024"
+  assert ChatTemplate(tokenizer).render([USER]).endswith(str(datetime.date.today().year))
+
+
+def test_tools_reach_the_template(write_tokenizer, tmp_path):
+  chat = ChatTemplate(write_tokenizer(tmp_path, "{{ tools | tojson }}"))
+  assert chat.render([USER], tools=[{"name": "f"}]) == '[{"name": "f"}]'
+  assert chat.render([USER]) == "null"
+
+
+def test_a_named_template_stays_with_the_tokenizer(write_tokenizer, tmp_path):
+  own = write_tokenizer(tmp_path, INSTRUCTIONS)
+  chosen = set_template(own, "chatml")
+  assert set_template(own, "") is own
+  assert chosen.fingerprint() != own.fingerprint()
+  assert chosen.specials["<|im_end|>"] in chosen.stops
+  assert (chosen.vocab_size, chosen.encode("a text")) == (own.vocab_size, own.encode("a text"))
+  chosen.save(tmp_path / "saved")
+  again = tokenizer_lib.open_saved(tmp_path / "saved")
+  assert again.chat_template == chosen.chat_template != own.chat_template
+  assert set_template(again, "chatml").fingerprint() == again.fingerprint() == chosen.fingerprint()
+
+
+def test_a_tokenizer_made_here_ends_alpaca_turns_with_its_separator(tmp_path):
+  chosen = set_template(tokenizer_lib.load("bytes"), "alpaca")
+  assert ChatTemplate(chosen).encode([USER, ANSWER], add_generation_prompt=False)[-1] == 256
+  assert chosen.stops == {256}
+
+
+@pytest.mark.parametrize(
+  ("name", "problem"),
+  [
+    ("", "tokenizer 'bytes' has no chat template of its own. Set --config.data.chat_template= to"),
+    ("chatm", "data.chat_template: no template 'chatm'. Did you mean 'chatml'"),
+    ("llama3", "data.chat_template='llama3' needs the special token '<|start_header_id|>', which"),
+  ],
+)
+def test_a_template_that_cannot_be_had_is_named(name, problem):
+  with pytest.raises(UserError) as error:
+    set_template(tokenizer_lib.load("bytes"), name)
+  assert problem in str(error.value)

@@ -16,6 +16,17 @@ from gptjax.errors import UserError
     ({"spm_rate": -1}, "data.spm_rate is -1; it must be from 0 to 1"),
     ({"mask_rate": 0.0}, "data.mask_rate is 0.0; it must be between 0 and 1"),
     ({"mean_span": 0.5}, "data.mean_span is 0.5; it must be 1 or more"),
+    ({"format": "chats"}, "data.format: no choice 'chats'. Did you mean 'chat'"),
+    ({"train_on": "al"}, "data.train_on: no choice 'al'. Did you mean 'all'"),
+    ({"overlong": "cut"}, "data.overlong: no choice 'cut'. Choose one of: drop, truncate"),
+    (
+      {"format": "chat"},
+      "data part 'text': a 'text' source has no conversations. data.format='chat'",
+    ),
+    (
+      {"format": "chat", "source": "jsonl", "objective": "prefix"},
+      "data.format='chat' needs objective='next_token' and data.fim_rate=0, not 'prefix' and 0.0",
+    ),
     ({"objective": "maskd"}, "objective: no choice 'maskd'. Did you mean 'masked'"),
     (
       {"objective": "prefix", "fim_rate": 0.5},

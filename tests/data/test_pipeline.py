@@ -1,4 +1,6 @@
 import itertools
+import json
+import re
 
 import jax
 import numpy as np
@@ -7,6 +9,7 @@ import tensorflow_datasets as tfds
 
 from configs.parts import data as presets
 from gptjax.data import pipeline
+from gptjax.data import tokenizer as tokenizers
 from gptjax.data.batch import Batch
 from gptjax.errors import UserError
 from tests.data.conftest import DOCUMENTS
@@ -23,13 +26,39 @@ def concatenate(batches):
 TOKENIZERS = {"prefix": "bytes", "masked": "bytes+mask", "span_corruption": "bytes+sentinels"}
 
 
-@pytest.fixture(params=["plain", "fim", "mixture", *TOKENIZERS])
-def config(request, make_config, corpus, tmp_path):
+@pytest.fixture
+def chats(tmp_path):
+  """Returns a JSONL file of 60 conversations, of 100 to 400 bytes as Alpaca's template has them."""
+  path = tmp_path / "chats.jsonl"
+  records = [
+    {"prompt": f"{number}?" + " why" * (number % 7), "completion": f"{number}!" * (1 + number % 50)}
+    for number in range(60)
+  ]
+  path.write_text("\n".join(map(json.dumps, records)))
+  return path
+
+
+@pytest.fixture
+def make_chat_config(make_config, chats):
+  """Returns a function that makes a config over the conversations."""
+  keys = {"preset": "jsonl", "path": str(chats), "validation_fraction": 0.2}
+  keys |= {"format": "chat", "chat_template": "alpaca"}
+
+  def make(sequence_length=512, **changes):
+    return make_config(sequence_length=sequence_length, **(keys | changes))
+
+  return make
+
+
+@pytest.fixture(params=["plain", "fim", "mixture", "chat", *TOKENIZERS])
+def config(request, make_config, make_chat_config, corpus, tmp_path):
   match request.param:
     case "plain":
       return make_config()
     case "fim":
       return make_config(tokenizer="bpe:400", fim_rate=0.5)
+    case "chat":
+      return make_chat_config()
     case "mixture":
       part = presets.PART_DEFAULTS | {"source": "text", "path": str(corpus), "weight": 1.0}
       one_file = part | {"path": str(corpus / "0.txt"), "weight": 2.5}
@@ -71,7 +100,7 @@ def test_batch_shapes(config, tmp_path):
   batch = pipeline.open_dataset(config, tmp_path).training_batch(3)
   assert isinstance(batch, Batch)
   # With an encoder it has sequence_length, and the decoder what 0.15 of the window takes.
-  decoder_length = 64 if batch.encoder_inputs is None else 16
+  decoder_length = config.sequence_length if batch.encoder_inputs is None else 16
   for name, values in vars(batch).items():
     if values is None:
       assert name == "prefix" or name.startswith("encoder_")
@@ -198,3 +227,93 @@ def test_a_part_too_short_for_a_row_is_named(make_config, tmp_path, corpus):
     pipeline.open_dataset(make_config(mixture={"long": part, "short": short}), tmp_path)
   with pytest.raises(UserError, match="data part 'text': a row takes 100000 tokens"):
     pipeline.open_dataset(make_config(sequence_length=100000), tmp_path)
+
+
+def numbers(batches):
+  """The conversations of batches, by the number that each begins its answer with."""
+  rows = [row for batch in batches for row in zip(*map(np.asarray, parts(batch)), strict=True)]
+  found = []
+  for targets, weights, segments in rows:
+    for segment in range(1, segments.max() + 1):
+      answer = bytes(targets[(segments == segment) & (weights > 0) & (targets < 256)].tolist())
+      found.append(int(answer.split(b"!")[0]))
+  return found
+
+
+def parts(batch):
+  return batch.targets, batch.weights, batch.segment_ids
+
+
+def test_an_epoch_is_every_conversation_once(make_chat_config, tmp_path):
+  dataset = pipeline.open_dataset(make_chat_config(batch_size=1), tmp_path)
+  steps = int(dataset.steps_per_epoch)
+  assert steps == dataset.steps_per_epoch > 10
+  first, second = (
+    [dataset.training_batch(step) for step in range(start, start + steps)] for start in (0, steps)
+  )
+  training, validation = numbers(first), numbers(dataset.validation_batches())
+  assert sorted(training + validation) == list(range(60))
+  assert len(validation) >= 5
+  assert numbers(dataset.validation_batches()) == validation
+  assert training != numbers(second)
+  assert sorted(training) == sorted(numbers(second))
+  assert dataset.validation_bytes is None
+  assert sum("why" in text for text in dataset.validation_text()) > 0
+
+
+def test_what_becomes_of_overlong_conversations_is_said_once(make_chat_config, tmp_path, caplog):
+  pipeline.open_dataset(make_chat_config(), tmp_path)
+  assert "truncated" not in caplog.text
+  config = make_chat_config(sequence_length=250, overlong="drop", validation_fraction=0.02)
+  pipeline.open_dataset(config, tmp_path, process_index=1, process_count=2)
+  assert "truncated" not in caplog.text
+  dataset = pipeline.open_dataset(config, tmp_path)
+  assert len(caplog.messages) == 1
+  (dropped,) = map(int, re.findall(r"0 are truncated and (\d+) dropped", caplog.text))
+  steps = range(int(dataset.steps_per_epoch * 4) // 4 + 1)
+  kept = set(numbers(dataset.training_batch(step) for step in steps))
+  validation = numbers(dataset.validation_batches())
+  assert len(kept | {*validation}) + dropped == 60
+
+
+def test_a_run_keeps_the_template_that_it_was_trained_with(make_chat_config, tmp_path):
+  config = make_chat_config(tokenizer="bpe:300")
+  first = pipeline.open_dataset(config, tmp_path / "run")
+  kept = tokenizers.open_saved(tmp_path / "run" / "tokenizer")
+  assert kept.fingerprint() == first.tokenizer.fingerprint()
+  assert "### Instruction" in kept.chat_template
+  again = pipeline.open_dataset(config, tmp_path / "run")
+  assert again.tokenizer.fingerprint() == kept.fingerprint()
+  assert_equal(again.training_batch(3), first.training_batch(3))
+
+
+def test_a_tokenizer_without_a_template_needs_one_by_name(make_chat_config, tmp_path):
+  with pytest.raises(UserError, match="'bytes' has no chat template of its own"):
+    pipeline.open_dataset(make_chat_config(chat_template=""), tmp_path)
+
+
+def test_a_conversation_that_cannot_be_read_is_named_and_nothing_is_cached(
+  make_chat_config, tmp_path, chats
+):
+  chats.write_text(chats.read_text() + '\n{"prompt": "x", "completion": ""}\n' * 2)
+  with pytest.raises(
+    UserError, match=r"chats\.jsonl:6\d: message 1, of role 'assistant', has no c"
+  ):
+    pipeline.open_dataset(make_chat_config(), tmp_path)
+  assert not [*(tmp_path / "cache" / "tokens").glob("*/")]
+
+
+def test_conversations_mix_by_the_rows_of_their_parts(make_chat_config, tmp_path, chats):
+  other = tmp_path / "others.jsonl"
+  record = {"instruction": "Say it.", "output": "99!"}
+  other.write_text("\n".join([json.dumps(record)] * 40))
+  part = presets.PART_DEFAULTS | {"source": "jsonl", "validation_fraction": 0.2}
+  mixture = {
+    "chats": part | {"path": str(chats), "weight": 3.0},
+    "others": part | {"path": str(other), "weight": 1.0},
+  }
+  batch = pipeline.open_dataset(make_chat_config(mixture=mixture), tmp_path).training_batch(3)
+  rows = (
+    Batch(*(field[None] for field in row)) for row in zip(*jax.tree.leaves(batch), strict=True)
+  )
+  assert sum(set(numbers([row])) == {99} for row in rows) == 1

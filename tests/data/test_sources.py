@@ -1,3 +1,4 @@
+import json
 import sys
 import types
 
@@ -178,6 +179,12 @@ def test_hf_presets_against_a_fake_of_the_library(monkeypatch, preset):
   assert fake.calls[0] == (name, config or None, "train")
   assert read(train)
   assert read(validation)
+
+
+def test_a_record_of_hf_can_be_a_document(monkeypatch):
+  monkeypatch.setitem(sys.modules, "datasets", fake_datasets(1))
+  (record,) = read(sources.open_hf("x", "train", ""))
+  assert json.loads(record) == {"text": "train 0", "url": ""}
 
 
 def test_hf_errors_against_a_fake_of_the_library(monkeypatch):
