@@ -4,7 +4,8 @@
       --config.data.path=corpus/ --workdir=runs/first
 
 Parts: model (configs/parts/models.py; 'init_from' is that of the checkpoint to start from), data
-(data.py; 'a+b' is a mixture), optim (optim.py), mesh (mesh.py) and tuned (tuned/: layouts that
+(data.py; 'a+b' is a mixture), optim (optim.py), mesh (mesh.py), peft (peft.py: LoRA and others,
+which train few parameters beside the model of init_from) and tuned (tuned/: layouts that
 `gptjax.compile --search` found). Any key can be overridden with --config.KEY=VALUE, for example
 --config.model.num_layers=6. A duration is one key with a unit, _steps, _tokens, _epochs or
 _percent: --config.total_tokens=1e9 takes the place of total_steps.
@@ -12,7 +13,7 @@ _percent: --config.total_tokens=1e9 takes the place of total_steps.
 
 from ml_collections import ConfigDict
 
-from configs.parts import compiler, data, mesh, models, optim, tuned
+from configs.parts import compiler, data, mesh, models, optim, peft, tuned
 from gptjax.config import override, parse_argument
 from gptjax.model.config import ModelConfig
 
@@ -37,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data=("text", None),  # `data.get` checks the names of a mixture one by one
     optim=("adamw", optim.OPTIMIZERS),
     mesh=("data", mesh.MESHES),
+    peft=("none", peft.PEFT),
     tuned=("none", ("none", *tuned.names())),
   )
   model = ModelConfig.defaults() | models.MODELS.get(parts["model"], {})
@@ -70,6 +72,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "model": model,
       "data": data.get(parts["data"]),
       "optim": optim.DEFAULTS | optim.OPTIMIZERS[parts["optim"]],
+      # Few parameters in the place of all, beside a frozen model; see gptjax/peft/config.py.
+      "peft": peft.DEFAULTS | peft.PEFT[parts["peft"]],
       "mesh": mesh.DEFAULTS | mesh.MESHES[parts["mesh"]],
       "compile": compiler.DEFAULTS,
       # Durations of 0 are never; evaluation at the start and the end, and a last checkpoint, always

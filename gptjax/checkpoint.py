@@ -35,6 +35,9 @@ from gptjax.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
+# Of the model that adapters were put on, in the checkpoint of a run that trains those alone.
+BASE_CHECKSUM = "base_checksum"
+
 # Orbax logs every fault with several tracebacks and then raises it, and what it raises is put into
 # one sentence here.
 python_logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
@@ -228,6 +231,7 @@ class ParamsReport:
     missing: wanted, but not in the checkpoint.
     left_over: in the checkpoint, but not wanted.
     mismatched: in both with other shapes: (saved, wanted).
+    base_checksum: of the model that adapters were put on; None where there are none.
   """
 
   source: epath.Path
@@ -235,6 +239,7 @@ class ParamsReport:
   missing: list[str]
   left_over: list[str]
   mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+  base_checksum: int | None = None
 
   def __str__(self) -> str:
     shapes = [f"{name} {saved} -> {wanted}" for name, (saved, wanted) in self.mismatched.items()]
@@ -302,6 +307,10 @@ def restore_params(
         if saved[name] != wanted[name].shape
       },
     )
+    if BASE_CHECKSUM in manifest:
+      where = next(iter(wanted.values())).sharding
+      scalar = {BASE_CHECKSUM: jax.ShapeDtypeStruct((), jnp.uint32, sharding=where)}
+      report.base_checksum = int(_read_arrays(manager, step, manifest, scalar)[BASE_CHECKSUM])
     # Read as it was saved, for the checksums, and cast afterwards.
     targets = {
       f"{root}/{name}": jax.ShapeDtypeStruct(
@@ -358,6 +367,11 @@ def _newest_whole(
     except _DamagedError as error:
       logging.warning("%s: skipped, the checkpoint is damaged: %s", directory / str(step), error)
   raise UserError(f"{directory}: all checkpoints are damaged (steps {', '.join(map(str, steps))}).")
+
+
+def checksum(params: Any) -> int:
+  """Of all arrays of a tree, their names and shapes: uint32, the same for every sharding."""
+  return _make_manifest(tree.named_leaves(params))["checksum"]
 
 
 def _make_manifest(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:

@@ -41,7 +41,8 @@ FLAGS = flags.FLAGS
 def compile_training(plan: Plan, target: Target) -> Report:
   """The report of the step that `gptjax.train` would run."""
   optimizer = plan.make_optimizer(plan.run_length)
-  arguments = (plan.abstract_state(optimizer), plan.abstract_batch())
+  frozen = plan.frozen(plan.abstract_base())
+  arguments = (plan.abstract_state(optimizer), plan.abstract_batch(), frozen)
   tokens = plan.config.batch_size * plan.config.sequence_length
   work = Work(tokens, tokens * plan.flops_per_token)
   return compile_report(plan, target, plan.make_train_step(optimizer), arguments, work)

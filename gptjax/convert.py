@@ -29,7 +29,7 @@ from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.safetensors_files import DTYPES
 from gptjax.interop.verify import verify
-from gptjax.model.gpt import GPT
+from gptjax.model.gpt import GPT, describe, describe_parameters
 from gptjax.pretrained import CHECKPOINTS, TOKENIZER, load_run, open_foreign, read_model_config
 
 FORMATS = ("gptjax", "hf")
@@ -61,6 +61,8 @@ def convert(
       family = foreign.family.model_type
     chosen = huggingface.find_family(read_model_config(source), family)
   model, tokenizer = load_run(source)
+  if set(describe(model)) != set(describe_parameters(model.config)):
+    raise UserError(f"{source}: its adapters cannot be merged, so that no format here can hold it.")
   partial = target.with_name(f"{target.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from gptjax import chips, optim, sharding, step
@@ -22,6 +22,8 @@ from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
 from gptjax.optim import Optimizer
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.surgery import describe_adapters, without
 from gptjax.pretrained import read_model_config, tokenizer_of
 from gptjax.step import TrainState
 
@@ -33,7 +35,9 @@ INIT_FROM = "init_from"
 class Plan:
   """A checked config, its model and its mesh. Made by `make_plan`; nothing is allocated.
 
-  parameters: {name: shape and axes}. graph: `nnx.merge(graph, params)` is the model.
+  parameters: {name: shape and axes}. peft: None if all of them are trained. trained: those that
+  are, of which an adapter is not one of the model's own. graph: `nnx.merge(graph, params)` is the
+  model, and beside adapters `nnx.merge(graph, params, frozen)`.
   """
 
   config: Any
@@ -41,21 +45,30 @@ class Plan:
   parameters: Mapping[str, ParameterInfo]
   graph: nnx.GraphDef
   mesh: Mesh
+  peft: PeftConfig | None
+  trained: Mapping[str, ParameterInfo]
 
   @property
   def num_parameters(self) -> int:
+    """Of the model itself."""
     return count_parameters(self.model)
+
+  @property
+  def num_trained(self) -> int:
+    return sum(math.prod(info.shape) for info in self.trained.values())
 
   @property
   def flops_per_token(self) -> float:
     """Of forward and backward, by the rule of `chips.flops_per_token`; of an encoder-decoder, for
-    each token of the encoder."""
+    each token of the encoder. A frozen matrix has no gradient, and two thirds of the products."""
     model, length = self.model, self.config.sequence_length
 
     def matmul_params(pattern: str) -> float:
       return sum(
-        math.prod(info.shape) * (model.active_experts if "experts" in info.axes else 1)
-        for name, info in self.parameters.items()
+        math.prod(info.shape)
+        * (model.active_experts if "experts" in info.axes else 1)
+        * (1 if name in self.trained else 2 / 3)
+        for name, info in (self.parameters | self.trained).items()
         if info.fan_in_axes is not None and re.match(pattern, name)
       )
 
@@ -63,7 +76,7 @@ class Plan:
     # The decoder's own, and what it makes of the encoder's tokens.
     decoder = matmul_params("(?!encoder/|blocks/cross_attention/(key|value)/)")
     if model.tied_head:
-      decoder += model.vocab_size * model.embed_dim
+      decoder += model.vocab_size * model.embed_dim * (1 if self.peft is None else 2 / 3)
     flops = chips.flops_per_token(
       matmul_params=decoder,
       sequence_length=self.target_length,
@@ -82,6 +95,10 @@ class Plan:
       **attention,
     )
     return encoder + flops * self.target_length / length
+
+  @property
+  def flop_rule(self) -> str:
+    return chips.FLOP_RULE if self.peft is None else f"{chips.FLOP_RULE} (4 N where frozen)"
 
   @property
   def target_length(self) -> int:
@@ -105,11 +122,34 @@ class Plan:
         warmup_steps=length.steps(config, "warmup"),
         decay_steps=length.steps(config, "decay"),
       )
-    return optim.make_optimizer(config, self.parameters, schedule, self.model.width_ratio)
+    return optim.make_optimizer(config, self.trained, schedule, self.model.width_ratio)
 
   def abstract_state(self, optimizer: Optimizer) -> TrainState:
     ema = self.config.optim.ema_decay > 0
-    return step.abstract_state(self.model, optimizer, self.parameters, self.mesh, ema=ema)
+    return step.abstract_state(
+      self.model, optimizer, self.trained, self.mesh, ema=ema, peft=self.peft
+    )
+
+  def abstract_base(self) -> dict[str, Any]:
+    """The parameters of the model that adapters are put on, with their shardings."""
+    shardings = sharding.parameter_shardings(self.parameters, self.mesh)
+    flat = {
+      name: jax.ShapeDtypeStruct(info.shape, jnp.float32, sharding=shardings[name])
+      for name, info in self.parameters.items()
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+  def frozen(self, base: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the step takes beside the state: those of the model that are not trained."""
+    return None if self.peft is None else without(base, self.trained)
+
+  def require_whole_model(self) -> None:
+    """Raises UserError if only adapters are trained."""
+    if self.peft is not None:
+      raise UserError(
+        f"peft.method={self.peft.method!r}: this looks at the training of whole models. "
+        "Set --config.peft.method=none."
+      )
 
   def make_train_step(self, optimizer: Optimizer) -> Callable:
     ema_decay = self.config.optim.ema_decay
@@ -205,7 +245,11 @@ def make_plan(config: Any, devices: Sequence[jax.Device] | None = None) -> Plan:
     raise UserError(
       f"mesh.expert={mesh.shape['expert']} does not divide model.num_experts={model.num_experts}."
     )
-  return Plan(config, model, describe_parameters(model), step.model_graph(model), mesh)
+  parameters, peft = describe_parameters(model), PeftConfig.from_config(config.get("peft"))
+  if peft is not None and not config.init_from:
+    raise UserError(f"peft.method={peft.method!r} needs init_from, the model to adapt.")
+  trained = parameters if peft is None else describe_adapters(model, peft)
+  return Plan(config, model, parameters, step.model_graph(model, peft), mesh, peft, trained)
 
 
 def _architecture_to_start_from(config: Any) -> dict[str, Any]:
@@ -261,14 +305,20 @@ def dry_run(config: Any) -> None:
   optimizer = plan.make_optimizer(length)
   with jax.set_mesh(plan.mesh):
     state = plan.abstract_state(optimizer)
-    plan.make_train_step(optimizer).trace(state, plan.abstract_batch())
+    frozen = plan.frozen(plan.abstract_base())
+    plan.make_train_step(optimizer).trace(state, plan.abstract_batch(), frozen)
   print(to_text(config))
   print(f"parameters: {plan.num_parameters}")
+  if plan.peft is not None:
+    print(f"trained: {plan.num_trained}")
   print(f"steps: {f'{config.total_epochs} epochs' if length is None else length.total_steps}")
   print(f"tokens a step: {config.batch_size * config.sequence_length}")
   mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items())
   print(f"mesh: {mesh} ({jax.devices()[0].device_kind})")
-  for name, part in (("parameters", state.params), ("optimizer", (state.opt_state, state.ema))):
+  for name, part in (
+    ("parameters", (state.params, frozen)),
+    ("optimizer", (state.opt_state, state.ema)),
+  ):
     total, shard = tree_bytes(part)
     print(f"memory of {name}: {total / 2**20:.1f} MiB in all, {shard / 2**20:.1f} MiB a device")
 

@@ -4,16 +4,17 @@ A checkpoint is named by the work directory of a run, by hf:FOLDER or hf:ORG/NAM
 by gguf:FILE.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from flax import nnx, traverse_util
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from gptjax import config as config_lib
-from gptjax.checkpoint import restore_params
+from gptjax import sharding, tree
+from gptjax.checkpoint import checksum, restore_params
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.tokenizer import Tokenizer, open_saved
 from gptjax.errors import UserError
@@ -21,6 +22,9 @@ from gptjax.interop.gguf import GGUFModel
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.layers import Adapter
+from gptjax.peft.surgery import MERGED, abstract_model, merge, without
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
@@ -42,7 +46,8 @@ def open_foreign(checkpoint: epath.PathLike) -> HuggingFaceModel | GGUFModel | N
 def load_run(
   checkpoint: epath.PathLike, *, ema: bool = False, progress: bool = True
 ) -> tuple[GPT, Tokenizer]:
-  """Loads a model on one device, of a run the newest whole checkpoint.
+  """Loads a model on one device, of a run the newest whole checkpoint. Adapters are merged into the
+  model that they are for, where that is possible.
 
   Args:
     checkpoint: the work directory of a run, hf:PATH or gguf:PATH.
@@ -56,6 +61,8 @@ def load_run(
   if (foreign := open_foreign(checkpoint)) is None:
     folder = epath.Path(checkpoint) / TOKENIZER
     model, _ = load_checkpoint(checkpoint, ema=ema)
+    if _peft_of(config_lib.open_saved(epath.Path(checkpoint))) in MERGED:
+      model = merge(model)
     if (tokenizer := open_saved(folder)) is None:
       raise UserError(f"{folder}: no whole tokenizer, which a run keeps there.")
     return model, tokenizer
@@ -113,6 +120,8 @@ def load_params_into(
   foreign = open_foreign(checkpoint)
   if foreign is None:
     source = epath.Path(checkpoint)
+    if _peft_of(config_lib.open_saved(source)):
+      return _load_merged(source, abstract)
     loaded, report = restore_params(source / CHECKPOINTS, abstract)
     if report.mismatched or not report.matched:
       raise UserError(f"init_from={source} does not fit the model of this config.\n{report}")
@@ -128,22 +137,88 @@ def load_params_into(
   return loaded, f"{checkpoint}: all {len(shardings)} parameters"
 
 
+def load_base(
+  checkpoint: epath.PathLike, config: ModelConfig, abstract: Mapping[str, Any]
+) -> tuple[dict[str, Any], int]:
+  """The parameters of the model that adapters are put on, and their checksum; as
+  `load_params_into`, but all of them are there."""
+  loaded, report = load_params_into(checkpoint, config, abstract)
+  if missing := set(tree.named_leaves(abstract)) - set(tree.named_leaves(loaded)):
+    raise UserError(
+      f"init_from={checkpoint} lacks {min(missing)!r} of the model that is adapted.\n{report}"
+    )
+  return loaded, checksum(loaded)
+
+
+def check_base(saved: int | None, found: int, checkpoint: epath.PathLike, config: Any) -> None:
+  """Raises UserError if adapters were trained on another model than the one of `init_from`."""
+  if saved != found:
+    raise UserError(
+      f"{checkpoint}: its adapters were trained on another model than init_from="
+      f"{config.init_from} is now (checksum {saved}, not {found})."
+    )
+
+
 def load_checkpoint(
   workdir: epath.PathLike, *, ema: bool = False, near: int | None = None
 ) -> tuple[GPT, int]:
   """The model of a run and the step of its checkpoint: of those kept the newest, or the one whose
-  step is nearest to `near`."""
-  workdir = epath.Path(workdir)
+  step is nearest to `near`. Of a run that trained adapters, they are on the model of its
+  `init_from`."""
+  device = SingleDeviceSharding(jax.devices()[0])
+  return _restore(epath.Path(workdir), lambda name: device, ema=ema, near=near)
+
+
+def _restore(
+  workdir: epath.Path,
+  sharding_of: Callable[[str], Sharding],
+  *,
+  ema: bool = False,
+  near: int | None = None,
+) -> tuple[GPT, int]:
+  """As `load_checkpoint`, each parameter where `sharding_of` its name says."""
   config = config_lib.open_saved(workdir)
   model_config = ModelConfig.from_config(config.model)
-  model = nnx.eval_shape(lambda: GPT(model_config, nnx.Rngs(0)))
-  graph, abstract = nnx.split(model)
-  device = SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-    nnx.to_pure_dict(abstract),
-  )
-  params, report = restore_params(workdir / CHECKPOINTS, abstract, ema=ema, near=near)
+  peft = PeftConfig.from_config(config.get("peft"))
+
+  def abstract(state: nnx.State) -> dict[str, Any]:
+    return tree.map_named(
+      lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(name)),
+      nnx.to_pure_dict(state),
+    )
+
+  graph, state = nnx.split(abstract_model(model_config, peft))
+  saved = state if peft is None else state.filter(Adapter)
+  params, report = restore_params(workdir / CHECKPOINTS, abstract(saved), ema=ema, near=near)
   if report.missing or report.mismatched:
     raise UserError(f"{workdir}: its checkpoint does not fit its config.\n{report}")
-  return nnx.merge(graph, params), int(report.source.name)
+  frozen = {}
+  if peft is not None:
+    base = abstract(nnx.state(abstract_model(model_config, None)))
+    base, found = load_base(config.init_from, model_config, base)
+    check_base(report.base_checksum, found, workdir, config)
+    frozen = without(base, tree.named_leaves(params))
+  return nnx.merge(graph, params, frozen), int(report.source.name)
+
+
+def _peft_of(config: Any) -> str:
+  """The method of the adapters that a run trains; empty if it trains the model."""
+  peft = PeftConfig.from_config(config.get("peft"))
+  return "" if peft is None else peft.method
+
+
+def _load_merged(source: epath.Path, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+  """As `load_params_into`, of a run that trained adapters."""
+  wanted = tree.named_leaves(abstract)
+  of_adapters = next(iter(wanted.values())).sharding
+  if isinstance(of_adapters, NamedSharding):
+    of_adapters = sharding.replicated(of_adapters.mesh)
+  model, step = _restore(
+    source, lambda name: wanted[name].sharding if name in wanted else of_adapters
+  )
+  plain = nnx.to_pure_dict(nnx.state(merge(model), nnx.Param))
+  found = {name: x.shape for name, x in tree.named_leaves(plain).items()}
+  if found != {name: leaf.shape for name, leaf in wanted.items()}:
+    raise UserError(f"init_from={source} does not fit the model of this config.")
+  placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), plain, abstract)
+  return placed, f"{source}, step {step}: all {len(found)} parameters, with its adapters merged"

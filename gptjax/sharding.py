@@ -41,6 +41,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
   "head_dim": (),
   "positions": (),
   "buckets": (),
+  "rank": (),
   "terms": (),
   "types": (),
   None: (),
@@ -250,7 +251,9 @@ def sum_over_rows(
   sum on every device and throws most of it away; this is a reduce-scatter, half the bytes.
   """
   summed = split_names("batch", "time")
-  if not summed:
+  sizes = zip(("batch", "time"), arrays[0].shape, strict=False)
+  # A row of its own, as that of a tuned prompt, stays whole: see `constrain`.
+  if not summed or any(size % axis_parts(axis) for axis, size in sizes):
     return function(*arrays)
 
   return jax.shard_map(

@@ -16,6 +16,8 @@ from gptjax.model.config import ModelConfig
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT, ParameterInfo
 from gptjax.optim import Optimizer
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.surgery import abstract_model, initial_adapters
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +26,9 @@ class TrainState:
   """All that a checkpoint holds.
 
   step: int32, updates done or skipped, which is the index of the next batch. skipped: int32, how
-  many of them were not finite. params: nested dict of float32. ema: their moving average, or None.
+  many of them were not finite. params: those that are trained, nested dict of float32. ema: their
+  moving average, or None. base_checksum: uint32, `checkpoint.checksum` of the model that adapters
+  were put on; None where there are none.
   """
 
   step: jax.Array
@@ -32,11 +36,31 @@ class TrainState:
   params: Any
   opt_state: optax.OptState
   ema: Any
+  base_checksum: jax.Array | None = None
 
 
 def make_state(model_config: ModelConfig, optimizer: Optimizer, seed: int, ema: bool) -> TrainState:
   """The state at step 0. Meant for `jax.eval_shape`, or for `jax.jit` with output shardings."""
   params = nnx.to_pure_dict(nnx.state(GPT(model_config, nnx.Rngs(seed)), nnx.Param))
+  return _start(params, optimizer, ema)
+
+
+def make_adapter_state(
+  model_config: ModelConfig,
+  peft: PeftConfig,
+  optimizer: Optimizer,
+  seed: int,
+  ema: bool,
+  base: Mapping[str, Any],
+  base_checksum: jax.Array,
+) -> TrainState:
+  """As `make_state`, of the adapters of a model alone; `base` are the model's parameters."""
+  params = initial_adapters(model_config, peft, base, seed)
+  state = _start(params, optimizer, ema)
+  return dataclasses.replace(state, base_checksum=base_checksum)
+
+
+def _start(params: Any, optimizer: Optimizer, ema: bool) -> TrainState:
   return TrainState(
     step=jnp.int32(0),
     skipped=jnp.int32(0),
@@ -47,9 +71,10 @@ def make_state(model_config: ModelConfig, optimizer: Optimizer, seed: int, ema: 
   )
 
 
-def model_graph(model_config: ModelConfig) -> nnx.GraphDef:
-  """The static part of a model; `nnx.merge(graph, params)` is the model."""
-  return nnx.graphdef(nnx.eval_shape(lambda: GPT(model_config, nnx.Rngs(0))))
+def model_graph(model_config: ModelConfig, peft: PeftConfig | None = None) -> nnx.GraphDef:
+  """The static part of a model; `nnx.merge(graph, params)` is the model, and with adapters
+  `nnx.merge(graph, params, frozen)`."""
+  return nnx.graphdef(abstract_model(model_config, peft))
 
 
 def abstract_state(
@@ -59,12 +84,20 @@ def abstract_state(
   mesh: Mesh,
   *,
   ema: bool,
+  peft: PeftConfig | None = None,
 ) -> TrainState:
   """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
 
   What an optimizer keeps for a parameter, in its shape, is sharded as the parameter is.
   """
-  shapes = jax.eval_shape(lambda: make_state(model_config, optimizer, 0, ema))
+
+  def make() -> TrainState:
+    if peft is None:
+      return make_state(model_config, optimizer, 0, ema)
+    base = nnx.to_pure_dict(nnx.state(GPT(model_config, nnx.Rngs(0)), nnx.Param))
+    return make_adapter_state(model_config, peft, optimizer, 0, ema, base, jnp.uint32(0))
+
+  shapes = jax.eval_shape(make)
   shardings = sharding.parameter_shardings(parameters, mesh)
 
   def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -87,6 +120,27 @@ def init_state(
   return make(model_config, optimizer, seed, abstract.ema is not None)
 
 
+def init_adapter_state(
+  model_config: ModelConfig,
+  peft: PeftConfig,
+  optimizer: Optimizer,
+  seed: int,
+  abstract: TrainState,
+  base: Mapping[str, Any],
+  base_checksum: int,
+) -> TrainState:
+  """As `init_state`, of the adapters alone."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  ema = abstract.ema is not None
+  make = jax.jit(
+    lambda base: make_adapter_state(
+      model_config, peft, optimizer, seed, ema, base, jnp.uint32(base_checksum)
+    ),
+    out_shardings=shardings,
+  )
+  return make(base)
+
+
 def replace_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:
   """Puts loaded parameters in the place of the initial ones, and starts their average from them."""
   flat = traverse_util.flatten_dict(state.params) | traverse_util.flatten_dict(loaded)
@@ -103,8 +157,10 @@ def _make_gradients(
   dropout: bool,
   factors: Mapping[str, float],
   observe: bool = False,
-) -> Callable[[TrainState, Batch], tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
-  """Returns (state, batch) -> (metrics, gradient, figures).
+) -> Callable[..., tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
+  """Returns (state, batch, frozen) -> (metrics, gradient, figures).
+
+  `frozen` are the parameters of the model that are not in the state, and have no gradient.
 
   The metrics are the loss without what the `factors` of `objectives.next_token` add to it, the
   weight of the batch, and what the routers of a mixture of experts tell. The loss is the mean over
@@ -113,8 +169,8 @@ def _make_gradients(
   figures, [L] each, are none unless `observe`.
   """
 
-  def loss(params, micro: Batch, key, weight):
-    model = nnx.merge(graph, params)
+  def loss(params, micro: Batch, key, weight, frozen):
+    model = nnx.merge(graph, params, frozen or {})
     figures = Figures() if observe else None
     routing = Routing() if model.config.num_experts else None
     sums = objectives.next_token(model, micro, key, figures=figures, routing=routing, **factors)
@@ -122,7 +178,7 @@ def _make_gradients(
     told = {f"router/{name}": x * share for name, x in (routing or {}).items()}
     return sums.total / weight, ({"loss": sums.cross_entropy / weight} | told, dict(figures or {}))
 
-  def gradients(state: TrainState, batch: Batch):
+  def gradients(state: TrainState, batch: Batch, frozen: Any):
     batch = sharding.balance_time(batch)
     key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
     tokens = batch.weights.sum()
@@ -130,11 +186,11 @@ def _make_gradients(
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def add(carry, micro_and_key):
-      (_, told), grads = value_and_grad(state.params, *micro_and_key, weight)
+      (_, told), grads = value_and_grad(state.params, *micro_and_key, weight, frozen)
       return jax.tree.map(jnp.add, carry, grads), told
 
     if grad_accumulation == 1:
-      (_, (metrics, figures)), grads = value_and_grad(state.params, batch, key, weight)
+      (_, (metrics, figures)), grads = value_and_grad(state.params, batch, key, weight, frozen)
     else:
       keys = None if key is None else jax.random.split(key, grad_accumulation)
       zero = jax.tree.map(jnp.zeros_like, state.params)
@@ -170,8 +226,8 @@ def make_train_step(
   ema_decay: float,
   compiler_options: Mapping[str, Any] | None = None,
   **factors: float,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns jit(state, batch) -> (state, metrics), which donates the state.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns jit(state, batch, frozen=None) -> (state, metrics), which donates the state alone.
 
   Metrics and gradient are those of `_make_gradients`, `factors` those of `objectives.next_token`.
   An update whose loss or gradient is not finite is not applied.
@@ -180,8 +236,8 @@ def make_train_step(
     graph, seed=seed, grad_accumulation=grad_accumulation, dropout=dropout, factors=factors
   )
 
-  def train_step(state: TrainState, batch: Batch):
-    metrics, grads, _ = gradients(state, batch)
+  def train_step(state: TrainState, batch: Batch, frozen: Any = None):
+    metrics, grads, _ = gradients(state, batch, frozen)
     params, opt_state, grad_norm = optimizer.update(
       grads, state.opt_state, state.params, state.step
     )
@@ -199,6 +255,7 @@ def make_train_step(
       params=params,
       opt_state=opt_state,
       ema=ema,
+      base_checksum=state.base_checksum,
     )
     return new_state, metrics | {
       "grad_norm": grad_norm,
@@ -218,8 +275,8 @@ def make_observe_step(
   dropout: bool,
   compiler_options: Mapping[str, Any] | None = None,
   **factors: float,
-) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
-  """Returns jit(state, batch) -> figures of the update that the training step would make.
+) -> Callable[..., dict[str, jax.Array]]:
+  """Returns jit(state, batch, frozen=None) -> figures of the update that the step would make.
 
   `layers/NAME` [L]: those of `model.gpt.Block`. `gradient_norm/PARAMETER`, `update_norm/PARAMETER`
   (new - old) and `parameter_norm/PARAMETER`: Euclidean, [L] for a parameter of the stack and a
@@ -244,8 +301,8 @@ def make_observe_step(
       for name, x in tree.named_leaves(values).items()
     }
 
-  def observe_step(state: TrainState, batch: Batch):
-    _, grads, figures = gradients(state, batch)
+  def observe_step(state: TrainState, batch: Batch, frozen: Any = None):
+    _, grads, figures = gradients(state, batch, frozen)
     params, _, _ = optimizer.update(grads, state.opt_state, state.params, state.step)
     figures = {f"layers/{name}": x for name, x in figures.items()}
     figures |= norms("gradient_norm", grads) | norms("parameter_norm", state.params)
@@ -272,12 +329,12 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 
 def make_eval_step(
   graph: nnx.GraphDef,
-) -> Callable[[Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
-  """Returns jit(params, batch) -> {"loss": (nats, tokens)}, sums over the valid targets."""
+) -> Callable[..., dict[str, tuple[jax.Array, jax.Array]]]:
+  """Returns jit(params, batch, frozen=None) -> {"loss": (nats, tokens)}, sums over targets."""
 
-  def eval_step(params, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+  def eval_step(params, batch: Batch, frozen: Any = None):
     batch = sharding.balance_time(batch)
-    sums = objectives.next_token(nnx.merge(graph, params), batch)
+    sums = objectives.next_token(nnx.merge(graph, params, frozen or {}), batch)
     return {"loss": (sums.cross_entropy, batch.weights.sum())}
 
   return jax.jit(eval_step)

@@ -33,7 +33,7 @@ from gptjax.metrics import StepLog, Sums, Writer, read_metrics
 from gptjax.optim import Optimizer
 from gptjax.plan import Plan, dry_run, make_plan
 from gptjax.preemption import Preemption
-from gptjax.pretrained import CHECKPOINTS, load_params_into
+from gptjax.pretrained import CHECKPOINTS, check_base, load_base, load_params_into
 from gptjax.step import TrainState
 
 VALIDATION_METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")
@@ -65,8 +65,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   if best == "val/bits_per_byte" and (chats or config.objective != "next_token"):
     raise UserError(
       f"checkpoint.best_metric={best!r} is not known under objective={config.objective!r} and "
-      f"data.format={config.data.format!r}, which predict only some of the text. "
-      "Set --config.checkpoint.best_metric=val/loss."
+      f"data.format={config.data.format!r}, which predict only some of the text: take val/loss."
     )
   dataset = open_data(plan, workdir)
   length = RunLength.from_config(config, dataset.steps_per_epoch)
@@ -89,7 +88,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
       best_metric=config.checkpoint.best_metric,
     ) as checkpoints,
   ):
-    state = init_or_restore(plan, optimizer, checkpoints)
+    state, frozen = init_or_restore(plan, optimizer, checkpoints)
     start, total = int(state.step), length.total_steps
     with (
       Writer(
@@ -114,7 +113,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
       )
 
       def validate(step: int) -> dict[str, float]:
-        validation = evaluate(eval_step, state, dataset, plan.mesh)
+        validation = evaluate(eval_step, state, frozen, dataset, plan.mesh)
         writer.write(step, log.spent(step) | validation)
         writer.message(f"step {step}: {describe(validation)}")
         if step > 0:
@@ -133,9 +132,9 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
           batch = sharding.to_global(next(batches), plan.mesh)
           if due(observe_every, step + 1):
             log.interrupt()
-            figures = jax.device_get(observe_step(state, batch))
+            figures = jax.device_get(observe_step(state, batch, frozen))
             writer.write(step + 1, step_lib.name_layers(figures))
-          state, metrics = train_step(state, batch)  # dispatched, not awaited
+          state, metrics = train_step(state, batch, frozen)  # dispatched, not awaited
         done = step + 1
         check_finite(log.step(done, metrics), plan, step, checkpoints)  # of the step before
         stop, last = preemption.requested(done), done == total
@@ -151,7 +150,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         writes = plan.model.visibility != "bidirectional"
         if writes and sample_every and (last or due(sample_every, done)):
           log.interrupt()
-          write_samples(writer, done, plan, state, dataset)
+          write_samples(writer, done, plan, state, frozen, dataset)
       conclude(writer, config, dataset, validation, workdir)
   return validation
 
@@ -203,23 +202,36 @@ def open_data(plan: Plan, workdir: epath.Path) -> Dataset:
   return dataset
 
 
-def init_or_restore(plan: Plan, optimizer: Optimizer, checkpoints: Checkpoints) -> TrainState:
-  """The newest whole checkpoint of this run, or another model's weights, or a fresh start."""
+def init_or_restore(
+  plan: Plan, optimizer: Optimizer, checkpoints: Checkpoints
+) -> tuple[TrainState, Any]:
+  """The newest whole checkpoint of this run, or another model's weights, or a fresh start; and
+  beside adapters the parameters that are not trained."""
   abstract = plan.abstract_state(optimizer)
   restored = checkpoints.restore_latest(abstract)
+  if plan.peft is not None:
+    base, base_checksum = load_base(plan.config.init_from, plan.model, plan.abstract_base())
+    if restored is None:
+      state = step_lib.init_adapter_state(
+        plan.model, plan.peft, optimizer, plan.config.seed, abstract, base, base_checksum
+      )
+    else:
+      state = restored[0]
+      check_base(int(state.base_checksum), base_checksum, checkpoints.directory, plan.config)
+    return state, plan.frozen(base)
   if restored is not None:
-    return restored[0]
+    return restored[0], None
   state = step_lib.init_state(plan.model, optimizer, plan.config.seed, abstract)
   if plan.config.init_from:
     loaded, report = load_params_into(plan.config.init_from, plan.model, abstract.params)
     if jax.process_index() == 0:
       print(f"init_from {report}")
     state = step_lib.replace_params(state, loaded)
-  return state
+  return state, None
 
 
 def evaluate(
-  eval_step, state: TrainState, dataset: Dataset, mesh: jax.sharding.Mesh
+  eval_step, state: TrainState, frozen: Any, dataset: Dataset, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
   """Loss, perplexity and bits per byte of the whole validation set, exact over its tokens.
 
@@ -228,7 +240,7 @@ def evaluate(
   params = state.params if state.ema is None else state.ema
   sums = Sums()
   for batch in dataset.validation_batches():
-    sums.add(eval_step(params, sharding.to_global(batch, mesh)))
+    sums.add(eval_step(params, sharding.to_global(batch, mesh), frozen))
   means = sums.finish(text_bytes=dataset.validation_bytes)
   return {f"val/{name}": value for name, value in means.items()}
 
@@ -258,12 +270,12 @@ def seconds_before(workdir: epath.Path, start: int) -> float | None:
 
 
 def write_samples(
-  writer: Writer, step: int, plan: Plan, state: TrainState, dataset: Dataset
+  writer: Writer, step: int, plan: Plan, state: TrainState, frozen: Any, dataset: Dataset
 ) -> None:
   """Continues each prompt of `config.sample`, for the terminal and TensorBoard."""
   config = plan.config.sample
   completions = generate(
-    nnx.merge(plan.graph, state.params),
+    nnx.merge(plan.graph, state.params, frozen or {}),
     dataset.tokenizer,
     list(config.prompts),
     max_tokens=config.max_tokens,
@@ -281,7 +293,8 @@ def introduce(
   config = plan.config
   changes = config_lib.save(config, workdir) if jax.process_index() == 0 else []
   writer.message(config_lib.to_text(config))
-  writer.message(f"parameters: {plan.num_parameters:,}")
+  trained = "" if plan.peft is None else f", of which {plan.num_trained:,} are trained"
+  writer.message(f"parameters: {plan.num_parameters:,}{trained}")
   writer.message(
     f"{dataset.num_tokens:,} training tokens, {length.tokens_per_step:,} a step; "
     f"{length.total_steps:,} steps are {length.total_steps / dataset.steps_per_epoch:.2f} epochs"
@@ -289,7 +302,7 @@ def introduce(
   kind = jax.devices()[0].device_kind
   chip = chips.find_chip(kind)
   peak = f"{chip.name}, {chip.peak_flops / 1e12:.0f} TFLOP/s" if chip else f"unknown chip {kind!r}"
-  writer.message(f"mfu counts {chips.FLOP_RULE}, against the peak of each device: {peak}")
+  writer.message(f"mfu counts {plan.flop_rule}, against the peak of each device: {peak}")
   for change in changes:
     writer.message(f"changed since the last start: {change}")
   if start:

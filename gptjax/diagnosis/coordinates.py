@@ -64,6 +64,7 @@ def measure(config: Any, dataset: Dataset, steps: int, seeds: int) -> dict[str, 
     activation and of its difference from step 0. L is 1 for what is not of a layer.
   """
   plan = make_plan(config)
+  plan.require_whole_model()
   optimizer = dataclasses.replace(
     plan.make_optimizer(None), learning_rate=lambda _: jnp.float32(config.optim.learning_rate)
   )

@@ -25,6 +25,7 @@ _HALF_WINDOW = 5
 
 def sweep(plan: Plan, dataset: Dataset, rates: np.ndarray) -> list[float]:
   """The loss of each step, up to where the test ends. All but the schedule is the config's."""
+  plan.require_whole_model()
   schedule = jnp.asarray(rates, jnp.float32)
   optimizer = dataclasses.replace(
     plan.make_optimizer(None), learning_rate=lambda step: schedule[step]

@@ -237,9 +237,13 @@ class ParameterInfo:
 
 def describe_parameters(config: ModelConfig) -> dict[str, ParameterInfo]:
   """Name, shape and axes of every parameter; nothing is allocated."""
-  model = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
+  return describe(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+
+
+def describe(model: GPT, kind: type = nnx.Param) -> dict[str, ParameterInfo]:
+  """As `describe_parameters`, of the parameters of one kind of a model."""
   described = {}
-  for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+  for path, parameter in nnx.to_flat_state(nnx.state(model, kind)):
     shape, axes = parameter.shape, parameter.axes
     stacked = len(shape) - len(axes)
     inputs = getattr(parameter, "fan_in_axes", None)

@@ -1,0 +1,260 @@
+"""Against the `peft` library: the same logits from its files, and from ours in it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptjax import tree
+from gptjax.errors import UserError
+from gptjax.interop.huggingface import HuggingFaceModel
+from gptjax.peft import huggingface
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.surgery import initial_adapters, put_on
+from gptjax.step import model_graph
+
+V = 32
+LLAMA = {
+  "vocab_size": V,
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "intermediate_size": 24,
+  "max_position_embeddings": 24,
+  "bos_token_id": None,
+  "eos_token_id": None,
+}
+GPT2 = {
+  "vocab_size": V,
+  "n_embd": 16,
+  "n_layer": 2,
+  "n_head": 4,
+  "n_positions": 24,
+  "bos_token_id": None,
+  "eos_token_id": None,
+}
+TOKENS = np.random.default_rng(0).integers(0, V, (2, 6)).astype(np.int32)
+LORA = {"r": 3, "lora_alpha": 5}
+# name: (model, config of the library, its fields)
+CASES = {
+  "lora": (
+    "llama",
+    "LoraConfig",
+    LORA
+    | {
+      "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+      "rank_pattern": {"self_attn.o_proj": 2},
+      "alpha_pattern": {"up_proj": 7},
+    },
+  ),
+  "dora": (
+    "llama",
+    "LoraConfig",
+    LORA | {"target_modules": ["v_proj", "o_proj"], "use_dora": True},
+  ),
+  "ia3": (
+    "llama",
+    "IA3Config",
+    {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+  ),
+  "prompt": ("llama", "PromptTuningConfig", {"num_virtual_tokens": 3}),
+  "prefix": ("llama", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
+  "gpt2-rslora": (
+    "gpt2",
+    "LoraConfig",
+    LORA | {"target_modules": ["c_attn", "c_fc"], "use_rslora": True, "fan_in_fan_out": True},
+  ),
+  "gpt2-dora": (
+    "gpt2",
+    "LoraConfig",
+    LORA | {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True},
+  ),
+  "gpt2-ia3": (
+    "gpt2",
+    "IA3Config",
+    {
+      "target_modules": ["c_attn", "mlp.c_proj"],
+      "feedforward_modules": ["mlp.c_proj"],
+      "fan_in_fan_out": True,
+    },
+  ),
+  "gpt2-prompt": ("gpt2", "PromptTuningConfig", {"num_virtual_tokens": 3}),
+  "gpt2-prefix": ("gpt2", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(make_reference, load_params, tmp_path_factory):
+  """Returns a function that makes (a new copy of their model, ours as opened, its parameters)."""
+  made = {}
+
+  def make(name):
+    if name not in made:
+      classes = {
+        "llama": ("LlamaForCausalLM", "LlamaConfig"),
+        "gpt2": ("GPT2LMHeadModel", "GPT2Config"),
+      }
+      theirs = make_reference(*classes[name], **{"llama": LLAMA, "gpt2": GPT2}[name])
+      folder = tmp_path_factory.mktemp(name)
+      theirs.save_pretrained(folder)
+      opened = HuggingFaceModel(str(folder))
+      made[name] = (theirs, opened, load_params(opened))
+    theirs, opened, params = made[name]
+    copy = type(theirs)(theirs.config)
+    copy.load_state_dict(theirs.state_dict())
+    return copy.eval(), opened, params
+
+  return make
+
+
+def their_logits(torch, model, tokens=TOKENS):
+  with torch.no_grad():
+    logits = model(input_ids=torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  return logits[:, -tokens.shape[1] :]  # Without those of a prompt.
+
+
+def our_logits(opened, params, config, adapters):
+  scanned = dataclasses.replace(opened.config, scan_layers=True)  # Half as much to compile.
+  model = nnx.merge(model_graph(scanned), jax.tree.map(np.asarray, params))
+  graph, state = nnx.split(put_on(model, config, adapters))
+  return np.asarray(jax.jit(lambda state: nnx.merge(graph, state)(TOKENS))(state))
+
+
+# Each method once, on one of the models, in the quick tests.
+SLOW = ("dora", "ia3", "gpt2-prompt")
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+)
+def test_logits_are_those_of_the_peft_library_and_both_ways(name, bases, reference, tmp_path):
+  torch, _ = reference
+  import peft
+
+  base, config_name, fields = CASES[name]
+  model, opened, params = bases(base)
+  config = getattr(peft, config_name)(task_type="CAUSAL_LM", **fields)
+  adapted = peft.get_peft_model(model, config).eval()
+  torch.manual_seed(1)
+  with torch.no_grad():
+    for parameter in adapted.parameters():
+      if parameter.requires_grad:
+        parameter.add_(0.3 * torch.randn_like(parameter))
+  expected = their_logits(torch, adapted)
+  adapted.save_pretrained(tmp_path / "theirs")
+
+  read, adapters = huggingface.read(tmp_path / "theirs", opened.config, opened.family)
+  actual = our_logits(opened, params, read, adapters)
+  np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+  with torch.no_grad(), adapted.disable_adapter():
+    plain = their_logits(torch, adapted)
+  assert np.abs(plain - expected).max() > 0.1  # The adapters mattered.
+
+  (tmp_path / "ours").mkdir()
+  huggingface.write(tmp_path / "ours", opened.config, read, adapters, opened.family)
+  fresh, *_ = bases(base)
+  loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
+  np.testing.assert_allclose(
+    their_logits(torch, loaded), expected, atol=1e-4 * np.abs(expected).max()
+  )
+  again, same = huggingface.read(tmp_path / "ours", opened.config, opened.family)
+  assert again.method == read.method
+  for leaf, value in tree.named_leaves(adapters).items():
+    np.testing.assert_allclose(tree.named_leaves(same)[leaf], value, rtol=1e-6, err_msg=leaf)
+
+
+def test_several_of_our_projections_become_blocks_of_one_of_theirs(
+  bases,
+  reference,
+  tmp_path,
+):
+  torch, _ = reference
+  import peft
+
+  model, opened, params = bases("gpt2")
+  targets = (("query", {"rank": 2, "alpha": 3.0}), ("value", {"rank": 4}), ("mlp/up", {}))
+  config = PeftConfig("lora", targets=targets, rank=3, rank_stabilized=True)
+  rng = np.random.default_rng(0)
+  adapters = jax.tree.map(
+    lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32),
+    initial_adapters(opened.config, config, params, 0),
+  )
+  huggingface.write(tmp_path, opened.config, config, adapters, opened.family)
+  fields = json.loads((tmp_path / "adapter_config.json").read_text())
+  assert sorted([fields["r"], *fields["rank_pattern"].values()]) == [3, 6]
+  loaded = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+  expected = our_logits(opened, params, config, adapters)
+  np.testing.assert_allclose(
+    their_logits(torch, loaded), expected, atol=1e-4 * np.abs(expected).max()
+  )
+
+
+@pytest.fixture(scope="module")
+def written(bases, tmp_path_factory):
+  """(folder, opened model) of a small LoRA of a Llama."""
+  _, opened, params = bases("llama")
+  folder = tmp_path_factory.mktemp("written")
+  config = PeftConfig("lora", targets=("attention/query",))
+  adapters = initial_adapters(opened.config, config, params, 0)
+  huggingface.write(folder, opened.config, config, adapters, opened.family)
+  return folder, opened
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "sentence"),
+  [
+    ("bias", "all", "field 'bias' is 'all'; only 'none' is known"),
+    ("init_lora_weights", "pissa", "field 'init_lora_weights' is 'pissa'"),
+    (
+      "modules_to_save",
+      ["lm_head"],
+      r"field 'modules_to_save' is \['lm_head'\], which is not known",
+    ),
+    ("peft_type", "VERA", "no peft_type 'VERA' is known, only LORA"),
+  ],
+)
+def test_a_field_that_is_not_known_is_named(written, tmp_path, field, value, sentence):
+  folder, opened = written
+  fields = json.loads((folder / "adapter_config.json").read_text()) | {field: value}
+  (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+  (tmp_path / "adapter_model.safetensors").write_bytes(
+    (folder / "adapter_model.safetensors").read_bytes()
+  )
+  with pytest.raises(UserError, match=sentence):
+    huggingface.read(tmp_path, opened.config, opened.family)
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    (
+      lambda t: t.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"),
+      "no tensor",
+    ),
+    (lambda t: t.update({"other.weight": np.ones(2, np.float32)}), "'other.weight' has no place"),
+  ],
+)
+def test_a_tensor_too_few_or_too_many_is_named(written, tmp_path, change, sentence):
+  import safetensors.numpy
+
+  folder, opened = written
+  (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+  tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+  change(tensors)
+  safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+  with pytest.raises(UserError, match=sentence):
+    huggingface.read(tmp_path, opened.config, opened.family)
+
+
+def test_what_the_library_does_not_have_is_refused(bases, tmp_path):
+  _, opened, params = bases("gpt2")
+  config = PeftConfig("bitfit", targets=("bias$",))
+  adapters = initial_adapters(opened.config, config, params, 0)
+  with pytest.raises(UserError, match="'bitfit' is not one of the `peft` library"):
+    huggingface.write(tmp_path, opened.config, config, adapters, opened.family)
+  with pytest.raises(UserError, match=r"no adapter_config\.json"):
+    huggingface.read(tmp_path, opened.config, opened.family)
