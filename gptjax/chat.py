@@ -18,7 +18,7 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.generate import define_sampling_flags, generate, sampling_from_flags
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT
-from gptjax.pretrained import load_run
+from gptjax.pretrained import load_model
 
 with contextlib.suppress(ImportError):
   import readline  # noqa: F401 (gives `input` a line editor, where the system has one)
@@ -188,7 +188,7 @@ def main(overrides) -> None:
   if overrides:
     raise UserError("gptjax.chat takes no --config.KEY flags; a run's config comes with it.")
   args = flags.FLAGS
-  model, tokenizer = load_run(args.checkpoint, ema=args.ema)
+  model, tokenizer = load_model(args.checkpoint, ema=args.ema)
   conversation = Conversation(
     model,
     tokenizer,

@@ -30,7 +30,7 @@ from gptjax.interop import huggingface
 from gptjax.interop.safetensors_files import DTYPES
 from gptjax.interop.verify import verify
 from gptjax.model.gpt import GPT, describe, describe_parameters
-from gptjax.pretrained import CHECKPOINTS, TOKENIZER, load_run, open_foreign, read_model_config
+from gptjax.pretrained import CHECKPOINTS, TOKENIZER, load_model, open_foreign, read_model_config
 
 FORMATS = ("gptjax", "hf")
 # Of the largest logit: float32 sums of a few thousand terms in another order.
@@ -43,7 +43,7 @@ def convert(
   """Writes the model and the tokenizer of a checkpoint into a new folder.
 
   Args:
-    source: as `pretrained.load_run` takes it.
+    source: as `pretrained.load_model` takes it.
     target: does not exist, or is empty. It appears whole or not at all.
     to: 'gptjax' or 'hf'.
     family: of 'hf', its `model_type`; None is the source's, or the first that fits.
@@ -60,7 +60,7 @@ def convert(
     if family is None and isinstance(foreign, huggingface.HuggingFaceModel):
       family = foreign.family.model_type
     chosen = huggingface.find_family(read_model_config(source), family)
-  model, tokenizer = load_run(source)
+  model, tokenizer = load_model(source)
   if set(describe(model)) != set(describe_parameters(model.config)):
     raise UserError(f"{source}: its adapters cannot be merged, so that no format here can hold it.")
   partial = target.with_name(f"{target.name}.partial")
@@ -83,7 +83,7 @@ def convert(
 
 
 def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-  """Writes what `pretrained.load_run` reads: a work directory whose run is at step 0."""
+  """Writes what `pretrained.load_model` reads: a work directory whose run is at step 0."""
   values: dict[str, Any] = {"model": vars(model.config), "tokenizer": tokenizer.spec}
   (folder / config_lib.CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
   tokenizer.save(folder / TOKENIZER)
@@ -162,7 +162,7 @@ def main(overrides: Mapping[str, str]) -> int:
     raise UserError("--verify: neither side is one that transformers could load.")
   convert(source, target, to=FLAGS.format, family=FLAGS.family, dtype=FLAGS.dtype)
   written = f"hf:{target}" if FLAGS.format == "hf" else str(target)
-  model, tokenizer = load_run(written)
+  model, tokenizer = load_model(written)
   count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
   print(f"{target}: {count:,} parameters, {tokenizer.vocab_size:,} tokens")
   if not FLAGS.verify:

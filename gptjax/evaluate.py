@@ -29,7 +29,7 @@ from gptjax.evals.scores import RESAMPLES, Metric, need
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
 from gptjax.host import prepare_cpu
-from gptjax.pretrained import load_run
+from gptjax.pretrained import load_model
 
 FLAGS = flags.FLAGS
 _PERPLEXITY = "perplexity:"
@@ -155,7 +155,7 @@ def main(overrides) -> None:
   prepare_cpu()
   if FLAGS.lm_eval:
     need("lm_eval")
-  model, tokenizer = load_run(FLAGS.checkpoint, ema=FLAGS.ema)
+  model, tokenizer = load_model(FLAGS.checkpoint, ema=FLAGS.ema)
   subject = Subject(
     model,
     tokenizer,

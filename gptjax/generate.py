@@ -24,7 +24,7 @@ from gptjax.errors import UserError
 from gptjax.inference.decode import decode, prefill
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT
-from gptjax.pretrained import load_run
+from gptjax.pretrained import load_model
 
 # Tokens between two looks of the host at the text, for stop strings and streaming.
 CHUNK = 16
@@ -256,7 +256,7 @@ def main(overrides) -> None:
     raise UserError("--chat needs a --prompt; gptjax.chat asks for one after the other.")
   if FLAGS.system is not None and not FLAGS.chat:
     raise UserError("--system is for --chat.")
-  model, tokenizer = load_run(FLAGS.checkpoint, ema=FLAGS.ema)
+  model, tokenizer = load_model(FLAGS.checkpoint, ema=FLAGS.ema)
   prompts = FLAGS.prompt or [""]
   stream = not FLAGS.json and len(prompts) == 1
   if stream and not FLAGS.chat:

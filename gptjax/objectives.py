@@ -9,7 +9,7 @@ from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
 
 
-def next_token(
+def target_loss(
   model: GPT,
   batch: Batch,
   key: jax.Array | None = None,

@@ -43,7 +43,7 @@ def open_foreign(checkpoint: epath.PathLike) -> HuggingFaceModel | GGUFModel | N
   return None
 
 
-def load_run(
+def load_model(
   checkpoint: epath.PathLike, *, ema: bool = False, progress: bool = True
 ) -> tuple[GPT, Tokenizer]:
   """Loads a model on one device, of a run the newest whole checkpoint. Adapters are merged into the
@@ -110,7 +110,7 @@ def load_params_into(
   """The parameters of a checkpoint, each where `abstract` puts it, and a report of what was found.
 
   Args:
-    checkpoint: as of `load_run`.
+    checkpoint: as of `load_model`.
     config: of the model that they are for.
     abstract: its parameters as `jax.ShapeDtypeStruct`s with shardings.
 

@@ -162,7 +162,7 @@ def _make_gradients(
 
   `frozen` are the parameters of the model that are not in the state, and have no gradient.
 
-  The metrics are the loss without what the `factors` of `objectives.next_token` add to it, the
+  The metrics are the loss without what the `factors` of `objectives.target_loss` add to it, the
   weight of the batch, and what the routers of a mixture of experts tell. The loss is the mean over
   the valid tokens of the whole global batch: each micro-batch is divided by that one count, so
   their gradients add up to the gradient of the whole. Randomness is a function of (seed, step). The
@@ -173,7 +173,7 @@ def _make_gradients(
     model = nnx.merge(graph, params, frozen or {})
     figures = Figures() if observe else None
     routing = Routing() if model.config.num_experts else None
-    sums = objectives.next_token(model, micro, key, figures=figures, routing=routing, **factors)
+    sums = objectives.target_loss(model, micro, key, figures=figures, routing=routing, **factors)
     share = micro.weights.sum() / weight
     told = {f"router/{name}": x * share for name, x in (routing or {}).items()}
     return sums.total / weight, ({"loss": sums.cross_entropy / weight} | told, dict(figures or {}))
@@ -229,7 +229,7 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns jit(state, batch, frozen=None) -> (state, metrics), which donates the state alone.
 
-  Metrics and gradient are those of `_make_gradients`, `factors` those of `objectives.next_token`.
+  Metrics and gradient are those of `_make_gradients`, `factors` those of `objectives.target_loss`.
   An update whose loss or gradient is not finite is not applied.
   """
   gradients = _make_gradients(
@@ -334,7 +334,7 @@ def make_eval_step(
 
   def eval_step(params, batch: Batch, frozen: Any = None):
     batch = sharding.balance_time(batch)
-    sums = objectives.next_token(nnx.merge(graph, params, frozen or {}), batch)
+    sums = objectives.target_loss(nnx.merge(graph, params, frozen or {}), batch)
     return {"loss": (sums.cross_entropy, batch.weights.sum())}
 
   return jax.jit(eval_step)

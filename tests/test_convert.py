@@ -18,7 +18,7 @@ from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.verify import Agreement
-from gptjax.pretrained import load_run
+from gptjax.pretrained import load_model
 from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 
 TEXT = "again the fox, 1234\n 人工"
@@ -51,7 +51,7 @@ def test_every_bit_and_every_token_come_back(original, run, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["back"]
   ids = tokenizer_lib.load(str(folder)).encode(TEXT)
   for checkpoint in (str(run), f"hf:{tmp_path / 'back'}"):
-    model, tokenizer = load_run(checkpoint)
+    model, tokenizer = load_model(checkpoint)
     loaded = named_params(model)
     assert loaded.keys() == params.keys()
     for name, expected in params.items():
@@ -172,7 +172,7 @@ def test_a_model_of_no_family_is_refused_before_it_is_loaded(run, tmp_path, monk
   config = json.loads((other / "config.json").read_text())
   config["model"]["value_residual"] = True
   (other / "config.json").write_text(json.dumps(config))
-  monkeypatch.setattr(convert_lib, "load_run", None)
+  monkeypatch.setattr(convert_lib, "load_model", None)
   with pytest.raises(UserError, match=r"'llama', lacks model\.value_residual=True, not False"):
     convert(str(other), tmp_path / "target", to="hf")
 

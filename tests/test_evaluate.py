@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 def run(subject, monkeypatch):
   """Returns a function that runs the program on the tiny model."""
   monkeypatch.setattr(
-    evaluating, "load_run", lambda checkpoint, ema: (subject.model, subject.tokenizer)
+    evaluating, "load_model", lambda checkpoint, ema: (subject.model, subject.tokenizer)
   )
 
   def run(*arguments):

@@ -29,13 +29,13 @@ class Uniform:
     return jnp.ones((8, 4)), ("embed", "vocab")
 
 
-def test_next_token_counts_each_target_by_its_weight():
+def test_each_target_counts_by_its_weight():
   rows = np.arange(6).reshape(2, 3)
   weights = np.array([[1, 0, 1], [0.5, 0, 0]], np.float32)
   batch = Batch(rows, rows % 4, weights, segment_ids=rows + 1, positions=rows + 2)
   key = jax.random.key(0)
   model = Uniform()
-  sums = objectives.next_token(model, batch, key, z_loss=0.5)
+  sums = objectives.target_loss(model, batch, key, z_loss=0.5)
   assert float(sums.cross_entropy) == pytest.approx(2.5 * np.log(4), rel=1e-6)
   assert float(sums.total) == pytest.approx(2.5 * (np.log(4) + 0.5 * np.log(4) ** 2), rel=1e-6)
   # The model is told where the documents of a packed row begin, and draws its dropout.
@@ -50,9 +50,9 @@ def test_the_router_losses_of_all_layers_are_minimised_and_not_reported():
   weights = np.array([[1, 0, 1], [0.5, 0, 0]], np.float32)
   batch = Batch(rows, rows, weights, segment_ids=rows + 1, positions=rows)
   factors = {"router_balance_loss": 0.5, "router_z_loss": 0.25}
-  sums = objectives.next_token(Uniform(), batch, routing=Routing(), **factors)
+  sums = objectives.target_loss(Uniform(), batch, routing=Routing(), **factors)
   assert float(sums.cross_entropy) == pytest.approx(2.5 * np.log(4), rel=1e-6)
   # The layers' means are 2 and 20, for each token.
   added = float(sums.total - sums.cross_entropy)
   assert added == pytest.approx(2.5 * (0.5 * 2 + 0.25 * 20), rel=1e-6)
-  assert objectives.next_token(Uniform(), batch, **factors).total == sums.cross_entropy
+  assert objectives.target_loss(Uniform(), batch, **factors).total == sums.cross_entropy

@@ -19,8 +19,8 @@ from gptjax.model.config import ModelConfig
 from gptjax.plan import make_plan
 from gptjax.pretrained import (
   check_vocabulary,
+  load_model,
   load_params_into,
-  load_run,
   read_model_config,
   tokenizer_of,
 )
@@ -60,13 +60,13 @@ def checkpoints(tiny_config, random_params, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(checkpoints):
   """(parameters by name, tokens of TEXT)."""
-  model, tokenizer = load_run(checkpoints["run"])
+  model, tokenizer = load_model(checkpoints["run"])
   return tree.named_leaves(nnx.to_pure_dict(nnx.state(model))), tokenizer.encode(TEXT)
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf", "run"])
 def test_all_kinds_give_the_same_model_and_tokenizer(checkpoints, expected, kind):
-  model, tokenizer = load_run(checkpoints[kind])
+  model, tokenizer = load_model(checkpoints[kind])
   loaded = tree.named_leaves(nnx.to_pure_dict(nnx.state(model)))
   assert loaded.keys() == expected[0].keys()
   for name, array in expected[0].items():
@@ -78,29 +78,29 @@ def test_all_kinds_give_the_same_model_and_tokenizer(checkpoints, expected, kind
 
 
 def test_progress_is_on_stderr_and_can_be_silent(checkpoints, capsys):
-  load_run(checkpoints["hf"])
+  load_model(checkpoints["hf"])
   printed = capsys.readouterr()
   assert "parameters: 100%" in printed.err
   assert printed.out == ""
-  load_run(checkpoints["hf"], progress=False)
+  load_model(checkpoints["hf"], progress=False)
   assert capsys.readouterr().err == ""
 
 
 def test_foreign_files_have_no_moving_average(checkpoints):
   with pytest.raises(UserError, match="has no moving average"):
-    load_run(checkpoints["hf"], ema=True)
+    load_model(checkpoints["hf"], ema=True)
 
 
 def test_a_run_without_its_tokenizer_is_refused(checkpoints, tmp_path):
   shutil.copytree(checkpoints["run"], tmp_path / "run")
   (tmp_path / "run" / "tokenizer" / "gptjax_tokenizer.json").unlink()
   with pytest.raises(UserError, match="run/tokenizer: no whole tokenizer"):
-    load_run(tmp_path / "run")
+    load_model(tmp_path / "run")
 
 
 def test_what_is_no_run_is_refused(tmp_path):
   with pytest.raises(UserError, match="not the work directory of a run"):
-    load_run(tmp_path)
+    load_model(tmp_path)
   with pytest.raises(UserError, match="not the work directory of a run"):
     read_model_config(tmp_path)
 
@@ -164,7 +164,7 @@ def test_a_run_starts_from_the_imported_model_and_goes_on(
   before = losses(tmp_path / "run")
 
   # The loss of the first step is that of the imported model on its batch.
-  model, _ = load_run(checkpoints["hf"])
+  model, _ = load_model(checkpoints["hf"])
   config = make_plan(make_config()).config
   dataset = open_dataset(config, tmp_path / "run", process_index=0, process_count=1)
   batch = dataset.training_batch(0)

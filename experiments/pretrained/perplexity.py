@@ -15,7 +15,7 @@ import transformers
 from flax import nnx
 
 from experiments import datasets
-from gptjax.pretrained import load_run
+from gptjax.pretrained import load_model
 
 WINDOW = 512
 MAX_WINDOWS = 8
@@ -32,7 +32,7 @@ def texts() -> dict[str, str]:
 
 def main() -> None:
   (path,) = datasets.fetch("smollm2").glob("*.gguf")
-  model, tokenizer = load_run(f"gguf:{path}")
+  model, tokenizer = load_model(f"gguf:{path}")
   reference = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   ).eval()

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from experiments import datasets
-from gptjax.pretrained import load_run
+from gptjax.pretrained import load_model
 
 QUERIES = {
   "A man is playing the guitar on stage.": "Someone performs music for an audience.",
@@ -34,7 +34,7 @@ def pool(hidden_BTD: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
 
 def main() -> None:
   folder = datasets.fetch("minilm")
-  model, tokenizer = load_run(f"hf:{folder}")
+  model, tokenizer = load_model(f"hf:{folder}")
   reference = transformers.AutoModel.from_pretrained(folder).eval()
   candidates = list(QUERIES.values())
   sentences = [*QUERIES, *candidates]

@@ -85,7 +85,7 @@ def measure(
 
   @jax.jit
   def gradient(params, batch: Batch):
-    return jax.grad(lambda p: objectives.next_token(nnx.merge(graph, p), batch).total)(params)
+    return jax.grad(lambda p: objectives.target_loss(nnx.merge(graph, p), batch).total)(params)
 
   @jax.jit
   def dot(a, b) -> jax.Array:

@@ -110,10 +110,10 @@ def _find(model: GPT, path: list[str]) -> nnx.Module:
   return model
 
 
-def _parameters(model: GPT, kind: type = nnx.Param) -> dict[str, nnx.Variable]:
+def _parameters(model: GPT) -> dict[str, nnx.Variable]:
   return {
     "/".join(map(str, path)): parameter
-    for path, parameter in nnx.to_flat_state(nnx.state(model, kind))
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
 
 

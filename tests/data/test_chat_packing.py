@@ -108,7 +108,7 @@ def loss_and_gradient(tiny_config, random_params):
   graph, params = model_graph(config), random_params(config)
 
   def loss(params, batch):
-    return objectives.next_token(nnx.merge(graph, params), batch).total
+    return objectives.target_loss(nnx.merge(graph, params), batch).total
 
   with_gradient = jax.jit(jax.value_and_grad(loss))
   return lambda rows: with_gradient(params, Batch.stack(rows))

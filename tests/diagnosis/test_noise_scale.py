@@ -52,7 +52,7 @@ def test_a_run_is_measured_on_the_batches_that_come_next(trained, make_config, c
 
   @jax.jit
   def gradient(params, batch):
-    return jax.grad(lambda p: objectives.next_token(nnx.merge(graph, p), batch).total)(params)
+    return jax.grad(lambda p: objectives.target_loss(nnx.merge(graph, p), batch).total)(params)
 
   sums, weights = [], []
   for batch in map(dataset.training_batch, range(step, step + 3)):

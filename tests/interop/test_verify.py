@@ -13,7 +13,7 @@ from gptjax.errors import UserError
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.verify import compare, verify
 from gptjax.model.config import ModelConfig
-from gptjax.pretrained import load_run
+from gptjax.pretrained import load_model
 from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 
 SMALL = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "max_positions": 16}
@@ -44,7 +44,7 @@ def test_a_run_of_a_preset_is_the_same_model_in_transformers(
   convert(str(tmp_path / "run"), tmp_path / "exported", to="hf")
   exported = f"hf:{tmp_path / 'exported'}"
   assert HuggingFaceModel(exported.removeprefix("hf:")).family.model_type == PRESETS[preset]
-  model, tokenizer = load_run(str(tmp_path / "run"))
+  model, tokenizer = load_model(str(tmp_path / "run"))
   assert check(model, tokenizer, exported) == 0
   assert "the same model" in capsys.readouterr().out
   if preset == "debug":
@@ -99,7 +99,7 @@ def test_models_without_causal_logits_are_held_against_theirs_too(
 ):
   config = tiny_config(vocab_size=VOCAB_SIZE, **OTHERS[kind])
   folder = save_folder(tmp_path / "model", config, random_params(config))
-  model, tokenizer = load_run(f"hf:{folder}")
+  model, tokenizer = load_model(f"hf:{folder}")
   for found in verify(model, HuggingFaceModel(str(folder)), tokenizer.encode).values():
     assert found.largest_difference < 1e-4 * found.scale
     assert found.top1 == 1
@@ -127,7 +127,7 @@ def test_the_tokenizer_of_bytes_is_the_same_in_transformers(
 def test_what_is_needed_is_asked_for(package, tiny_config, random_params, monkeypatch, tmp_path):
   config = tiny_config(**LLAMA)
   folder = save_folder(tmp_path / "model", config, random_params(config))
-  model, tokenizer = load_run(f"hf:{folder}")
+  model, tokenizer = load_model(f"hf:{folder}")
   monkeypatch.setitem(sys.modules, package, None)
   with pytest.raises(UserError, match="pip install torch transformers"):
     verify(model, HuggingFaceModel(str(folder)), tokenizer.encode)

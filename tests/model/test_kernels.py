@@ -180,7 +180,7 @@ def model_loss(tiny_config, random_params):
       batch = sharding.balance_time(batch)
 
       def loss(params):
-        return objectives.next_token(nnx.merge(graph, params), batch).total
+        return objectives.target_loss(nnx.merge(graph, params), batch).total
 
       return jax.value_and_grad(loss)(params)
 

@@ -252,7 +252,7 @@ batch = Batch(tokens, tokens, ones.astype(np.float32), ones, np.arange(16)[None]
 def loss(params):
   losses = {"router_balance_loss": 0.1, "router_z_loss": 0.1}
   model, routing = nnx.merge(graph, params), Routing()
-  return objectives.next_token(model, batch, routing=routing, **losses).total
+  return objectives.target_loss(model, batch, routing=routing, **losses).total
 
 def on(mesh, devices):
   with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | mesh, devices)):

@@ -15,7 +15,7 @@ from gptjax.generate import generate
 from gptjax.model.gpt import GPT
 from gptjax.peft.layers import Adapter
 from gptjax.plan import dry_run, make_plan
-from gptjax.pretrained import load_checkpoint, load_run
+from gptjax.pretrained import load_checkpoint, load_model
 from gptjax.train import train
 from tests.interop.conftest import LLAMA, save_folder
 
@@ -102,7 +102,7 @@ def test_it_goes_on_bit_for_bit(lora, make_config, tmp_path):
 
 
 def test_a_run_is_loaded_with_its_adapters_merged(lora, make_forward):
-  merged, tokenizer = load_run(lora[0])
+  merged, tokenizer = load_model(lora[0])
   adapted, _ = load_checkpoint(lora[0])
   assert type(merged) is GPT
   tokens = np.arange(12).reshape(2, 6).astype(np.int32)
@@ -123,7 +123,7 @@ def test_another_base_is_an_error_that_says_so(lora, make_config, tmp_path):
   saved = json.loads((tmp_path / "run/config.json").read_text())
   (tmp_path / "run/config.json").write_text(json.dumps(saved | {"init_from": other}))
   with pytest.raises(UserError, match=r"is now \(checksum \d+, not \d+\)"):
-    load_run(tmp_path / "run")
+    load_model(tmp_path / "run")
 
 
 def test_adapters_need_a_model_to_adapt(make_config, tmp_path):
@@ -159,6 +159,6 @@ def test_a_run_starts_from_one_that_trained_adapters(lora, make_config, tmp_path
   first, last = logged(tmp_path, "val/loss")[0], logged(lora[0], "val/loss")[-1]
   assert first == pytest.approx(last, abs=1e-4)
   # A bottleneck cannot be merged, and stays.
-  model, tokenizer = load_run(tmp_path)
+  model, tokenizer = load_model(tmp_path)
   assert model.blocks.mlp.down.adapter.up.shape == (2, 64, 16)
   assert generate(model, tokenizer, ["the"], max_tokens=2)[0].tokens
