@@ -22,6 +22,7 @@ from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.inference.decode import decode, prefill
+from gptjax.inference.lengths import round_up
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT
 from gptjax.pretrained import load_model
@@ -93,8 +94,8 @@ def generate(
       f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's {room} learned "
       "positions."
     )
-  prompt_length = _round_up(longest, pad_to_multiple_of, room)
-  total_length = _round_up(longest + max_tokens, 4 * pad_to_multiple_of, room)
+  prompt_length = round_up(longest, pad_to_multiple_of, room)
+  total_length = round_up(longest + max_tokens, 4 * pad_to_multiple_of, room)
   tokens = np.full((len(starts), total_length), tokenizer.end_of_text, np.int32)
   for row, start in enumerate(starts):
     tokens[row, : len(start)] = start
@@ -147,17 +148,10 @@ def _ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
 def _pad(rows: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:
   """Rows as int32 [B, S], S rounded up, and their lengths [B]."""
   lengths = np.array([len(row) for row in rows], np.int32)
-  padded = np.zeros((len(rows), _round_up(int(lengths.max()), multiple, None)), np.int32)
+  padded = np.zeros((len(rows), round_up(int(lengths.max()), multiple)), np.int32)
   for i, row in enumerate(rows):
     padded[i, : len(row)] = row
   return padded, lengths
-
-
-def _round_up(length: int, multiple: int, most: int | None) -> int:
-  """Rounds up to a multiple, of long ones to an eighth to a quarter more, and to `most` at most."""
-  multiple = max(multiple, (1 << length.bit_length()) >> 3)
-  rounded = -(-length // multiple) * multiple
-  return rounded if most is None else min(rounded, most)
 
 
 class _Writer:

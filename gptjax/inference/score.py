@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
+from gptjax.inference.lengths import round_up
 from gptjax.model.gpt import GPT
 
 Tokens = Sequence[int]
@@ -78,7 +79,7 @@ def score(
   buckets: dict[tuple[int, int], list] = {}
   for (inputs, count), indices in rows.items():
     C = 1 << (count - 1).bit_length()
-    T = min(_round_up(max(len(inputs), C)), max_length)
+    T = round_up(max(len(inputs), C), _LENGTH_MULTIPLE, max_length)
     buckets.setdefault((T, min(C, T)), []).append((inputs, count, indices))
   K = max(map(len, rows.values()), default=0)
   graphdef, params = nnx.split(model)
@@ -156,12 +157,6 @@ def _score(graphdef, params, tokens_BT, lengths_B, counts_B, targets_BKC):
   at_once = max(_MAX_LOGIT_BYTES // (4 * model.config.vocab_size), 1)
   found = jax.lax.map(look_up, positions, batch_size=at_once)
   return [x.reshape(B, C, K).transpose(0, 2, 1) for x in found]
-
-
-def _round_up(length: int) -> int:
-  """To a multiple, of long rows to an eighth to a quarter more: few shapes, little padding."""
-  multiple = max(_LENGTH_MULTIPLE, (1 << length.bit_length()) >> 3)
-  return -(-length // multiple) * multiple
 
 
 def encode_pair(tokenizer: Tokenizer, context: str | Tokens, continuation: str) -> Pair:
