@@ -4,15 +4,28 @@
       --config.init_from=hf:FOLDER --config.data.path=chats.jsonl --workdir=runs/chat
 
 Parts: task, and those of configs/pretrain.py, of which model=init_from and data=jsonl need not be
-said. task=chat learns the assistant's turns of conversations (their formats are those of
-gptjax/data/conversations.py), packed whole into rows; task=text goes on with plain text. What the
-rows are is shown by
+said. The tasks:
+
+    chat            learns the assistant's turns of conversations, packed whole into rows; their
+                    formats are those of gptjax/data/conversations.py
+    prompt          learns what to write after a prompt: translation, summaries, answers, code;
+                    data.prompt is the prompt's template, data.answer that of the answer
+    text            goes on with plain text
+    classification  one label of a text, or of a pair of them (data.pair_key)
+    multi_label     any number of labels
+    regression      a number
+    tagging         one tag of each word, such as B-PER (names of people, places ...)
+    span            the part of a context (data.pair_key) that answers a question
+
+The last five have a head of labels in the place of the vocabulary's. What the rows are is shown by
 
     python -m gptjax.show --config=configs/finetune.py:task=chat --config.init_from=hf:FOLDER \\
       --config.data.path=chats.jsonl --row=0
 
 Learning rate (AdamW's), its warm-up and cosine, weight decay and epochs are those of Stanford
-Alpaca (Taori et al. 2023) for a model of 7B parameters. Not measured by us on such models.
+Alpaca (Taori et al. 2023) for a model of 7B parameters. Not measured by us on such models. Of the
+tasks with labels they are those of BERT (Devlin et al. 2019, appendix A.3), with its linear decay.
+The best checkpoint by `checkpoint.best_metric` is what the run has made in the end.
 """
 
 from ml_collections import ConfigDict
@@ -20,27 +33,56 @@ from ml_collections import ConfigDict
 from configs import pretrain
 from gptjax.config import override, parse_argument
 
-TASKS = ("chat", "text")
+_COMMON = {
+  "total_epochs": 3.0,
+  "optim.final_fraction": 0.0,
+  "eval.every_epochs": 1.0,
+  "checkpoint.every_epochs": 1.0,
+  "checkpoint.final": "best",
+  "sample.every_steps": 0,
+}
+_WRITING = _COMMON | {
+  "batch_size": 16,
+  "sequence_length": 1024,
+  "optim.learning_rate": 2e-5,
+  "optim.weight_decay": 0.0,
+  "optim.warmup_percent": 3.0,
+}
+_LABELS = _COMMON | {
+  "data.format": "labels",
+  "batch_size": 16,
+  "sequence_length": 256,
+  "optim.learning_rate": 3e-5,
+  "optim.weight_decay": 0.01,
+  "optim.b2": 0.999,
+  "optim.schedule": "linear",
+  "optim.warmup_percent": 10.0,
+}
+
+TASKS = {
+  "chat": _WRITING | {"data.format": "chat"},
+  "prompt": _WRITING | {"data.format": "prompt"},
+  "text": _WRITING,
+  "classification": _LABELS | {"checkpoint.best_metric": "val/accuracy"},
+  "multi_label": _LABELS | {"checkpoint.best_metric": "val/f1_micro"},
+  "regression": _LABELS | {"checkpoint.best_metric": "val/spearman"},
+  "tagging": _LABELS
+  | {"data.text_key": "tokens", "data.label_key": "tags"}
+  | {"checkpoint.best_metric": "val/f1"},
+  "span": _LABELS
+  | {"data.text_key": "question", "data.pair_key": "context"}
+  | {"data.label_key": "answers", "checkpoint.best_metric": "val/f1"},
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   items = [item for item in (arg or "").split(",") if item]
   own = [item for item in items if item.startswith("task=")]
-  task = parse_argument(",".join(own), task=("chat", TASKS))["task"]
+  task = parse_argument(",".join(own), task=("chat", tuple(TASKS)))["task"]
   others = [item for item in items if item not in own]
   config = pretrain.get_config(",".join(["model=init_from,data=jsonl", *others]))
-  for key, value in {
-    "data.format": task,
-    "total_epochs": 3.0,
-    "batch_size": 16,
-    "sequence_length": 1024,
-    "optim.learning_rate": 2e-5,
-    "optim.weight_decay": 0.0,
-    "optim.warmup_percent": 3.0,
-    "optim.final_fraction": 0.0,
-    "eval.every_epochs": 1.0,
-    "checkpoint.every_epochs": 1.0,
-    "sample.every_steps": 0,
-  }.items():
+  for key, value in TASKS[task].items():
     override(config, key, value)
+  if config.data.format == "labels":
+    config.objective = task
   return config

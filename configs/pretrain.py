@@ -65,6 +65,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
       # the z-loss of the routers' logits.
       "router_balance_loss": 0.01,
       "router_z_loss": 0.001,
+      # Objectives of labels: the share of the target that is spread over all labels; the factor of
+      # what makes two passes with other dropout agree (R-Drop).
+      "label_smoothing": 0.0,
+      "r_drop": 0.0,
       # What to start from: the work directory of a run, hf:FOLDER or hf:ORG/NAME, or gguf:FILE.
       "init_from": "",
       # A step whose loss or gradient is not finite is skipped, this many times.
@@ -78,7 +82,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "compile": compiler.DEFAULTS,
       # Durations of 0 are never; evaluation at the start and the end, and a last checkpoint, always
       # are. baselines: also print what gzip and a byte 5-gram model reach on the validation text.
-      "eval": {"every_steps": 250, "baselines": False},
+      # patience: stop when so many evaluations in a row are not better than the best before, by
+      # checkpoint.best_metric; 0 never.
+      "eval": {"every_steps": 250, "patience": 0, "baselines": False},
       # layers_every: also the norms of each layer's gradients, updates, parameters and activations;
       # one more forward and backward pass each time.
       "log": {"every_steps": 10, "layers_every_steps": 0, "tensorboard": True, "wandb": False},
@@ -87,6 +93,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "keep": 2,
         "keep_every_steps": 0,
         "best_metric": "val/loss",
+        # What the run has made in the end: the 'newest' checkpoint, or the 'best' by best_metric.
+        "final": "newest",
       },
       "sample": {
         "every_steps": 250,

@@ -38,6 +38,9 @@ T = TypeVar("T")
 # Of the model that adapters were put on, in the checkpoint of a run that trains those alone.
 BASE_CHECKSUM = "base_checksum"
 
+_SCORES = "metrics.json"
+_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "ece", "mean_absolute_error")
+
 # Orbax logs every fault with several tracebacks and then raises it, and what it raises is put into
 # one sentence here.
 python_logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
@@ -50,7 +53,8 @@ class Checkpoints:
     directory: where they are kept, on a local disk or gs://. Created if need be.
     keep: how many of the newest stay.
     keep_every_steps: checkpoints at multiples of this stay for ever; 0 is none.
-    best_metric: the checkpoint with the lowest value of this metric stays too; '' is none.
+    best_metric: the checkpoint with the best value of this metric (`is_better`) stays too; '' is
+      none.
 
   Raises:
     UserError: `keep` is below 1, or the directory cannot be written.
@@ -68,7 +72,7 @@ class Checkpoints:
       raise UserError(f"a run keeps at least its newest checkpoint: keep={keep} is below 1.")
     self.directory = _absolute(directory)
     self._best_metric = best_metric
-    self._retention = _Retention(keep, keep_every_steps)
+    self._retention = _Retention(keep, keep_every_steps, best_metric)
     with _write_errors(self.directory):
       self._manager = ocp.CheckpointManager(
         self.directory,
@@ -198,19 +202,13 @@ class Checkpoints:
 
   @property
   def _scores_path(self) -> epath.Path:
-    return self.directory / "metrics.json"
+    return self.directory / _SCORES
 
   def _read_scores(self) -> dict[int, float]:
     if not self._scores_path.exists():
       return {}
-    try:
-      saved = json.loads(self._scores_path.read_text())
-      scores = {int(step): score for step, score in saved["scores"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise UserError(
-        f"{self._scores_path}: not readable as JSON; delete it to forget which checkpoint is best."
-      ) from error
-    return scores if saved["metric"] == self._best_metric else {}
+    metric, scores = _read_scores(self._scores_path)
+    return scores if metric == self._best_metric else {}
 
   def _write_scores(self) -> None:
     if jax.process_index() != 0:
@@ -261,6 +259,7 @@ def restore_params(
   *,
   ema: bool = False,
   near: int | None = None,
+  best: bool = False,
 ) -> tuple[dict[str, Any], ParamsReport]:
   """Reads the weights alone of another run's newest whole checkpoint, matched by name.
 
@@ -272,6 +271,7 @@ def restore_params(
       saved in another dtype are cast.
     ema: read the moving average of the weights, saved as `ema`, instead of `params`.
     near: read the whole checkpoint whose step is nearest to this one, instead of the newest.
+    best: read the best one by the metric of its run, if one has been told, instead of the newest.
 
   Returns:
     A nested dict of the parameters that matched, and the report on all of them.
@@ -328,6 +328,10 @@ def restore_params(
       raise UserError(f"{directory}: holds no checkpoint.")
     if near is not None:
       steps.sort(key=lambda step: -abs(step - near))  # the last is tried first
+    elif best and (directory / _SCORES).exists():
+      metric, scores = _read_scores(directory / _SCORES)
+      steps += [_best_step(metric, {step: scores[step] for step in steps if step in scores})]
+      steps = [step for step in steps if step is not None]
     (arrays, report), _ = _newest_whole(directory, steps, read)
   params = {name: arrays[f"{root}/{name}"].astype(wanted[name].dtype) for name in report.matched}
   return _nested(params), report
@@ -339,6 +343,7 @@ class _Retention:
 
   keep: int
   keep_every_steps: int
+  metric: str
   scores: dict[int, float] = dataclasses.field(default_factory=dict)
   damaged: set[int] = dataclasses.field(default_factory=set)
 
@@ -348,10 +353,34 @@ class _Retention:
     kept = set(steps[-self.keep :])
     if self.keep_every_steps:
       kept.update(step for step in steps if step % self.keep_every_steps == 0)
-    scored = [step for step in steps if step in self.scores]
-    if scored:
-      kept.add(min(scored, key=self.scores.__getitem__))
+    kept.add(_best_step(self.metric, {s: self.scores[s] for s in steps if s in self.scores}))
     return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def is_better(metric: str, value: float, other: float) -> bool:
+  """Whether a value of a metric ('val/NAME') beats another."""
+  lower = metric.removeprefix("val/") in _LOWER_IS_BETTER
+  return value < other if lower else value > other
+
+
+def _best_step(metric: str, scores: Mapping[int, float]) -> int | None:
+  """The first of those with the best score; None if there is none."""
+  best = None
+  for step in sorted(scores):
+    if best is None or is_better(metric, scores[step], scores[best]):
+      best = step
+  return best
+
+
+def _read_scores(path: epath.Path) -> tuple[str, dict[int, float]]:
+  """The metric, and its value of each step."""
+  try:
+    saved = json.loads(path.read_text())
+    return saved["metric"], {int(step): score for step, score in saved["scores"].items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f"{path}: not readable as JSON; delete it to forget which checkpoint is best."
+    ) from error
 
 
 class _DamagedError(Exception):

@@ -3,9 +3,11 @@
     python -m gptjax.evaluate --checkpoint=runs/demo --tasks=perplexity:PATH --output=DIR
     python -m gptjax.evaluate --checkpoint=gguf:FILE.gguf --tasks=TASK.json --shots=4
     python -m gptjax.evaluate --checkpoint=hf:FOLDER --lm_eval=arc_easy --limit=200
+    python -m gptjax.evaluate --checkpoint=runs/sentiment --tasks=labels:test.jsonl
 
-A task is FILE.json (see gptjax/evals/task.py), FILE.jsonl with FILE.json beside it, or
-perplexity:PATH of text files or JSON lines. Intervals are 95 %: by the bootstrap over examples, of
+A task is FILE.json (see gptjax/evals/task.py), FILE.jsonl with FILE.json beside it, perplexity:PATH
+of text files or JSON lines, or, of a run that was fine-tuned to labels, labels:FILE.jsonl with
+records like those that it was trained on. Intervals are 95 %: by the bootstrap over examples, of
 lm-eval by its standard errors. `--output` keeps results.json, each prediction, and a picture of
 each classification.
 """
@@ -23,16 +25,18 @@ from etils import epath
 
 from gptjax import config as config_lib
 from gptjax.errors import UserError
-from gptjax.evals import answers, figures
-from gptjax.evals.answers import Documents, Result
+from gptjax.evals import answers, figures, label_task
+from gptjax.evals.answers import Documents, Questions, Result
+from gptjax.evals.label_task import LabelledRecords
 from gptjax.evals.scores import RESAMPLES, Metric, need
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
 from gptjax.host import prepare_cpu
-from gptjax.pretrained import load_model
+from gptjax.pretrained import is_run, load_model
 
 FLAGS = flags.FLAGS
 _PERPLEXITY = "perplexity:"
+_LABELS = "labels:"
 _PACKAGES = (
   *("gptjax", "jax", "flax", "numpy", "tokenizers"),
   *("scikit-learn", "sacrebleu", "rouge-score", "seqeval", "lm-eval"),
@@ -49,16 +53,18 @@ def evaluate(
   seed: int = 0,
   limit: int = 0,
   resamples: int = RESAMPLES,
+  config: Any = None,
 ) -> list[Result]:
   """Evaluates a model on tasks, named as on the command line.
 
   Args:
     subject: the model.
-    tasks: FILE.json, FILE.jsonl or perplexity:PATH.
+    tasks: FILE.json, FILE.jsonl, perplexity:PATH or labels:FILE.
     shots: worked examples before each question; not of perplexity.
     seed: of all that is random.
     limit: examples of each task, chosen by the seed; 0 is all.
     resamples: of the bootstrap.
+    config: of the run, for labels.
 
   Raises:
     UserError: a task cannot be read, or two have one name; before the first of them is run.
@@ -69,6 +75,12 @@ def evaluate(
       path = name.removeprefix(_PERPLEXITY)
       prepared.append(answers.prepare_perplexity(path, seed=seed, limit=limit))
       names.append(name)
+    elif name.startswith(_LABELS):
+      path = name.removeprefix(_LABELS)
+      if config is None:
+        raise UserError(f"{name}: --checkpoint is no run, which would say what the labels are.")
+      prepared.append(label_task.prepare(path, config, subject, seed=seed))
+      names.append(name)
     else:
       task = load_task(name)
       prepared.append(answers.prepare(task, shots=shots, seed=seed, limit=limit))
@@ -76,12 +88,12 @@ def evaluate(
   for name in names:
     if names.count(name) > 1:
       raise UserError(f"--tasks: two tasks are named {name!r}; rename one of the files.")
-  return [
-    answers.perplexity(one, subject, resamples=resamples)
-    if isinstance(one, Documents)
-    else answers.evaluate(one, subject, resamples=resamples)
-    for one in prepared
-  ]
+  run = {
+    Documents: answers.perplexity,
+    Questions: answers.evaluate,
+    LabelledRecords: label_task.evaluate,
+  }
+  return [run[type(one)](one, subject, resamples=resamples) for one in prepared]
 
 
 def table(rows: Sequence[tuple[str, str, Metric]]) -> str:
@@ -171,6 +183,7 @@ def main(overrides) -> None:
     seed=FLAGS.seed,
     limit=FLAGS.limit,
     resamples=FLAGS.resamples,
+    config=config_lib.open_saved(FLAGS.checkpoint) if is_run(FLAGS.checkpoint) else None,
   )
   rows = [
     (result.name, name, metric) for result in results for name, metric in result.metrics.items()
@@ -203,7 +216,9 @@ def _define_flags() -> None:
     "checkpoint", None, "Work directory of a run, hf:PATH or gguf:FILE.", required=True
   )
   flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
-  flags.DEFINE_list("tasks", [], "FILE.json, FILE.jsonl or perplexity:PATH, by commas.")
+  flags.DEFINE_list(
+    "tasks", [], "FILE.json, FILE.jsonl, perplexity:PATH or labels:FILE, by commas."
+  )
   flags.DEFINE_list("lm_eval", [], "Tasks of EleutherAI's lm-eval, by commas.")
   flags.DEFINE_string("lm_eval_include", "", "A folder with tasks for lm-eval (YAML).")
   flags.DEFINE_integer("shots", None, "Worked examples before each question.", lower_bound=0)

@@ -1,9 +1,10 @@
-"""What is minimised: batch + model -> sums over tokens. Means are taken by the step."""
+"""What is minimised: batch + model -> sums over targets. Means are taken by the step."""
 
 import jax
 
 from gptjax import losses
 from gptjax.data.batch import Batch
+from gptjax.label_losses import LabelLoss
 from gptjax.losses import LossSum
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
@@ -14,18 +15,67 @@ def target_loss(
   batch: Batch,
   key: jax.Array | None = None,
   *,
+  labels: LabelLoss | None = None,
   z_loss: float = 0.0,
   router_balance_loss: float = 0.0,
   router_z_loss: float = 0.0,
   figures: Figures | None = None,
   routing: Routing | None = None,
 ) -> LossSum:
-  """Cross-entropy of every target, times its weight, summed. `key` is of dropout, `figures` and
-  `routing` are of `GPT.hidden`.
+  """The loss of every target, times its weight, summed: the cross-entropy of tokens, or what
+  `labels` says. `key` is of dropout, `figures` and `routing` are of `GPT.hidden`.
 
   Where there is `routing`, `total` also has the two router losses, the mean of the layers, times
   their factors and the sum of the weights.
   """
+  if labels is None:
+    x_BTD = _hidden(model, batch, key, figures, routing)
+    kernel, axes = model.output_kernel()
+    sums = losses.cross_entropy(
+      model.features(x_BTD),
+      kernel,
+      batch.targets,
+      batch.weights,
+      axes=axes,
+      bias_V=None if model.head_bias is None else model.head_bias[...],
+      cap=model.config.logit_soft_cap,
+      z_loss=z_loss,
+    )
+  elif labels.r_drop and key is not None:
+    keys = jax.random.split(key)
+    a, b = (label_logits(model, batch, key, figures, routing) for key in keys)
+    passes = labels(a, batch), labels(b, batch)
+    sums = jax.tree.map(lambda x, y: (x + y) / 2, *passes)
+    divergence = labels.r_drop / 4 * labels.divergence(a, b, batch)
+    sums = sums._replace(total=sums.total + divergence)
+  else:
+    sums = labels(label_logits(model, batch, key, figures, routing), batch)
+  if routing is None:
+    return sums
+  of_token = router_balance_loss * routing["balance_loss"] + router_z_loss * routing["z_loss"]
+  return sums._replace(total=sums.total + batch.weights.sum() * of_token.mean())
+
+
+def label_logits(
+  model: GPT,
+  batch: Batch,
+  key: jax.Array | None = None,
+  figures: Figures | None = None,
+  routing: Routing | None = None,
+) -> jax.Array:
+  """Scores of the labels at each input, [B, T, K]; arguments as of `target_loss`."""
+  keys = (None, None) if key is None else jax.random.split(key)
+  x_BTD = _hidden(model, batch, keys[0], figures, routing)
+  return model.label_logits(x_BTD, batch.segment_ids, keys[1])
+
+
+def _hidden(
+  model: GPT,
+  batch: Batch,
+  key: jax.Array | None,
+  figures: Figures | None,
+  routing: Routing | None,
+) -> jax.Array:
   encoded = None
   if batch.encoder_inputs is not None:
     key, encoder_key = (None, None) if key is None else jax.random.split(key)
@@ -40,23 +90,10 @@ def target_loss(
     positions_BT=batch.positions,
     segment_ids_BT=batch.segment_ids,
     prefix_BS=batch.prefix,
+    token_types_BT=batch.token_types,
     encoded=encoded,
     key=key,
     figures=figures,
     routing=routing,
   )
-  kernel, axes = model.output_kernel()
-  sums = losses.cross_entropy(
-    model.features(x_BTD),
-    kernel,
-    batch.targets,
-    batch.weights,
-    axes=axes,
-    bias_V=None if model.head_bias is None else model.head_bias[...],
-    cap=model.config.logit_soft_cap,
-    z_loss=z_loss,
-  )
-  if routing is None:
-    return sums
-  of_token = router_balance_loss * routing["balance_loss"] + router_z_loss * routing["z_loss"]
-  return sums._replace(total=sums.total + batch.weights.sum() * of_token.mean())
+  return x_BTD

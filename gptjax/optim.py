@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax import soap, transfer, tree
+from gptjax.depths import Depths
 from gptjax.errors import UserError, did_you_mean
 from gptjax.model.gpt import ParameterInfo
 
@@ -48,26 +49,37 @@ class Optimizer:
 
   learning_rate: step -> float32 scalar, before the group's multiplier.
   groups: {parameter name: Group}, complete.
+  depths: further multipliers, by layer and by step.
   """
 
   transformation: optax.GradientTransformation
   learning_rate: Callable[[jax.Array], jax.Array]
   groups: Mapping[str, Group]
+  depths: Depths
 
   def init(self, params: Any) -> optax.OptState:
     return self.transformation.init(params)
 
   def update(self, grads: Any, state: optax.OptState, params: Any, step: jax.Array):
     """Returns new parameters, new state and the norm of the gradient before clipping."""
-    grads = tree.map_named(lambda name, g: jnp.zeros_like(g) if self._frozen(name) else g, grads)
-    directions, state = self.transformation.update(grads, state, params)
+    factors = {name: self.depths.factor(name, step) for name in self.groups}
     learning_rate = self.learning_rate(step)
-    params = tree.map_named(
-      lambda name, p, d: p if self._frozen(name) else p - learning_rate * self.groups[name].lr * d,
-      params,
-      directions,
-    )
-    return params, state, optax.global_norm(grads)
+
+    def trained_part(name: str, gradient: jax.Array) -> jax.Array:
+      if self._frozen(name):
+        return jnp.zeros_like(gradient)
+      factor = factors[name]
+      return gradient if factor is None else jnp.where(factor > 0, gradient, 0.0)
+
+    def updated(name: str, parameter: jax.Array, direction: jax.Array) -> jax.Array:
+      if self._frozen(name):
+        return parameter
+      rate = learning_rate * self.groups[name].lr
+      return parameter - (rate if factors[name] is None else rate * factors[name]) * direction
+
+    grads = tree.map_named(trained_part, grads)
+    directions, state = self.transformation.update(grads, state, params)
+    return tree.map_named(updated, params, directions), state, optax.global_norm(grads)
 
   def _frozen(self, name: str) -> bool:
     return self.groups[name].frozen
@@ -78,10 +90,12 @@ def make_optimizer(
   parameters: Mapping[str, ParameterInfo],
   schedule: optax.Schedule,
   width_ratio: float = 1.0,
+  unfreeze_steps: int = 0,
 ) -> Optimizer:
   """Builds the optimizer of `config.optim`.
 
   Args:
+    unfreeze_steps: of `Depths`.
     width_ratio: of the model to the base of its parametrization; see `gptjax.transfer`.
 
   Raises:
@@ -89,6 +103,18 @@ def make_optimizer(
   """
   matched = tree.match_rules(parameters, config.rules, "optim.rules")
   groups = {name: _group(values, config.name) for name, values in matched.items()}
+  if config.freeze:
+    frozen = tree.match_rules(groups, [(config.freeze, True), ("", False)], "optim.freeze")
+    if not 0 < sum(frozen.values()) < len(frozen):
+      found = "all parameters" if any(frozen.values()) else "none of the parameters"
+      raise UserError(
+        f"optim.freeze={config.freeze!r} is found in the names of {found}. "
+        f"{did_you_mean(config.freeze, groups)}"
+      )
+    groups = {
+      name: dataclasses.replace(group, frozen=group.frozen or frozen[name])
+      for name, group in groups.items()
+    }
   for name in transfer.hidden_parameters(parameters):
     group = groups[name]
     times = transfer.learning_rate_multiplier(group.algorithm, width_ratio)
@@ -115,6 +141,7 @@ def make_optimizer(
     ),
     schedule,
     groups,
+    Depths.from_config(config, parameters, unfreeze_steps),
   )
 
 

@@ -16,9 +16,11 @@ from gptjax import chips, optim, sharding, step
 from gptjax.config import RunLength, to_text
 from gptjax.data.batch import Batch
 from gptjax.data.denoising import span_corruption_lengths
-from gptjax.data.options import check_objective
+from gptjax.data.labels import find_labels
+from gptjax.data.options import LABEL_OBJECTIVES, check_objective, read_options
 from gptjax.data.tokenizer import declared_vocab_size
 from gptjax.errors import UserError
+from gptjax.label_losses import LabelLoss
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
 from gptjax.optim import Optimizer
@@ -49,6 +51,13 @@ class Plan:
   trained: Mapping[str, ParameterInfo]
 
   @property
+  def label_loss(self) -> LabelLoss | None:
+    """None under the objectives of language models."""
+    if self.config.objective not in LABEL_OBJECTIVES:
+      return None
+    return LabelLoss(self.config.objective, self.config.label_smoothing, self.config.r_drop)
+
+  @property
   def num_parameters(self) -> int:
     """Of the model itself."""
     return count_parameters(self.model)
@@ -75,7 +84,7 @@ class Plan:
     attention = {"heads": model.num_heads, "head_dim": model.head_dim}
     # The decoder's own, and what it makes of the encoder's tokens.
     decoder = matmul_params("(?!encoder/|blocks/cross_attention/(key|value)/)")
-    if model.tied_head:
+    if model.tied_head and not model.num_labels:
       decoder += model.vocab_size * model.embed_dim * (1 if self.peft is None else 2 / 3)
     flops = chips.flops_per_token(
       matmul_params=decoder,
@@ -112,17 +121,20 @@ class Plan:
 
   def make_optimizer(self, length: RunLength | None) -> Optimizer:
     """The optimizer of `config.optim`; without a length its learning rate is 0."""
-    config = self.config.optim
+    config, unfreeze_steps = self.config.optim, 0
     if length is None:
       schedule = optax.constant_schedule(0.0)
     else:
+      unfreeze_steps = length.steps(config, "unfreeze_every")
       schedule = optim.make_schedule(
         config,
         total_steps=length.total_steps,
         warmup_steps=length.steps(config, "warmup"),
         decay_steps=length.steps(config, "decay"),
       )
-    return optim.make_optimizer(config, self.trained, schedule, self.model.width_ratio)
+    return optim.make_optimizer(
+      config, self.trained, schedule, self.model.width_ratio, unfreeze_steps
+    )
 
   def abstract_state(self, optimizer: Optimizer) -> TrainState:
     ema = self.config.optim.ema_decay > 0
@@ -164,6 +176,7 @@ class Plan:
       "seed": self.config.seed,
       "grad_accumulation": self.config.grad_accumulation,
       "dropout": self.model.has_dropout,
+      "labels": self.label_loss,
       "z_loss": self.config.z_loss,
       "router_balance_loss": self.config.router_balance_loss,
       "router_z_loss": self.config.router_z_loss,
@@ -200,6 +213,11 @@ class Plan:
     batch = Batch(whole, whole, field(jnp.float32), whole, whole)
     if self.config.objective == "prefix":
       batch = dataclasses.replace(batch, prefix=whole)
+    if self.config.data.pair_key:
+      batch = dataclasses.replace(batch, token_types=whole)
+    if self.config.objective in ("multi_label", "regression", "span"):
+      values = jax.ShapeDtypeStruct((*whole.shape, self.model.num_labels), jnp.float32)
+      batch = dataclasses.replace(batch, values=values.update(sharding=where))
     if self.model.encoder_layers:
       names = ("encoder_inputs", "encoder_segment_ids", "encoder_positions")
       encoder = field(jnp.int32, self.config.sequence_length)
@@ -224,6 +242,7 @@ def make_plan(config: Any, devices: Sequence[jax.Device] | None = None) -> Plan:
       config.model.update(_architecture_to_start_from(config))
     if not config.model.vocab_size:
       config.model.vocab_size = declared_vocab_size(config.tokenizer)
+    _settle_labels(config)
   model = ModelConfig.from_config(config.model)
   if not config.objective:
     with config.unlocked():
@@ -266,6 +285,24 @@ def _architecture_to_start_from(config: Any) -> dict[str, Any]:
   return architecture
 
 
+def _settle_labels(config: Any) -> None:
+  """What they are, from the training records where the config does not say, and their number."""
+  if config.objective not in LABEL_OBJECTIVES:
+    return
+  if config.objective in ("classification", "multi_label", "tagging"):
+    if not config.data.labels:
+      config.data.labels = find_labels(read_options(config))
+    count = len(config.data.labels)
+  else:
+    count = {"regression": 1, "span": 2}[config.objective]
+  if config.model.num_labels not in (0, count):
+    raise UserError(
+      f"model.num_labels={config.model.num_labels}, but objective={config.objective!r} has {count} "
+      "here; leave it out."
+    )
+  config.model.num_labels = count
+
+
 # The visibility that the model of an objective has, beside an encoder or without one.
 _OBJECTIVES = {
   "next_token": ("causal", False),
@@ -282,6 +319,8 @@ def _objective_of(model: ModelConfig) -> str:
 
 def _check_objective(objective: str, model: ModelConfig) -> None:
   check_objective(objective)
+  if objective in LABEL_OBJECTIVES:
+    return
   visibility, has_encoder = _OBJECTIVES[objective]
   if model.visibility != visibility:
     raise UserError(

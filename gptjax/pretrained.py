@@ -24,11 +24,16 @@ from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
-from gptjax.peft.surgery import MERGED, abstract_model, merge, without
+from gptjax.peft.surgery import LABEL_HEAD, MERGED, abstract_model, merge, without
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 _FORMATS = {"hf:": HuggingFaceModel, "gguf:": GGUFModel}
+
+
+def is_run(checkpoint: epath.PathLike) -> bool:
+  """Whether a checkpoint is named by the work directory of a run."""
+  return not str(checkpoint).startswith(tuple(_FORMATS))
 
 
 def open_foreign(checkpoint: epath.PathLike) -> HuggingFaceModel | GGUFModel | None:
@@ -120,9 +125,11 @@ def load_params_into(
   foreign = open_foreign(checkpoint)
   if foreign is None:
     source = epath.Path(checkpoint)
-    if _peft_of(config_lib.open_saved(source)):
+    config_of_run = config_lib.open_saved(source)
+    if _peft_of(config_of_run):
       return _load_merged(source, abstract)
-    loaded, report = restore_params(source / CHECKPOINTS, abstract)
+    best = _makes_best(config_of_run)
+    loaded, report = restore_params(source / CHECKPOINTS, abstract, best=best)
     if report.mismatched or not report.matched:
       raise UserError(f"init_from={source} does not fit the model of this config.\n{report}")
     return loaded, str(report)
@@ -132,7 +139,8 @@ def load_params_into(
       "Choose the preset model=init_from to take the checkpoint's."
     )
   flat = traverse_util.flatten_dict(abstract, sep="/")
-  shardings = {name: leaf.sharding for name, leaf in flat.items()}
+  # A head of labels is new.
+  shardings = {name: leaf.sharding for name, leaf in flat.items() if name in foreign.parameters}
   loaded = foreign.load(shardings, progress=jax.process_index() == 0)
   return loaded, f"{checkpoint}: all {len(shardings)} parameters"
 
@@ -141,7 +149,8 @@ def load_base(
   checkpoint: epath.PathLike, config: ModelConfig, abstract: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int]:
   """The parameters of the model that adapters are put on, and their checksum; as
-  `load_params_into`, but all of them are there."""
+  `load_params_into`, but all of them are there. A head of labels is trained with the adapters."""
+  abstract = without(abstract, LABEL_HEAD)
   loaded, report = load_params_into(checkpoint, config, abstract)
   if missing := set(tree.named_leaves(abstract)) - set(tree.named_leaves(loaded)):
     raise UserError(
@@ -189,7 +198,9 @@ def _restore(
 
   graph, state = nnx.split(abstract_model(model_config, peft))
   saved = state if peft is None else state.filter(Adapter)
-  params, report = restore_params(workdir / CHECKPOINTS, abstract(saved), ema=ema, near=near)
+  params, report = restore_params(
+    workdir / CHECKPOINTS, abstract(saved), ema=ema, near=near, best=_makes_best(config)
+  )
   if report.missing or report.mismatched:
     raise UserError(f"{workdir}: its checkpoint does not fit its config.\n{report}")
   frozen = {}
@@ -199,6 +210,11 @@ def _restore(
     check_base(report.base_checksum, found, workdir, config)
     frozen = without(base, tree.named_leaves(params))
   return nnx.merge(graph, params, frozen), int(report.source.name)
+
+
+def _makes_best(config: Any) -> bool:
+  """Whether what a run has made is its best checkpoint, not its newest."""
+  return config.checkpoint.get("final") == "best"
 
 
 def _peft_of(config: Any) -> str:

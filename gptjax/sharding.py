@@ -41,6 +41,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
   "head_dim": (),
   "positions": (),
   "buckets": (),
+  "labels": (),
   "rank": (),
   "terms": (),
   "types": (),

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from gptjax import objectives, sharding, tree
 from gptjax.data.batch import Batch
+from gptjax.label_losses import LabelLoss
 from gptjax.model.config import ModelConfig
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT, ParameterInfo
@@ -155,7 +156,7 @@ def _make_gradients(
   seed: int,
   grad_accumulation: int,
   dropout: bool,
-  factors: Mapping[str, float],
+  factors: Mapping[str, Any],
   observe: bool = False,
 ) -> Callable[..., tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
   """Returns (state, batch, frozen) -> (metrics, gradient, figures).
@@ -225,7 +226,7 @@ def make_train_step(
   dropout: bool,
   ema_decay: float,
   compiler_options: Mapping[str, Any] | None = None,
-  **factors: float,
+  **factors: Any,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns jit(state, batch, frozen=None) -> (state, metrics), which donates the state alone.
 
@@ -274,7 +275,7 @@ def make_observe_step(
   grad_accumulation: int,
   dropout: bool,
   compiler_options: Mapping[str, Any] | None = None,
-  **factors: float,
+  **factors: Any,
 ) -> Callable[..., dict[str, jax.Array]]:
   """Returns jit(state, batch, frozen=None) -> figures of the update that the step would make.
 
@@ -338,3 +339,20 @@ def make_eval_step(
     return {"loss": (sums.cross_entropy, batch.weights.sum())}
 
   return jax.jit(eval_step)
+
+
+def make_label_step(
+  graph: nnx.GraphDef, labels: LabelLoss
+) -> Callable[..., tuple[dict[str, tuple[jax.Array, jax.Array]], Batch, jax.Array]]:
+  """As `make_eval_step`, with the batch and the scores of its labels [B, T, K], whole on every
+  host."""
+
+  def label_step(params, batch: Batch, frozen: Any = None):
+    batch = sharding.balance_time(batch)
+    model = nnx.merge(graph, params, frozen or {})
+    logits_BTK = objectives.label_logits(model, batch)
+    sums = {"loss": (labels(logits_BTK, batch).cross_entropy, batch.weights.sum())}
+    whole = jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), (batch, logits_BTK))
+    return sums, *whole
+
+  return jax.jit(label_step)

@@ -17,26 +17,25 @@ from absl import flags
 from etils import epath
 from flax import nnx
 
-from gptjax import chips, plot, sharding
+from gptjax import chips, plot, sharding, validation
 from gptjax import config as config_lib
 from gptjax import step as step_lib
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import RunLength
 from gptjax.data import pipeline
 from gptjax.data.pipeline import Dataset
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError
 from gptjax.evals import compression
 from gptjax.generate import generate
 from gptjax.host import from_all_hosts, join_hosts, prepare_cpu
 from gptjax.inference.sampling import Sampling
-from gptjax.metrics import StepLog, Sums, Writer, read_metrics
+from gptjax.metrics import StepLog, Writer, read_metrics
 from gptjax.optim import Optimizer
 from gptjax.plan import Plan, dry_run, make_plan
 from gptjax.preemption import Preemption
 from gptjax.pretrained import CHECKPOINTS, check_base, load_base, load_params_into
 from gptjax.step import TrainState
-
-VALIDATION_METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")
+from gptjax.validation import History
 
 
 def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
@@ -47,26 +46,17 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     workdir: created if need be; any path that etils takes, gs:// included.
 
   Returns:
-    The last validation: 'val/loss' (nats a token), 'val/perplexity', and 'val/bits_per_byte' where
-    the objective is to predict all of the text.
+    The last validation, or the best if `checkpoint.final` is: 'val/loss' (nats a token),
+    'val/perplexity' and 'val/bits_per_byte', or the metrics of the labels.
 
   Raises:
     UserError: something in the config, the data or the work directory cannot be used, or more
       than `config.max_skipped_steps` updates were not finite.
   """
-  if (best := config.checkpoint.best_metric) not in ("", *VALIDATION_METRICS):
-    raise UserError(
-      f"checkpoint.best_metric: no metric {best!r}. {did_you_mean(best, VALIDATION_METRICS)}"
-    )
   prepare_cpu()
   workdir = make_workdir(workdir)
   plan = make_plan(config)
-  chats = config.data.format == "chat"
-  if best == "val/bits_per_byte" and (chats or config.objective != "next_token"):
-    raise UserError(
-      f"checkpoint.best_metric={best!r} is not known under objective={config.objective!r} and "
-      f"data.format={config.data.format!r}, which predict only some of the text: take val/loss."
-    )
+  validation.check(config)
   dataset = open_data(plan, workdir)
   length = RunLength.from_config(config, dataset.steps_per_epoch)
   save_every, evaluate_every, sample_every, log_every = (
@@ -77,7 +67,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   optimizer = plan.make_optimizer(length)
   train_step = plan.make_train_step(optimizer)
   observe_step = plan.make_observe_step(optimizer)
-  eval_step = step_lib.make_eval_step(plan.graph)
+  evaluate = validation.make_evaluate(plan, dataset)
+  takes_best = config.checkpoint.final == "best"
 
   with (
     jax.set_mesh(plan.mesh),
@@ -112,22 +103,26 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         first_seconds=seconds_before(workdir, start),
       )
 
-      def validate(step: int) -> dict[str, float]:
-        validation = evaluate(eval_step, state, frozen, dataset, plan.mesh)
-        writer.write(step, log.spent(step) | validation)
-        writer.message(f"step {step}: {describe(validation)}")
+      def validate(step: int) -> None:
+        found = evaluate(state, frozen)
+        writer.write(step, log.spent(step) | found)
+        writer.message(f"step {step}: {validation.describe(found)}")
+        history.add(step, found)
         if step > 0:
-          checkpoints.record_metrics(step, validation)
-        return validation
+          checkpoints.record_metrics(step, found)
 
-      validation = last_validation(workdir)
+      history = History.read(workdir, config, start)
+      history.tell(checkpoints)
       # A run that was killed between saving and evaluating catches up here. Process 0 decides: the
       # others may have read what it has dropped from metrics.jsonl since.
-      behind = validation.get("step") != start
+      behind = history.last.get("step") != start
       if from_all_hosts(behind)[0] and (start in (0, total) or due(evaluate_every, start)):
-        validation = validate(start)
+        validate(start)
       batches = dataset.training_batches(start)
       for step in range(start, total):
+        if history.patience and from_all_hosts(history.exhausted)[0]:
+          writer.message(f"stopped after step {step}: {history.patience} validations, none better")
+          break
         with profile(config.profile, step - start, workdir):
           batch = sharding.to_global(next(batches), plan.mesh)
           if due(observe_every, step + 1):
@@ -138,21 +133,26 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         done = step + 1
         check_finite(log.step(done, metrics), plan, step, checkpoints)  # of the step before
         stop, last = preemption.requested(done), done == total
-        if stop or last or due(save_every, done):
+        evaluates = last or due(evaluate_every, done)
+        if stop or due(save_every, done) or last or (takes_best and evaluates):
           check_finite(log.interrupt(), plan, done, checkpoints)
           checkpoints.save(done, state)  # before the evaluation, which may fail
         if stop and not last:
           writer.message(f"stopped by a signal after step {done}; run again to go on from there")
-          return validation
-        if last or due(evaluate_every, done):
+          return without_step(history.last)
+        if evaluates:
           log.interrupt()
-          validation = validate(done)
-        writes = plan.model.visibility != "bidirectional"
+          validate(done)
+        writes = plan.model.visibility != "bidirectional" and not plan.model.num_labels
         if writes and sample_every and (last or due(sample_every, done)):
           log.interrupt()
           write_samples(writer, done, plan, state, frozen, dataset)
-      conclude(writer, config, dataset, validation, workdir)
-  return validation
+      result = history.last
+      if takes_best and history.best:
+        result = history.best
+        writer.message(f"the best of the run is step {result['step']}, which is what it has made")
+      conclude(writer, config, dataset, result, workdir)
+  return without_step(result)
 
 
 def make_workdir(workdir: epath.PathLike) -> epath.Path:
@@ -230,35 +230,9 @@ def init_or_restore(
   return state, None
 
 
-def evaluate(
-  eval_step, state: TrainState, frozen: Any, dataset: Dataset, mesh: jax.sharding.Mesh
-) -> dict[str, float]:
-  """Loss, perplexity and bits per byte of the whole validation set, exact over its tokens.
-
-  The weights are those of the moving average, where there is one.
-  """
-  params = state.params if state.ema is None else state.ema
-  sums = Sums()
-  for batch in dataset.validation_batches():
-    sums.add(eval_step(params, sharding.to_global(batch, mesh), frozen))
-  means = sums.finish(text_bytes=dataset.validation_bytes)
-  return {f"val/{name}": value for name, value in means.items()}
-
-
-def describe(validation: Mapping[str, float]) -> str:
-  compression = ""  # Known where all of the text is predicted.
-  if "val/bits_per_byte" in validation:
-    compression = f", bits per byte {validation['val/bits_per_byte']:.4f}"
-  return (
-    f"validation loss {validation['val/loss']:.4f}, "
-    f"perplexity {validation['val/perplexity']:.2f}{compression}"
-  )
-
-
-def last_validation(workdir: epath.Path) -> dict[str, float]:
-  """The last validation line of metrics.jsonl; empty if there is none."""
-  lines = [line for line in read_metrics(workdir) if "val/loss" in line]
-  return lines[-1] if lines else {}
+def without_step(line: Mapping[str, Any]) -> dict[str, float]:
+  """The metrics of a validation."""
+  return {name: value for name, value in line.items() if name.startswith("val/")}
 
 
 def seconds_before(workdir: epath.Path, start: int) -> float | None:
@@ -314,14 +288,14 @@ def conclude(
   writer: Writer,
   config: Any,
   dataset: Dataset,
-  validation: Mapping[str, float],
+  result: Mapping[str, float],
   workdir: epath.Path,
 ) -> None:
   """Draws the loss curve and prints the result as the last line, beside what it has to beat."""
   if jax.process_index() != 0:
     return
   baselines = {}
-  if config.eval.baselines and "val/bits_per_byte" in validation:
+  if config.eval.baselines and "val/bits_per_byte" in result:
     baselines = {
       "gzip -9": compression.gzip_bits_per_byte(dataset.validation_text()),
       "byte 5-gram": compression.ngram_bits_per_byte(
@@ -329,11 +303,11 @@ def conclude(
       ),
     }
   writer.message(f"loss curve: {plot.loss_curve(workdir, baselines)}")
-  if "val/bits_per_byte" in validation:
+  if "val/bits_per_byte" in result:
     others = "".join(f", {name} {value:.4f}" for name, value in baselines.items())
-    writer.message(f"validation bits per byte: {validation['val/bits_per_byte']:.4f}{others}")
+    writer.message(f"validation bits per byte: {result['val/bits_per_byte']:.4f}{others}")
   else:
-    writer.message(describe(validation))
+    writer.message(validation.describe(result))
 
 
 def check_finite(

@@ -327,3 +327,43 @@ def test_wsd_is_flat_then_linear():
 def test_an_impossible_schedule_is_refused(kind, changes, sentence):
   with pytest.raises(UserError, match=sentence):
     schedule(kind, **changes)
+
+
+def test_a_frozen_layer_neither_moves_nor_counts_in_the_norm():
+  params = make_params()
+  grads = jax.tree.map(jnp.ones_like, params)
+  moved, norm = update(make("adamw", freeze_layers=1, weight_decay=0.1), grads, params, steps=3)
+  before = tree.named_leaves(params)
+  for name in PARAMETERS:
+    still = np.all(np.asarray(moved[name]) == np.asarray(before[name]), axis=None)
+    if name.startswith("blocks/"):
+      assert np.array_equal(moved[name][0], before[name][0])
+      assert not np.array_equal(moved[name][1], before[name][1])
+    else:
+      assert still == name.startswith("embed")
+  trained = 16 * 8 + 16 + 8 * 16 + 8 + 8 * 16  # One layer of each stack, and the head.
+  assert float(norm) == pytest.approx(trained**0.5, rel=1e-6)
+
+
+def test_the_learning_rate_falls_with_the_distance_from_the_head():
+  params = make_params(0.0)
+  grads = jax.tree.map(jnp.ones_like, params)
+  moved, _ = update(make("sgd", layer_decay=0.5), grads, params)
+  assert set(np.unique(moved["head/kernel"])) == {-1.0}
+  assert np.unique(moved["blocks/norm/scale"], axis=-1).tolist() == [[-0.25], [-0.5]]
+  assert set(np.unique(moved["embed/embedding"])) == {-0.125}
+
+
+def test_what_a_pattern_is_found_in_freezes():
+  params = make_params()
+  grads = jax.tree.map(jnp.ones_like, params)
+  moved, norm = update(make("sgd", freeze="^(?!head)"), grads, params)
+  for name, before in tree.named_leaves(params).items():
+    assert np.array_equal(moved[name], before) == (name != "head/kernel")
+  assert float(norm) == pytest.approx((8 * 16) ** 0.5)
+
+
+@pytest.mark.parametrize(("pattern", "found"), [("nowhere", "none of the"), (".", "all")])
+def test_a_pattern_that_freezes_nothing_or_all_is_an_error(pattern, found):
+  with pytest.raises(UserError, match=f"optim.freeze='{pattern}' is found in the names of {found}"):
+    make(freeze=pattern)

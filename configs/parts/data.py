@@ -11,7 +11,7 @@ from gptjax.errors import UserError, did_you_mean
 PART_DEFAULTS = {
   "source": "",  # text | jsonl | parquet | tfds | hf | stdlib
   "path": "",  # a file, a folder or a glob; tfds: NAME[/config]; hf: id[:config]
-  # jsonl, parquet, tfds, hf: where the text of a record is; format=chat reads whole records.
+  # jsonl, parquet, tfds, hf: where the text of a record is; chat and prompt read whole records.
   "text_key": "text",
   "split": "train",  # tfds, hf
   "validation_split": "",  # tfds, hf: a split of its own to validate on, such as 'validation'
@@ -28,12 +28,22 @@ DEFAULTS = PART_DEFAULTS | {
   "mask_rate": 0.15,  # objective=masked, span_corruption: the share of tokens to predict
   "whole_words": True,  # masked: a word is masked whole; Chinese needs jieba
   "mean_span": 3.0,  # span_corruption: tokens of a span, on average
-  "format": "text",  # 'chat': records are conversations; see gptjax/data/conversations.py
+  # 'chat': records are conversations (gptjax/data/conversations.py); 'prompt': templates make texts
+  # of records (prompts.py); 'labels': records have texts and labels (labels.py)
+  "format": "text",
   # chat: 'chatml', 'llama3' or 'alpaca' of gptjax/data/chat_templates.py; '' is the tokenizer's own
   "chat_template": "",
   "train_on": "assistant",  # chat: the tokens that count in the loss; or 'all'
-  # chat, longer than a row: 'truncate' keeps what fits, if an answer is in it; or 'drop'
+  # Longer than a row: 'truncate' keeps what fits, if what is to be learnt is in it; or 'drop'
   "overlong": "truncate",
+  "prompt": "",  # prompt: a Jinja template, a file of your own or one of configs/prompts
+  "answer": "",  # prompt: the text of a Jinja template of what is to be learnt, ' {{ label }}'
+  "label_key": "label",  # labels: where the label of a record is, its tags, or its answers
+  "pair_key": "",  # labels: where a second text is: a hypothesis; the context of a question
+  "labels": (),  # labels: all of them, in order; () is those of the training records
+  "class_weights": "none",  # labels: 'balanced' counts rare ones more, as scikit-learn's does
+  "examples_per_label": 0,  # labels: training examples of each label, by the seed; 0 is all
+  "word_separator": " ",  # labels of words: what is between the words; '' for Chinese characters
   "mixture": {},  # name -> the keys of PART_DEFAULTS and weight; replaces the single corpus above
 }
 

@@ -31,6 +31,14 @@ DEFAULTS = {
   "preconditioner_interval": 10,
   "clip_norm": 1.0,
   "ema_decay": 0.0,
+  # Fine-tuning: the learning rate of each layer is this times that of the layer above it; what is
+  # found in the name of a parameter freezes it, such as '^embed' or, all but the head of labels,
+  # '^(?!label_head)'; so many of the lowest layers are frozen, with the embeddings; and a duration
+  # after which, again and again, one more layer is trained, from the head down (0: all at once).
+  "layer_decay": 1.0,
+  "freeze": "",
+  "freeze_layers": 0,
+  "unfreeze_every_steps": 0,
   "rules": _DECAY_MATRICES,
 }
 

@@ -291,11 +291,11 @@ def to_json(record: object) -> str:
   return json.dumps(record, ensure_ascii=False, default=plain)
 
 
-def missing_key(name: object, text_key: str, found: Sequence[str]) -> str:
-  """Returns the sentence for a record without the text."""
-  others = [key for key in found if key != text_key]
-  hint = f" Set --config.data.text_key={others[0]}." if others else ""
-  return f"{name}: no key {text_key!r} (found: {', '.join(map(repr, others)) or 'nothing'}).{hint}"
+def missing_key(name: object, key: str, found: Sequence[str], option: str = "text_key") -> str:
+  """Returns the sentence for a record without the key that `data.option` names."""
+  others = [other for other in found if other != key]
+  hint = f" Set --config.data.{option}={others[0]}." if others else ""
+  return f"{name}: no key {key!r} (found: {', '.join(map(repr, others)) or 'nothing'}).{hint}"
 
 
 def _text(value: object, name: str, text_key: str, found: Sequence[str]) -> str:

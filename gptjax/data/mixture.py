@@ -7,6 +7,7 @@ import numpy as np
 
 from gptjax.data.batch import Batch
 from gptjax.data.chat_packing import PackedConversations
+from gptjax.data.label_packing import PackedExamples
 from gptjax.data.packing import Windows
 
 # Makes a row of an item of these: it depends on the item and the randomness alone.
@@ -14,7 +15,7 @@ MakeRow = Callable[[np.ndarray | Batch, np.random.Generator], Batch]
 
 
 def training_rows(
-  parts: Mapping[str, Windows | PackedConversations],
+  parts: Mapping[str, Windows | PackedConversations | PackedExamples],
   weights: Mapping[str, float],
   *,
   seed: int,
@@ -23,7 +24,7 @@ def training_rows(
   """Returns rows without end; row i depends on the arguments and i alone.
 
   Args:
-    parts: the windows or the packed conversations of each corpus, none of them empty.
+    parts: the windows, the packed conversations or examples of each corpus, none of them empty.
     weights: the share of rows from each corpus, in any unit, above 0.
     seed: decides the order of each part, and the randomness of `make_row`.
     make_row: the objective.

@@ -8,11 +8,13 @@ from gptjax.errors import UserError, did_you_mean
 
 SOURCES = ("text", "jsonl", "parquet", "tfds", "hf", "stdlib")
 UNDECODABLE = ("error", "skip")
-FORMATS = ("text", "chat")
+FORMATS = ("text", "chat", "prompt", "labels")
 RECORD_SOURCES = ("jsonl", "parquet", "tfds", "hf")
 TRAIN_ON = ("assistant", "all")
 OVERLONG = ("truncate", "drop")
-OBJECTIVES = ("next_token", "prefix", "masked", "span_corruption")
+LABEL_OBJECTIVES = ("classification", "multi_label", "regression", "tagging", "span")
+OBJECTIVES = ("next_token", "prefix", "masked", "span_corruption", *LABEL_OBJECTIVES)
+CLASS_WEIGHTS = ("none", "balanced")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,15 @@ class DataOptions:
   chat_template: str
   train_on: str
   overlong: str
+  prompt: str
+  answer: str
+  pair_key: str
+  label_key: str
+  labels: tuple[str, ...]
+  label_at: str
+  class_weights: str
+  examples_per_label: int
+  word_separator: str
   parts: dict[str, PartOptions]
   weights: dict[str, float]
 
@@ -66,8 +77,8 @@ def read_options(config: Any) -> DataOptions:
   else:
     part = _read_part(data, "data")
     parts, weights = {part.source: part}, {part.source: 1.0}
-  if data.format == "chat":
-    parts = {name: _of_records(name, part) for name, part in parts.items()}
+  if data.format in ("chat", "prompt", "labels"):
+    parts = {name: _of_records(name, part, data.format) for name, part in parts.items()}
   for name, weight in weights.items():
     _check(weight > 0, f"data.mixture.{name}.weight", weight, "a number above 0")
   options = DataOptions(
@@ -87,6 +98,16 @@ def read_options(config: Any) -> DataOptions:
     chat_template=data.chat_template,
     train_on=data.train_on,
     overlong=data.overlong,
+    prompt=data.prompt,
+    answer=data.answer,
+    pair_key=data.pair_key,
+    label_key=data.label_key,
+    labels=tuple(data.labels),
+    # Where a causal model has read all that it is to judge.
+    label_at="first" if config.model.visibility == "bidirectional" else "last",
+    class_weights=data.class_weights,
+    examples_per_label=data.examples_per_label,
+    word_separator=data.word_separator,
     parts=parts,
     weights=weights,
   )
@@ -100,12 +121,24 @@ def read_options(config: Any) -> DataOptions:
   _check_choice("data.format", options.format, FORMATS)
   _check_choice("data.train_on", options.train_on, TRAIN_ON)
   _check_choice("data.overlong", options.overlong, OVERLONG)
+  _check_choice("data.class_weights", options.class_weights, CLASS_WEIGHTS)
+  count = options.examples_per_label
+  _check(count >= 0, "data.examples_per_label", count, "0, which is all, or more")
   check_objective(options.objective)
-  if options.format == "chat" and (options.objective != "next_token" or options.fim_rate):
+  of_labels = options.objective in LABEL_OBJECTIVES
+  if of_labels != (options.format == "labels"):
+    needs = "one of " + ", ".join(LABEL_OBJECTIVES) if options.format == "labels" else "of tokens"
     raise UserError(
-      f"data.format='chat' needs objective='next_token' and data.fim_rate=0, not "
+      f"data.format={options.format!r} needs an objective {needs}, not {options.objective!r}."
+    )
+  whole = options.format in ("chat", "prompt")
+  if whole and (options.objective != "next_token" or options.fim_rate):
+    raise UserError(
+      f"data.format={options.format!r} needs objective='next_token' and data.fim_rate=0, not "
       f"{options.objective!r} and {options.fim_rate}."
     )
+  if options.format == "prompt" and not (options.prompt and options.answer):
+    raise UserError("data.format='prompt' needs data.prompt, a template's file, and data.answer.")
   if options.fim_rate and options.objective != "next_token":
     raise UserError(
       f"data.fim_rate={options.fim_rate} needs objective='next_token', not {options.objective!r}."
@@ -143,14 +176,14 @@ def _read_part(part: Mapping[str, Any], key: str) -> PartOptions:
   return options
 
 
-def _of_records(name: str, part: PartOptions) -> PartOptions:
-  """The same part with whole records as its documents."""
+def _of_records(name: str, part: PartOptions, format: str) -> PartOptions:
+  """The same part with whole records as its documents; of labels the text has still its key."""
   if part.source not in RECORD_SOURCES:
     raise UserError(
-      f"data part {name!r}: a {part.source!r} source has no conversations. "
-      f"data.format='chat' takes {', '.join(RECORD_SOURCES)}."
+      f"data part {name!r}: a {part.source!r} source has no records. "
+      f"data.format={format!r} takes {', '.join(RECORD_SOURCES)}."
     )
-  return dataclasses.replace(part, text_key="")
+  return part if format == "labels" else dataclasses.replace(part, text_key="")
 
 
 def _read(part: Mapping[str, Any], name: str, key: str) -> Any:

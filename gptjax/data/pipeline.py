@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gptjax.data import cache, chat, conversations, mixture, sources
+from gptjax.data import cache, chat, conversations, labels, mixture, sources
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenCache
@@ -22,6 +22,9 @@ from gptjax.data.chat_packing import PackedConversations
 from gptjax.data.conversations import Conversations
 from gptjax.data.denoising import MaskedLanguageModel, PrefixLanguageModel, SpanCorruption
 from gptjax.data.fim import FillInTheMiddle
+from gptjax.data.label_encoding import Examples, LabelEncoder
+from gptjax.data.label_packing import PackedExamples, pack_examples
+from gptjax.data.labels import LabelledTexts
 from gptjax.data.mixture import MakeRow
 from gptjax.data.options import DataOptions, read_options
 from gptjax.data.packing import Windows, pack
@@ -37,12 +40,14 @@ _TOKENIZER_TRAINING_CHARACTERS = 200_000_000
 class _Corpora:
   """One side of the split: the documents and the tokens of each part."""
 
-  sources: Mapping[str, Source]
-  caches: Mapping[str, TokenCache]
+  sources: Mapping[str, Source | LabelledTexts]
+  caches: Mapping[str, TokenCache | Examples]
 
   def windows(
     self, options: DataOptions, length: int, *, drop_remainder: bool
-  ) -> dict[str, Windows | PackedConversations]:
+  ) -> dict[str, Windows | PackedConversations | PackedExamples]:
+    if options.format == "labels":
+      return pack_examples(self.caches, options, training=drop_remainder)
     windows = {}
     for name, tokens in self.caches.items():
       try:
@@ -147,7 +152,7 @@ def _make_objective(
 ) -> tuple[MakeRow, int]:
   """What makes rows of windows, and the length of those."""
   length = options.sequence_length
-  if options.format == "chat":
+  if options.format in ("chat", "labels"):
     return lambda row, _: row, length
   match options.objective:
     case "prefix":
@@ -196,11 +201,16 @@ def open_dataset(
       f"batch_size is {options.batch_size}, which {process_count} processes cannot share evenly. "
       f"Set --config.batch_size to a multiple of {process_count}."
     )
-  pairs = {name: sources.open_pair(part) for name, part in options.parts.items()}
+  if options.format == "labels":
+    pairs = {name: labels.open_pair(part, options) for name, part in options.parts.items()}
+  else:
+    pairs = {name: sources.open_pair(part) for name, part in options.parts.items()}
   if options.format == "chat":
     pairs = {name: tuple(map(Conversations, pair)) for name, pair in pairs.items()}
   training = {name: pair[0] for name, pair in pairs.items()}
   validation = {name: pair[1] for name, pair in pairs.items()}
+  if options.format == "labels" and process_index == 0:
+    labels.warn_of_duplicates(training, validation)
   tokenizer = tokenizers.train_or_load(
     options.tokenizer,
     lambda: _tokenizer_text(training, options.weights),
@@ -216,7 +226,12 @@ def open_dataset(
       chosen.save(epath.Path(workdir) / "tokenizer")  # To be talked to as it was trained.
     tokenizer, encoder = chosen, ChatEncoder(chosen, options.train_on)
 
-  def tokenise(side: Mapping[str, Source]) -> _Corpora:
+  def tokenise(side: Mapping[str, Source | LabelledTexts]) -> _Corpora:
+    if options.format == "labels":
+      encode = LabelEncoder(tokenizer, options).encode
+      return _Corpora(
+        side, {name: encode(texts, progress=progress) for name, texts in side.items()}
+      )
     return _Corpora(
       side,
       {
@@ -231,12 +246,19 @@ def open_dataset(
 
 
 def _warn_overlong(
-  side: str, windows: Mapping[str, Windows | PackedConversations], options: DataOptions
+  side: str,
+  windows: Mapping[str, Windows | PackedConversations | PackedExamples],
+  options: DataOptions,
 ) -> None:
   for name, rows in windows.items():
-    if isinstance(rows, PackedConversations) and rows.truncated + rows.dropped:
+    if isinstance(rows, PackedExamples) and rows.empty_words:
       logging.warning(
-        "data part %r, %s: of the conversations longer than a row of %d tokens, %d are truncated "
+        "data part %r, %s: words without any token, and so without a tag: %d.",
+        *(name, side, rows.empty_words),
+      )
+    if not isinstance(rows, Windows) and rows.truncated + rows.dropped:
+      logging.warning(
+        "data part %r, %s: of the records longer than a row of %d tokens, %d are truncated "
         "and %d dropped (data.overlong=%s).",
         *(name, side, options.sequence_length, rows.truncated, rows.dropped, options.overlong),
       )

@@ -5,7 +5,7 @@ Under a `text_key` of '' a document is a whole record, as JSON.
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,11 +38,14 @@ class Source(Protocol):
     """Returns a string that changes whenever the documents do."""
 
 
-def open_pair(options: PartOptions) -> tuple[Source, Source]:
+def open_pair(
+  options: PartOptions,
+  divide: Callable[[Source, float, int], tuple[Source, Source]] | None = None,
+) -> tuple[Source, Source]:
   """Opens a corpus: (training documents, validation documents).
 
   Validation is a split of its own (`validation_split`), files of its own (`validation_path`), or
-  `validation_fraction` of the training corpus.
+  `validation_fraction` of the training corpus, as `divide` or else `split` takes it.
   """
   source = _open(options, options.path, options.split)
   if not len(source):
@@ -58,7 +61,7 @@ def open_pair(options: PartOptions) -> tuple[Source, Source]:
       f"{source.name(0)}: a single record cannot be split into training and validation. "
       "Set --config.data.validation_path= to others."
     )
-  return split(source, options.validation_fraction, _SPLIT_SEED)
+  return (divide or split)(source, options.validation_fraction, _SPLIT_SEED)
 
 
 def _open(options: PartOptions, path: str, part: str) -> Source:

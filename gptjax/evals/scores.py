@@ -103,6 +103,18 @@ def classification_report(
   }
 
 
+def multi_label(gold_NK: np.ndarray, predicted_NK: np.ndarray) -> dict[str, Measure]:
+  """Of booleans: the share of examples with exactly their labels, and F1 over all decisions and as
+  the mean of the labels (scikit-learn)."""
+  metrics = need("sklearn.metrics")
+
+  def f1(average: str) -> Measure:
+    return lambda i: metrics.f1_score(gold_NK[i], predicted_NK[i], average=average, zero_division=0)
+
+  exact = (gold_NK == predicted_NK).all(axis=1)
+  return {"exact_match": mean_of(exact), "f1_micro": f1("micro"), "f1_macro": f1("macro")}
+
+
 def spearman(gold: Sequence[float], predicted: Sequence[float]) -> Measure:
   """Spearman's rank correlation (SciPy)."""
   from scipy import stats  # Half a second.
@@ -134,6 +146,19 @@ def calibration_error(
 def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
   """The number of the interval (b / bins, (b + 1) / bins] that each confidence lies in."""
   return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
+def spans(
+  golds: Sequence[tuple[int, int]], predicted: Sequence[tuple[int, int]]
+) -> dict[str, Measure]:
+  """Of (first, last) tokens: the share that is exactly right, and the mean F1 of their tokens."""
+  exact, f1 = [], []
+  for gold, found in zip(golds, predicted, strict=True):
+    common = max(min(gold[1], found[1]) - max(gold[0], found[0]) + 1, 0)
+    sizes = gold[1] - gold[0] + 1 + found[1] - found[0] + 1
+    exact.append(gold == found)
+    f1.append(2 * common / sizes)
+  return {"exact_match": mean_of(exact), "f1": mean_of(f1)}
 
 
 # --- Texts -------------------------------------------------------------------------------------

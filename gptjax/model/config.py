@@ -29,13 +29,16 @@ CHOICES = {
   "remat": ("none", "full", "save_attention", "save_qkv", "dots", "offload"),
   "attention": ("auto", "xla", "splash", "cudnn"),
   "dtype": ("float32", "bfloat16"),
+  "label_pooling": ("none", "mean"),
 }
 
-# How a model is initialised, trained and executed.
+DROPOUTS = ("embed_dropout", "attention_dropout", "residual_dropout", "label_dropout")
+
+# What a model is fine-tuned for, and how it is initialised, trained and executed.
 NOT_ARCHITECTURE = (
-  "embed_dropout",
-  "attention_dropout",
-  "residual_dropout",
+  *DROPOUTS,
+  "num_labels",
+  "label_pooling",
   "init_std",
   "residual_init",
   "scan_layers",
@@ -125,8 +128,14 @@ class ModelConfig:
     router_bias: a bias of the router's logits.
     shared_expert_dim: width of an expert that every token goes through besides (Dai et al. 2024,
       arXiv:2401.06066); 0 is none.
+  Labels in the place of tokens:
+    num_labels: scores that a head gives each token, instead of logits of the vocabulary; 0 is a
+      language model.
+    label_pooling: what the head reads: the token's hidden state ('none'), or the mean over its
+      segment ('mean').
   Training:
-    embed_dropout, attention_dropout, residual_dropout: rates, in training only.
+    embed_dropout, attention_dropout, residual_dropout, label_dropout: rates, in training only; the
+      last is of what the head of the labels reads.
     init_std: standard deviation of the normal initialisation.
     residual_init: projections onto the residual stream start 'scaled' by 1 / sqrt(2 * num_layers)
       (Radford et al. 2019, section 2.3), or at 'zero'.
@@ -204,9 +213,12 @@ class ModelConfig:
   router_normalize: bool = True
   router_bias: bool = False
   shared_expert_dim: int = 0
+  num_labels: int = 0
+  label_pooling: str = "none"
   embed_dropout: float = 0.0
   attention_dropout: float = 0.0
   residual_dropout: float = 0.0
+  label_dropout: float = 0.0
   init_std: float = 0.02
   residual_init: str = "scaled"
   parametrization: str = "standard"
@@ -273,7 +285,7 @@ class ModelConfig:
     if "local" in self.layer_pattern and self.window < 1:
       raise UserError(f"model.window={self.window}: a 'local' layer needs a window of at least 1.")
     self._check_architecture()
-    for field in ("embed_dropout", "attention_dropout", "residual_dropout"):
+    for field in DROPOUTS:
       if not 0 <= getattr(self, field) < 1:
         raise UserError(f"model.{field}={getattr(self, field)} is not in [0, 1).")
 
@@ -291,6 +303,8 @@ class ModelConfig:
       )
     if self.encoder_layers and self.num_experts:
       raise UserError("model.num_experts and model.encoder_layers are not known together.")
+    if self.encoder_layers and self.num_labels:
+      raise UserError("model.num_labels and model.encoder_layers are not known together.")
     if self.norm_offset and self.norm != "rmsnorm":
       raise UserError("model.norm_offset is of model.norm='rmsnorm' alone.")
     if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
@@ -381,4 +395,4 @@ class ModelConfig:
 
   @property
   def has_dropout(self) -> bool:
-    return max(self.embed_dropout, self.attention_dropout, self.residual_dropout) > 0
+    return any(getattr(self, field) for field in DROPOUTS)

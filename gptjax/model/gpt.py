@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.errors import UserError
+from gptjax.model.attention import same_segment
 from gptjax.model.block import make_norm
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import activate
@@ -33,7 +34,8 @@ class HeadTransform(nnx.Module):
 
 
 class GPT(Stack):
-  """Tokens in, logits out. Parameters are float32; those of all layers are stacked as [L, ...]."""
+  """Tokens in, logits out: of the vocabulary, or of labels. Parameters are float32; those of all
+  layers are stacked as [L, ...]."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, V, std = config.embed_dim, config.vocab_size, config.init_std
@@ -49,16 +51,18 @@ class GPT(Stack):
     self.embed_norm = make_norm(config) if config.embed_norm else None
     super().__init__(config, rngs)
     self.encoder = Stack(config.encoder, rngs) if config.encoder_layers else None
-    self.head_transform = HeadTransform(config, rngs) if config.head_transform else None
-    self.head = (
-      None
-      if config.tied_head
-      else Linear(
-        (D,), (V,), axes=("embed", "vocab"), bias=False, std=std, dtype=config.dtype, rngs=rngs
-      )
-    )
-    self.head_bias = nnx.Param(jnp.zeros(V), axes=("vocab",)) if config.head_bias else None
+    K = config.num_labels
+
+    def head(size: int, axis: str, bias: bool, dtype: str) -> Linear:
+      axes = ("embed", axis)
+      return Linear((D,), (size,), axes=axes, bias=bias, std=std, dtype=dtype, rngs=rngs)
+
+    self.head_transform = HeadTransform(config, rngs) if config.head_transform and not K else None
+    self.head = None if config.tied_head or K else head(V, "vocab", False, config.dtype)
+    has_bias = config.head_bias and not K
+    self.head_bias = nnx.Param(jnp.zeros(V), axes=("vocab",)) if has_bias else None
     self.pooler = _square(config, rngs) if config.pooler else None
+    self.label_head = head(K, "labels", True, "float32") if K else None
 
   def __call__(self, tokens_BT: jax.Array, **kwargs) -> jax.Array:
     """Logits [B, T, V], float32, of the token after each position, or of the token itself in a
@@ -173,7 +177,11 @@ class GPT(Stack):
     return constrain(x_BTD.astype(config.dtype), "batch", "residual_time", None)
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
-    """Hidden states [B, T, D] -> logits [B, T, V], float32."""
+    """Hidden states [B, T, D] -> logits [B, T, V], float32; UserError in a model of labels."""
+    if self.label_head is not None:
+      raise UserError(
+        f"the model scores {self.config.num_labels} labels (model.num_labels) and writes no text."
+      )
     x_BTD = self.features(x_BTD)
     logits_BTV = self.head(x_BTD) if self.head is not None else self.embed.scores(x_BTD)
     logits_BTV = logits_BTV.astype(jnp.float32)
@@ -193,6 +201,25 @@ class GPT(Stack):
     if self.head is None:
       return self.embed.embedding[...], ("vocab", "embed")
     return self.head.kernel[...], ("embed", "vocab")
+
+  def label_logits(
+    self,
+    x_BTD: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Hidden states [B, T, D] -> scores of the labels at each token [B, T, K], float32.
+
+    Under label_pooling='mean' all tokens of a segment have the scores of their mean. `key` is of
+    dropout.
+    """
+    x_BTD = x_BTD.astype(jnp.float32)
+    if self.config.label_pooling == "mean":
+      if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+      same_BTS = same_segment(segment_ids_BT, segment_ids_BT).astype(jnp.float32)
+      x_BTD = (same_BTS @ x_BTD) / same_BTS.sum(-1, keepdims=True)
+    return self.label_head(dropout(x_BTD, self.config.label_dropout, key))
 
   def pooled(self, x_BTD: jax.Array) -> jax.Array:
     """tanh(x W + b) of the first token of each row [B, D] (Devlin et al. 2019, section 4.1)."""

@@ -27,6 +27,8 @@ from gptjax.peft.virtual import PrefixAttention, PromptGPT, add_prefix, add_prom
 
 # Adapters of these become part of the projection's own parameters.
 MERGED = ("lora", "dora", "ia3", "bitfit", "prompt")
+# What is new in a model that scores labels, and trained whatever the method.
+LABEL_HEAD = ("label_head/kernel", "label_head/bias")
 
 
 def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
@@ -39,6 +41,9 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
     UserError: a rule of `config.targets` names nothing that could be adapted so, or the model
       cannot see virtual tokens.
   """
+  if model.label_head is not None:
+    for name in ("kernel", "bias"):
+      _train(model.label_head, name)
   match config.method:
     case "prompt":
       return add_prompt(model, config.virtual_tokens, rngs)
@@ -53,8 +58,7 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
     low_rank = {"rank": rank, "scale": config.scale(rank, alpha), "rngs": rngs}
     match config.method:
       case "bitfit":
-        bias = getattr(module, leaf)
-        setattr(module, leaf, Adapter(bias[...], axes=bias.axes))
+        _train(module, leaf)
         continue
       case "lora":
         adapted = LoRALinear(module, **low_rank)
@@ -68,6 +72,13 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
         adapted = ParallelFeedForward(module, **(low_rank | {"scale": alpha / rank}))
     setattr(parent, path[-1], adapted)
   return model
+
+
+def _train(module: nnx.Module, name: str) -> None:
+  """Makes an adapter of one of a module's own parameters."""
+  parameter = getattr(module, name)
+  told = {"fan_in_axes": parameter.fan_in_axes} if hasattr(parameter, "fan_in_axes") else {}
+  setattr(module, name, Adapter(parameter[...], axes=parameter.axes, **told))
 
 
 def find_targets(model: GPT, config: PeftConfig) -> dict[str, Mapping[str, Any]]:
@@ -91,13 +102,15 @@ def find_targets(model: GPT, config: PeftConfig) -> dict[str, Mapping[str, Any]]
 def _candidates(model: GPT, method: str) -> tuple[str, list[str]]:
   """What a method can adapt: a word for it, and names."""
   if method == "bitfit":
-    return "bias", [name for name in _parameters(model) if name.endswith("bias")]
+    biases = [name for name in _parameters(model) if name.endswith("bias")]
+    return "bias", [name for name in biases if name not in LABEL_HEAD]
   wanted = FeedForward if method == "parallel" else Linear
   paths = [
     "/".join(map(str, path))
     for path, module in nnx.iter_modules(model)
-    # The loss takes the kernel of the output projection and never calls the module.
-    if isinstance(module, wanted) and path != ("head",)
+    # The loss takes the kernel of the output projection and never calls the module; the head of
+    # labels is trained whole.
+    if isinstance(module, wanted) and path not in (("head",), ("label_head",))
   ]
   if method == "parallel":
     return "feed-forward network", paths
@@ -136,8 +149,9 @@ def initial_adapters(
   model_config: ModelConfig, config: PeftConfig, base: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
   """The trained parameters at first, a nested dict, of those of the model, `base`."""
-  graph = nnx.graphdef(abstract_model(model_config, None))
-  model = adapt(nnx.merge(graph, base), config, nnx.Rngs(seed))
+  model = GPT(model_config, nnx.Rngs(seed))
+  nnx.update(model, base)
+  model = adapt(model, config, nnx.Rngs(seed))
   return nnx.to_pure_dict(nnx.state(model, Adapter))
 
 

@@ -22,7 +22,7 @@ from gptjax import config as config_lib
 from gptjax.data.options import read_options
 from gptjax.errors import UserError, did_you_mean
 from gptjax.plan import Plan, make_plan
-from gptjax.train import VALIDATION_METRICS
+from gptjax.validation import VALIDATION_METRICS
 
 Overrides = Mapping[str, Any]
 Axis = Mapping[str, Overrides] | Iterable[tuple[str, Overrides]]

@@ -9,7 +9,10 @@ import ml_collections
 import pytest
 
 from configs.parts import data as presets
+from gptjax.data import labels
 from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.label_encoding import LabelEncoder
+from gptjax.data.options import read_options
 
 DOCUMENTS = [
   inspect.getsource(textwrap),
@@ -65,6 +68,7 @@ def make_config(tmp_path, corpus):
     seed=0,
     preset="text",
     objective="next_token",
+    visibility="causal",
     **data,
   ):
     keys = presets.get(preset) | {"cache_dir": str(tmp_path / "cache")}
@@ -77,9 +81,49 @@ def make_config(tmp_path, corpus):
         "sequence_length": sequence_length,
         "tokenizer": tokenizer,
         "objective": objective,
-        "model": {"decoder_start": 0},
+        "model": {"decoder_start": 0, "visibility": visibility},
         "data": keys | data,
       }
     )
+
+  return make
+
+
+@pytest.fixture
+def make_label_config(make_config, tmp_path):
+  """Returns a function that makes a config of records with labels, kept in records.jsonl.
+
+  They are for training and validation both, unless there is a `validation_fraction`.
+  """
+
+  def make(records, objective="classification", **keys):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    if "validation_fraction" not in keys:
+      keys.setdefault("validation_path", str(path))
+    return make_config(preset="jsonl", path=str(path), objective=objective, format="labels", **keys)
+
+  return make
+
+
+@pytest.fixture
+def wordpiece(tmp_path):
+  """Returns the path of a tiny vocab.txt as of BERT."""
+  path = tmp_path / "vocab.txt"
+  tokens = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on mat ##s . ann lee 我 爱"
+  path.write_text(tokens.replace(" ", "\n") + "\n")
+  return path
+
+
+@pytest.fixture
+def encode(make_label_config):
+  """Returns a function that encodes records with labels: (the `Examples`, the tokenizer)."""
+
+  def make(records, tokenizer="bytes", **keys):
+    config = make_label_config(records, tokenizer=str(tokenizer), **keys)
+    options = read_options(config)
+    texts, _ = labels.open_pair(options.parts["jsonl"], options)
+    tokenizer = tokenizer_lib.load(str(tokenizer))
+    return LabelEncoder(tokenizer, options).encode(texts), tokenizer
 
   return make

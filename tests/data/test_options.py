@@ -21,12 +21,17 @@ from gptjax.errors import UserError
     ({"overlong": "cut"}, "data.overlong: no choice 'cut'. Choose one of: drop, truncate"),
     (
       {"format": "chat"},
-      "data part 'text': a 'text' source has no conversations. data.format='chat'",
+      "data part 'text': a 'text' source has no records. data.format='chat'",
     ),
     (
       {"format": "chat", "source": "jsonl", "objective": "prefix"},
       "data.format='chat' needs objective='next_token' and data.fim_rate=0, not 'prefix' and 0.0",
     ),
+    (
+      {"format": "labels", "source": "jsonl"},
+      "data.format='labels' needs an objective one of classification, multi_label, regression, ",
+    ),
+    ({"objective": "span"}, "data.format='text' needs an objective of tokens, not 'span'"),
     ({"objective": "maskd"}, "objective: no choice 'maskd'. Did you mean 'masked'"),
     (
       {"objective": "prefix", "fim_rate": 0.5},

@@ -50,8 +50,8 @@ def make_chat_config(make_config, chats):
   return make
 
 
-@pytest.fixture(params=["plain", "fim", "mixture", "chat", *TOKENIZERS])
-def config(request, make_config, make_chat_config, corpus, tmp_path):
+@pytest.fixture(params=["plain", "fim", "mixture", "chat", "labels", *TOKENIZERS])
+def config(request, make_config, make_chat_config, make_label_config, corpus, tmp_path):
   match request.param:
     case "plain":
       return make_config()
@@ -59,6 +59,9 @@ def config(request, make_config, make_chat_config, corpus, tmp_path):
       return make_config(tokenizer="bpe:400", fim_rate=0.5)
     case "chat":
       return make_chat_config()
+    case "labels":
+      records = [{"text": f"{n} " * (n % 9 + 3), "label": n % 2} for n in range(100)]
+      return make_label_config(records, labels=("odd", "even"), validation_fraction=0.2)
     case "mixture":
       part = presets.PART_DEFAULTS | {"source": "text", "path": str(corpus), "weight": 1.0}
       one_file = part | {"path": str(corpus / "0.txt"), "weight": 2.5}
@@ -103,7 +106,7 @@ def test_batch_shapes(config, tmp_path):
   decoder_length = config.sequence_length if batch.encoder_inputs is None else 16
   for name, values in vars(batch).items():
     if values is None:
-      assert name == "prefix" or name.startswith("encoder_")
+      assert name in ("prefix", "token_types", "values") or name.startswith("encoder_")
     else:
       assert values.shape == (4, 64 if name.startswith("encoder_") else decoder_length)
       assert values.dtype == ("float32" if name == "weights" else "int32")

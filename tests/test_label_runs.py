@@ -1,0 +1,224 @@
+"""Runs that learn labels: what stops them, what they make, and that kills do not matter."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptjax import config as config_lib
+from gptjax.data import tokenizer as tokenizers
+from gptjax.errors import UserError
+from gptjax.evals.subject import Subject
+from gptjax.evaluate import evaluate
+from gptjax.generate import generate
+from gptjax.interop import huggingface
+from gptjax.metrics import read_metrics
+from gptjax.pretrained import load_checkpoint, load_model
+from gptjax.train import train
+from tests.test_train import ROOT
+
+SMALL = {
+  "total_epochs": 8.0,
+  "batch_size": 4,
+  "sequence_length": 64,
+  "tokenizer": "bytes",
+  "model.num_layers": 2,
+  "model.embed_dim": 16,
+  "model.num_heads": 2,
+  "model.mlp_dim": 32,
+  "model.residual_dropout": 0.1,
+  "model.label_dropout": 0.1,
+  "optim.learning_rate": 0.01,
+  "optim.layer_decay": 0.9,
+  "optim.freeze_layers": 1,
+  "optim.unfreeze_every_epochs": 0.5,
+  "label_smoothing": 0.1,
+  "r_drop": 1.0,
+  "log.every_steps": 1,
+  "log.tensorboard": False,
+  "eval.patience": 2,
+  "checkpoint.keep": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+  """A folder of texts that are shouted or not, of which some are labelled wrongly."""
+  folder, rng = tmp_path_factory.mktemp("records"), random.Random(0)
+  for name, count in (("train", 64), ("validation", 40)):
+    lines = []
+    for _ in range(count):
+      loud = rng.random() < 0.5
+      text = " ".join(rng.choices(["yes", "no", "so", "it", "is"], k=rng.randint(1, 4)))
+      label = "loud" if loud != (rng.random() < 0.2) else "quiet"
+      lines.append(json.dumps({"text": text.upper() if loud else text, "label": label}))
+    (folder / f"{name}.jsonl").write_text("\n".join(lines))
+  return folder
+
+
+def overrides(records: Path, **changes):
+  paths = {
+    "data.path": str(records / "train.jsonl"),
+    "data.validation_path": str(records / "validation.jsonl"),
+  }
+  return SMALL | paths | changes
+
+
+def load(records: Path, argument="task=classification,model=debug", **changes):
+  return config_lib.load(f"{ROOT}/configs/finetune.py:{argument}", overrides(records, **changes))
+
+
+@pytest.fixture(scope="module")
+def finished(records, tmp_path_factory):
+  """(work directory, what the training returned, what it said)."""
+  workdir, said = tmp_path_factory.mktemp("finished"), []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("gptjax.metrics.Writer.message", lambda _, text: said.append(text))
+    result = train(load(records), workdir)
+  return workdir, result, said
+
+
+def validations(workdir: Path) -> list[dict]:
+  keys = ("step", "val/loss", "val/accuracy", "val/ece", "val/mcc")
+  lines = [line for line in read_metrics(workdir) if "val/loss" in line]
+  return [{key: line[key] for key in keys} for line in lines]
+
+
+def test_it_stops_when_it_gets_no_better_and_has_made_the_best(finished):
+  workdir, result, said = finished
+  lines = validations(workdir)
+  after = lines[1:]
+  best = max(after, key=lambda line: line["val/accuracy"])
+  assert after.index(best) == len(after) - 3
+  assert max(line["step"] for line in lines) < 8 * (after[0]["step"])  # Of 8 epochs.
+  assert result["val/accuracy"] == best["val/accuracy"] > 0.6
+  assert any("2 validations, none better" in text for text in said)
+  _, step = load_checkpoint(workdir)
+  assert step == best["step"]
+
+
+def test_the_layers_that_are_frozen_are_those_of_the_start(finished):
+  workdir, _, _ = finished
+  model, _ = load_checkpoint(workdir)
+  fresh = nnx.state(type(model)(model.config, nnx.Rngs(0)), nnx.Param)
+  trained = nnx.state(model, nnx.Param)
+  before, after = (
+    np.asarray(nnx.to_pure_dict(state)["blocks"]["mlp"]["up"]["kernel"])
+    for state in (fresh, trained)
+  )
+  # Compiled, the draw is rounded otherwise.
+  np.testing.assert_allclose(after[0], before[0], atol=1e-7)
+  assert np.abs(after[1] - before[1]).max() > 1e-3
+
+
+def test_it_is_evaluated_as_it_was_validated(finished, records):
+  workdir, result, _ = finished
+  model, tokenizer = load_model(workdir)
+  subject = Subject(model, tokenizer, batch_size=3)
+  path = f"labels:{records / 'validation.jsonl'}"
+  (found,) = evaluate(subject, [path], resamples=10, config=config_lib.open_saved(workdir))
+  for name, metric in found.metrics.items():
+    assert metric.value == pytest.approx(result[f"val/{name}"], abs=1e-6)
+  lines = [json.loads(line) for line in (records / "validation.jsonl").read_text().splitlines()]
+  for prediction in found.predictions:
+    number = int(prediction["place"].rsplit(":", 1)[1])
+    assert prediction["target"] == lines[number - 1]["label"]
+  right = sum(one["target"] == one["prediction"] for one in found.predictions)
+  assert right / len(lines) == found.metrics["accuracy"].value
+
+
+def test_a_model_of_labels_writes_no_text(finished):
+  model, tokenizer = load_model(finished[0])
+  with pytest.raises(UserError, match=r"scores 2 labels \(model\.num_labels\) and writes no text"):
+    generate(model, tokenizer, ["yes"], max_tokens=1)
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("prefix", marks=pytest.mark.slow)])
+def test_adapters_are_trained_with_a_new_head(
+  method, records, tiny_config, random_params, tmp_path
+):
+  base = tiny_config(vocab_size=260, max_positions=128)
+  tokenizers.train("bpe:260", ["yes"]).save(tmp_path / "base")
+  family = huggingface.find_family(base)
+  huggingface.save(tmp_path / "base", base, random_params(base), family)
+  source = {
+    "init_from": f"hf:{tmp_path / 'base'}",
+    "tokenizer": "init_from",
+    "total_epochs": 1.0,
+    "optim.freeze_layers": 0,
+    "optim.unfreeze_every_epochs": 0,
+    "r_drop": 0.0,
+    "model.num_layers": 0,
+    "model.embed_dim": 0,
+    "model.num_heads": 0,
+    "model.mlp_dim": 0,
+  }
+  config = load(records, f"task=classification,peft={method}", **source)
+  result = train(config, tmp_path / "run")
+  manifest = json.loads(
+    next((tmp_path / "run/checkpoints").glob("*/manifest/metadata")).read_text()
+  )
+  params = {name for name in manifest["arrays"] if name.startswith("params/")}
+  assert {"params/label_head/kernel", "params/label_head/bias"} < params
+  assert not any("embed" in name or "mlp/up/kernel" in name for name in params)
+  model, tokenizer = load_model(tmp_path / "run")
+  path = f"labels:{records / 'validation.jsonl'}"
+  subject = Subject(model, tokenizer)
+  (found,) = evaluate(subject, [path], resamples=10, config=config_lib.open_saved(tmp_path / "run"))
+  assert found.metrics["accuracy"].value == pytest.approx(result["val/accuracy"])
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_as_if_it_had_not_been(records, tmp_path):
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  flags = [f"--config.{key}={value}" for key, value in overrides(records).items()]
+  program = [sys.executable, "-m", "gptjax.train", *flags]
+  program.append("--config=configs/finetune.py:task=classification,model=debug")
+
+  def start(workdir):
+    command = [*program, f"--workdir={workdir}"]
+    return subprocess.Popen(
+      command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+  whole = start(tmp_path / "whole")
+  output, _ = whole.communicate()
+  assert whole.returncode == 0, output
+  rng, kills = random.Random(0), 0
+  while kills < 10:
+    # So many lines more, and then a moment within the next step, save or evaluation.
+    process, lines = start(tmp_path / "killed"), rng.randrange(6)
+    begun = len(read_metrics(tmp_path / "killed"))
+    while process.poll() is None and len(read_metrics(tmp_path / "killed")) < begun + lines:
+      time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.5))
+    if process.poll() is not None:  # It came to its end: from the beginning again.
+      assert validations(tmp_path / "killed") == validations(tmp_path / "whole")
+      shutil.rmtree(tmp_path / "killed")
+      continue
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kills += 1
+  last = start(tmp_path / "killed")
+  output, _ = last.communicate()
+  assert last.returncode == 0, output
+  assert validations(tmp_path / "killed") == validations(tmp_path / "whole")
+  models = [load_checkpoint(tmp_path / name) for name in ("killed", "whole")]
+  assert models[0][1] == models[1][1]
+  states = [nnx.to_flat_state(nnx.state(model, nnx.Param)) for model, _ in models]
+  for (name, a), (_, b) in zip(*states, strict=True):
+    assert np.array_equal(a[...], b[...]), name
