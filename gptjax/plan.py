@@ -25,6 +25,7 @@ from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
 from gptjax.optim import Optimizer
 from gptjax.peft.config import PeftConfig
+from gptjax.peft.quantized import quantize_params
 from gptjax.peft.surgery import describe_adapters, without
 from gptjax.pretrained import read_model_config, tokenizer_of
 from gptjax.step import TrainState
@@ -152,8 +153,11 @@ class Plan:
     return traverse_util.unflatten_dict(flat, sep="/")
 
   def frozen(self, base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the step takes beside the state: those of the model that are not trained."""
-    return None if self.peft is None else without(base, self.trained)
+    """What the step takes beside the state: those of the model that are not trained, in the format
+    `peft.base`. As of `quantize_params`, `base` is not to be used any more."""
+    if self.peft is None:
+      return None
+    return quantize_params(without(base, self.trained), self.parameters, self.peft.base)
 
   def require_whole_model(self) -> None:
     """Raises UserError if only adapters are trained."""

@@ -21,9 +21,10 @@ from gptjax.errors import UserError
 from gptjax.interop.gguf import GGUFModel
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import GPT
+from gptjax.model.gpt import GPT, describe_parameters
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
+from gptjax.peft.quantized import quantize_params
 from gptjax.peft.surgery import LABEL_HEAD, MERGED, abstract_model, merge, without
 
 CHECKPOINTS = "checkpoints"
@@ -209,6 +210,7 @@ def _restore(
     base, found = load_base(config.init_from, model_config, base)
     check_base(report.base_checksum, found, workdir, config)
     frozen = without(base, tree.named_leaves(params))
+    frozen = quantize_params(frozen, describe_parameters(model_config), peft.base)
   return nnx.merge(graph, params, frozen), int(report.source.name)
 
 

@@ -10,6 +10,7 @@ DEFAULTS = {
   "alpha": 16.0,
   "rank_stabilized": False,
   "virtual_tokens": 20,
+  "base": "float32",
 }
 
 # Hu et al. 2021, section 4.2.

@@ -81,12 +81,22 @@ class Linear(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.kernel[...].astype(self.dtype)
-    y = contract(x.astype(self.dtype), kernel, self.contracted_axes, self.axes)
+    y = self.product(x)
     if self.bias is not None:
       bias = self.bias[...].astype(self.dtype)
       y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
     return y
+
+  def product(self, x: jax.Array) -> jax.Array:
+    """x @ kernel."""
+
+    def multiply(x: jax.Array) -> jax.Array:
+      kernel = self.kernel[...].astype(self.dtype)
+      return contract(x, kernel, self.contracted_axes, self.axes)
+
+    # Of a kernel that is dequantised, what it is made of is kept for the backward pass, not itself.
+    multiply = multiply if isinstance(self.kernel, nnx.Param) else jax.checkpoint(multiply)
+    return multiply(x.astype(self.dtype))
 
 
 class Embedding(nnx.Module):

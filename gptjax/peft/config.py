@@ -19,6 +19,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 # These put virtual tokens before the text, and have no targets.
 VIRTUAL_METHODS = ("prompt", "prefix")
+BASES = ("float32", "bfloat16", "int8", "nf4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,8 @@ class PeftConfig:
   alpha: the factor of A B and of a parallel bottleneck is alpha / rank,
   rank_stabilized: of A B alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
   virtual_tokens: how many; all text sees them.
+  base: what the kernels of the frozen layers are kept in: 'float32', 'bfloat16', or 'int8' or 'nf4'
+    as of `gptjax.peft.quantized`. The adapters and all products are as before.
   """
 
   method: str
@@ -53,12 +56,15 @@ class PeftConfig:
   alpha: float = 16.0
   rank_stabilized: bool = False
   virtual_tokens: int = 20
+  base: str = "float32"
 
   def __post_init__(self):
     if self.method not in METHODS:
       raise UserError(
         f"peft.method: no method {self.method!r}. {did_you_mean(self.method, METHODS)}"
       )
+    if self.base not in BASES:
+      raise UserError(f"peft.base: no format {self.base!r}. {did_you_mean(self.base, BASES)}")
     if self.method in VIRTUAL_METHODS:
       if self.targets:
         raise UserError(f"peft.method={self.method!r} has no peft.targets.")
@@ -80,6 +86,8 @@ class PeftConfig:
   def from_config(cls, config: Mapping[str, Any] | None) -> "PeftConfig | None":
     """Of `config.peft`; None if all of the model is trained."""
     if not config or config["method"] == "none":
+      if config and config.get("base", "float32") != "float32":
+        raise UserError(f"peft.base={config['base']!r} is of a frozen model: choose a peft.method.")
       return None
     known = [field.name for field in dataclasses.fields(cls)]
     for key in config:

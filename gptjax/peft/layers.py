@@ -104,9 +104,7 @@ class DoRALinear(LoRALinear):
     self.magnitude = Adapter(self._norms(), axes=self._out_axes)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = x.astype(self.dtype)
-    kernel = self.kernel[...].astype(self.dtype)
-    y = contract(x, kernel, self.contracted_axes, self.axes) + self._low_rank(x)
+    y = self.product(x) + self._low_rank(x)
     ratio = self.magnitude[...] / jax.lax.stop_gradient(self._norms())
     y *= _trailing(ratio.astype(self.dtype), y)
     if self.bias is not None:

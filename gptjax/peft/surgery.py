@@ -1,5 +1,6 @@
 """Puts adapters on a model, and merges them into it."""
 
+import dataclasses
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from gptjax.peft.layers import (
   LoRALinear,
   ParallelFeedForward,
 )
+from gptjax.peft.quantized import QuantizedKernel, quantize_model
 from gptjax.peft.virtual import PrefixAttention, PromptGPT, add_prefix, add_prompt
 
 # Adapters of these become part of the projection's own parameters.
@@ -32,7 +34,8 @@ LABEL_HEAD = ("label_head/kernel", "label_head/bias")
 
 
 def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
-  """Puts adapters on a model, which then still computes what it did, but for virtual tokens.
+  """Puts adapters on a model, which then still computes what it did, but for virtual tokens and
+  what the format `config.base` rounds off.
 
   The model itself is changed, and not to be used any more. Its parameters keep their names; those
   that are to be trained are `Adapter`s, so `nnx.split(adapted, Adapter, ...)` tells them apart.
@@ -44,6 +47,7 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
   if model.label_head is not None:
     for name in ("kernel", "bias"):
       _train(model.label_head, name)
+  quantize_model(model, config.base)
   match config.method:
     case "prompt":
       return add_prompt(model, config.virtual_tokens, rngs)
@@ -173,6 +177,9 @@ def merge(model: GPT) -> GPT:
   """A model without adapters that computes the same: a plain `GPT`, or, where a prompt was tuned,
   one with the keys and values that the prompt makes.
 
+  Of a quantised base, what the adapters were trained beside are its dequantised kernels, so they
+  are merged into these; the plain model is float32 again.
+
   Raises:
     UserError: the adapters cannot become part of a plain model.
   """
@@ -184,10 +191,14 @@ def merge(model: GPT) -> GPT:
       raise UserError(f"{'/'.join(map(str, path))}: {type(module).__name__} is not to be merged.")
   plain = abstract_model(model.config, None)
   params = {name: x[...] for name, x in _parameters(model).items() if name in _parameters(plain)}
+  for path, module in nnx.iter_modules(model):
+    if isinstance(module, QuantizedKernel):
+      params["/".join(map(str, path))] = module[...]
   for path, layer in _adapted_linears(model):
     params[f"{path}/kernel"], bias = layer.merged()
     if bias is not None:
       params[f"{path}/bias"] = bias
+  params = {name: x.astype("float32") for name, x in params.items()}
   return nnx.merge(nnx.graphdef(plain), traverse_util.unflatten_dict(params, sep="/"))
 
 
@@ -204,7 +215,7 @@ def unmerge(model: GPT, config: PeftConfig, adapters: Mapping[str, Any]) -> GPT:
   """
   if config.method not in ("lora", "ia3"):
     raise UserError(f"peft.method={config.method!r}: what was merged cannot be told apart again.")
-  adapted = put_on(model, config, adapters)
+  adapted = put_on(model, dataclasses.replace(config, base="float32"), adapters)
   for _, layer in _adapted_linears(adapted):
     bias = None if layer.bias is None else layer.bias[...]
     layer.kernel[...], bias = layer.unmerged(layer.kernel[...], bias)
