@@ -124,9 +124,7 @@ def quantize_model(model: GPT, base: str) -> None:
   """
   for name in _quantized(describe(model), base):
     *path, leaf = name.split("/")
-    module = model
-    for part in path:
-      module = getattr(module, part)
+    module = functools.reduce(getattr, path, model)
     kernel = getattr(module, leaf)
     if base == "bfloat16":
       kernel.set_value(kernel[...].astype(jnp.bfloat16))

@@ -236,7 +236,6 @@ def test_a_run_learns_and_goes_on_bit_for_bit(quantized_run, make_config, tmp_pa
   shutil.rmtree(tmp_path / "run/checkpoints/4")
   train(make_config("lora", **NF4_RUN), tmp_path / "run")
   models = [load_checkpoint(workdir)[0] for workdir in (quantized_run, tmp_path / "run")]
-  assert isinstance(models[0].blocks.mlp.up.kernel, QuantizedKernel)
   for expected, actual in zip(*(jax.tree.leaves(nnx.state(m)) for m in models), strict=True):
     np.testing.assert_array_equal(actual, expected)
 
@@ -247,6 +246,7 @@ def test_a_run_is_loaded_with_its_adapters_merged_into_the_dequantised_kernels(
   merged, _ = load_model(quantized_run)
   assert type(merged) is GPT
   adapted, _ = load_checkpoint(quantized_run)
+  assert isinstance(adapted.blocks.mlp.up.kernel, QuantizedKernel)
   np.testing.assert_allclose(logits(merged), logits(adapted), atol=1e-4)
   np.testing.assert_array_equal(merged.blocks.mlp.up.kernel[...], adapted.blocks.mlp.up.kernel[...])
 
