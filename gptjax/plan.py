@@ -24,6 +24,7 @@ from gptjax.label_losses import LabelLoss
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
 from gptjax.optim import Optimizer
+from gptjax.peft.adalora import allocate_ranks
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.quantized import quantize_params
 from gptjax.peft.surgery import describe_adapters, without
@@ -133,9 +134,12 @@ class Plan:
         warmup_steps=length.steps(config, "warmup"),
         decay_steps=length.steps(config, "decay"),
       )
-    return optim.make_optimizer(
+    optimizer = optim.make_optimizer(
       config, self.trained, schedule, self.model.width_ratio, unfreeze_steps
     )
+    if self.peft is not None and self.peft.method == "adalora":
+      return allocate_ranks(optimizer, self.config.peft, self.trained, length)
+    return optimizer
 
   def abstract_state(self, optimizer: Optimizer) -> TrainState:
     ema = self.config.optim.ema_decay > 0

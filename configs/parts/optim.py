@@ -6,7 +6,7 @@ rate (`lr`) and of the weight decay (`decay`), another `algorithm`, or `frozen=T
 
 # Norm scales, biases, sinks and the weights of mixtures are not decayed: pulling them to zero is no
 # regularisation.
-_VECTORS = r"norm|bias$|ia3_scale$|magnitude$|mix|sinks"
+_VECTORS = r"norm|bias$|ia3_scale$|magnitude$|singular_values$|mix|sinks"
 _DECAY_MATRICES = ((_VECTORS, {"decay": 0.0}), (r".*", {}))
 
 # Muon and SOAP are for matrices inside the network; the rest trains with AdamW.

@@ -9,12 +9,19 @@ DEFAULTS = {
   "rank": 8,
   "alpha": 16.0,
   "rank_stabilized": False,
+  "target_rank": 8,
+  "orthogonal_penalty": 0.1,
+  "budget_initial_percent": 10.0,
+  "budget_final_percent": 50.0,
+  "budget_every_steps": 10,
   "virtual_tokens": 20,
   "base": "float32",
 }
 
 # Hu et al. 2021, section 4.2.
 _QUERY_AND_VALUE = ((r"attention/(query|value)/kernel$", {}),)
+# Zhang et al. 2023, section 4.
+_ALL_MATRICES = ((r"attention/(query|key|value|out)/kernel$|mlp/(gate|up|down)/kernel$", {}),)
 # Houlsby et al. 2019, figure 2: behind both branches of each layer.
 _BRANCHES = ((r"attention/out/kernel$|mlp/down/kernel$", {}),)
 
@@ -22,6 +29,8 @@ PEFT = {
   "none": {},
   "lora": {"method": "lora", "targets": _QUERY_AND_VALUE},
   "rslora": {"method": "lora", "targets": _QUERY_AND_VALUE, "rank_stabilized": True},
+  # As many again by half at first as in the end (Zhang et al. 2023, section 3.3).
+  "adalora": {"method": "adalora", "targets": _ALL_MATRICES, "rank": 12, "target_rank": 8},
   "dora": {"method": "dora", "targets": _QUERY_AND_VALUE},
   # Liu et al. 2022, section 3.3: keys, values, and what the feed-forward network makes within.
   "ia3": {

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from gptjax.config import DURATION
 from gptjax.errors import UserError, did_you_mean
 
 # Methods, and what a rule of their `targets` may say of the parameters that it matches.
 METHODS: Mapping[str, tuple[str, ...]] = {
   "lora": ("rank", "alpha"),
+  "adalora": ("rank", "alpha"),
   "dora": ("rank", "alpha"),
   "ia3": ("scale_input",),
   "bitfit": (),
@@ -17,6 +19,8 @@ METHODS: Mapping[str, tuple[str, ...]] = {
   "prompt": (),
   "prefix": (),
 }
+# Of 'adalora': until lambdas are first set to 0, with those that are left in the end, and between.
+DURATIONS = ("budget_initial", "budget_final", "budget_every")
 # These put virtual tokens before the text, and have no targets.
 VIRTUAL_METHODS = ("prompt", "prefix")
 BASES = ("float32", "bfloat16", "int8", "nf4")
@@ -28,6 +32,8 @@ class PeftConfig:
 
   method:
     'lora': W + alpha / rank A B (Hu et al. 2021, arXiv:2106.09685).
+    'adalora': W + alpha / rank A diag(lambda) B, of whose lambdas the least important are set to 0
+      (Zhang et al. 2023, arXiv:2303.10512); when and how is said in `gptjax.peft.adalora`.
     'dora': LoRA of the direction of each column of W, and its length (Liu et al. 2024,
       arXiv:2402.09353).
     'ia3': a factor of each output of a projection, or of each input (Liu et al. 2022,
@@ -45,9 +51,13 @@ class PeftConfig:
   rank: of A B, or the width of a bottleneck.
   alpha: the factor of A B and of a parallel bottleneck is alpha / rank,
   rank_stabilized: of A B alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
+  target_rank: of 'adalora', the mean number of lambdas of a matrix that are left in the end.
+  orthogonal_penalty: of 'adalora', gamma, the factor of |A^T A - I|^2 + |B B^T - I|^2.
   virtual_tokens: how many; all text sees them.
   base: what the kernels of the frozen layers are kept in: 'float32', 'bfloat16', or 'int8' or 'nf4'
     as of `gptjax.peft.quantized`. The adapters and all products are as before.
+
+  Of 'adalora', `config.peft` also has the durations `DURATIONS`, which only a run gives a meaning.
   """
 
   method: str
@@ -55,6 +65,8 @@ class PeftConfig:
   rank: int = 8
   alpha: float = 16.0
   rank_stabilized: bool = False
+  target_rank: int = 8
+  orthogonal_penalty: float = 0.1
   virtual_tokens: int = 20
   base: str = "float32"
 
@@ -79,8 +91,13 @@ class PeftConfig:
             f"peft.targets: no option {key!r} in the rule {pattern!r} of method {self.method!r} "
             f"(options: {', '.join(METHODS[self.method]) or 'none'})."
           )
-      if options.get("rank", self.rank) < 1:
-        raise UserError(f"peft.targets: a rank of {options.get('rank', self.rank)} is below 1.")
+      if (rank := options.get("rank", self.rank)) < 1:
+        raise UserError(f"peft.targets: a rank of {rank} is below 1.")
+      if self.method == "adalora" and not 1 <= self.target_rank <= rank:
+        raise UserError(
+          f"peft.target_rank={self.target_rank} is not between 1 and the rank {rank} of the rule "
+          f"{pattern!r}, which it is what is left of."
+        )
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any] | None) -> "PeftConfig | None":
@@ -90,10 +107,11 @@ class PeftConfig:
         raise UserError(f"peft.base={config['base']!r} is of a frozen model: choose a peft.method.")
       return None
     known = [field.name for field in dataclasses.fields(cls)]
-    for key in config:
+    fields = {key: value for key, value in config.items() if not _is_duration(key)}
+    for key in fields:
       if key not in known:
         raise UserError(f"peft: no key {key!r}. {did_you_mean(key, known)}")
-    return cls(**config)
+    return cls(**fields)
 
   @property
   def rules(self) -> list[tuple[str, Mapping[str, Any]]]:
@@ -103,3 +121,8 @@ class PeftConfig:
   def scale(self, rank: int, alpha: float) -> float:
     """The factor of a product of this rank."""
     return alpha / (rank**0.5 if self.rank_stabilized else rank)
+
+
+def _is_duration(key: str) -> bool:
+  found = DURATION.fullmatch(key)
+  return found is not None and found["stem"] in DURATIONS

@@ -27,7 +27,13 @@ from gptjax.peft.surgery import describe_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_TYPES = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
+_TYPES = {
+  "LORA": "lora",
+  "ADALORA": "adalora",
+  "IA3": "ia3",
+  "PROMPT_TUNING": "prompt",
+  "PREFIX_TUNING": "prefix",
+}
 
 # Of bookkeeping, of training, or repeated by the names and shapes of the tensors.
 _NOT_READ = {
@@ -45,6 +51,14 @@ _NOT_READ = {
   "layers_pattern",
   "rank_pattern",
   "r",
+  "target_r",
+  "tinit",
+  "tfinal",
+  "deltaT",
+  "beta1",
+  "beta2",
+  "total_step",
+  "orth_reg_weight",
   "fan_in_fan_out",
   "megatron_core",
   "qalora_group_size",
@@ -68,7 +82,7 @@ _ONLY = {
   "init_lora_weights": (True, False, "gaussian"),
   "num_transformer_submodules": (1, None),
 }
-_READ = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"}
+_READ = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "init_r"}
 
 
 def read(
@@ -115,7 +129,7 @@ def write(
     "inference_mode": True,
   }
   match config.method:
-    case "lora" | "dora":
+    case "lora" | "adalora" | "dora":
       own, tensors = _write_lora(config, flat, _entries(model_config, family), model_config)
     case "ia3":
       own, tensors = _write_ia3(config, flat, _entries(model_config, family), model_config)
@@ -250,30 +264,45 @@ def _path(name: str, leaf: str) -> str:
 def _read_lora(fields, tensors: _Tensors, projections, model_config):
   flat: dict[str, np.ndarray] = {}
   rules = []
-  has_magnitude = bool(fields.get("use_dora"))
+  method = "dora" if fields.get("use_dora") else _TYPES[fields["peft_type"]]
   for projection in projections:
-    a_names = projection.tensor_names("lora_A.weight")
+    a_names, b_names = (projection.tensor_names(_factor(method, part)) for part in "AB")
     if not any(name in tensors for name in a_names):
       continue
-    a = np.stack([tensors.take(name).T for name in a_names])
-    rank = a.shape[-1]
-    b = projection.split(
-      [tensors.take(name) for name in projection.tensor_names("lora_B.weight")], rank
-    )
-    magnitudes = [None] * len(b)
-    if has_magnitude:
+    a, b = ([tensors.take(name) for name in names] for names in (a_names, b_names))
+    rank = a[0].shape[0]
+    extra = [{} for _ in projection.names]
+    if method == "adalora":
+      # Each layer is stored without the triplets whose singular value was set to 0.
+      rank = fields["init_r"]
+      a, b = [_padded(x, rank, 0) for x in a], [_padded(x, rank, 1) for x in b]
+      names = projection.tensor_names("lora_E")
+      values = np.stack([_padded(tensors.take(name), rank, 0)[:, 0] for name in names])
+      extra = [{"singular_values": values} for _ in projection.names]
+    elif method == "dora":
       names = projection.tensor_names("lora_magnitude_vector")
       magnitudes = projection.split([tensors.take(name) for name in names])
+      extra = [{"magnitude": magnitude} for magnitude in magnitudes]
+    a = np.stack(a).swapaxes(1, 2).reshape(projection.layers, *projection.in_shape, rank)
     alpha = _alpha(fields, projection)
-    for name, b_of_name, magnitude in zip(projection.names, b, magnitudes, strict=True):
+    for name, b_of_name, more in zip(
+      projection.names, projection.split(b, rank), extra, strict=True
+    ):
       rules.append((f"^{name}$", {"rank": rank, "alpha": alpha}))
-      flat[_path(name, "lora_a")] = a.reshape(projection.layers, *projection.in_shape, rank)
-      flat[_path(name, "lora_b")] = b_of_name
-      if magnitude is not None:
-        flat[_path(name, "magnitude")] = magnitude
-  method = "dora" if has_magnitude else "lora"
-  stabilized = bool(fields.get("use_rslora"))
-  return PeftConfig(method, targets=tuple(rules), rank_stabilized=stabilized), flat
+      leaves = {"lora_a": a, "lora_b": b_of_name} | more
+      flat |= {_path(name, leaf): value for leaf, value in leaves.items()}
+  stabilized = bool(fields.get("use_rslora")) and method != "adalora"
+  target_rank = {"target_rank": 1} if method == "adalora" else {}
+  return PeftConfig(method, tuple(rules), rank_stabilized=stabilized, **target_rank), flat
+
+
+def _factor(method: str, part: str) -> str:
+  """What the library calls A or B."""
+  return f"lora_{part}" if method == "adalora" else f"lora_{part}.weight"
+
+
+def _padded(x: np.ndarray, rank: int, axis: int) -> np.ndarray:
+  return np.pad(x, [(0, rank - size if i == axis else 0) for i, size in enumerate(x.shape)])
 
 
 def _alpha(fields: Mapping[str, Any], projection: _Projection) -> float:
@@ -304,10 +333,11 @@ def _write_lora(config: PeftConfig, flat, projections, model_config):
   for projection in adapted:
     rank, alpha, a, b = _joined(projection, options, flat, config)
     ranks[projection.target], alphas[projection.target] = rank, alpha
-    a_of_layer = a.reshape(projection.layers, -1, rank).swapaxes(1, 2)
-    tensors |= dict(zip(projection.tensor_names("lora_A.weight"), a_of_layer, strict=True))
-    b_of_layer = projection.join(b, rank)
-    tensors |= dict(zip(projection.tensor_names("lora_B.weight"), b_of_layer, strict=True))
+    parts = {_factor(config.method, "A"): a, _factor(config.method, "B"): projection.join(b, rank)}
+    if config.method == "adalora":
+      parts |= {"lora_A": a[:, :, :-1], "lora_E": a[:, :, -1:]}
+    for part, layers in parts.items():
+      tensors |= dict(zip(projection.tensor_names(part), layers, strict=True))
     if config.method == "dora":
       if lacking := [name for name in projection.names if name not in options]:
         raise UserError(f"{projection.target!r} cannot be written: {lacking[0]!r} is not adapted.")
@@ -315,18 +345,36 @@ def _write_lora(config: PeftConfig, flat, projections, model_config):
       names = projection.tensor_names("lora_magnitude_vector")
       tensors |= dict(zip(names, magnitudes, strict=True))
   first = next(iter(ranks))
-  return {
+  fields = {
+    "target_modules": sorted(ranks),
+    "fan_in_fan_out": any(projection.fan_in_fan_out for projection in adapted),
+    "lora_dropout": 0.0,
+    "bias": "none",
+  }
+  if config.method == "adalora":
+    # One rank and one factor for all: the others are made up for.
+    scales = {name: config.scale(rank, alphas[name]) for name, rank in ranks.items()}
+    rank = max(ranks.values())
+    for projection in adapted:
+      for part, axis in (("A", 0), ("B", 1), ("E", 0)):
+        factor = scales[projection.target] / scales[first] if part == "E" else 1.0
+        for name in projection.tensor_names(f"lora_{part}"):
+          tensors[name] = np.float32(factor) * _padded(tensors[name], rank, axis)
+    return fields | {
+      "peft_type": "ADALORA",
+      "init_r": rank,
+      "target_r": config.target_rank,
+      "lora_alpha": scales[first] * rank,
+      "total_step": 1,  # The library asks for one, even where nothing is trained.
+    }, tensors
+  return fields | {
     "peft_type": "LORA",
     "r": ranks[first],
     "lora_alpha": alphas[first],
     "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
     "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
-    "target_modules": sorted(ranks),
     "use_rslora": config.rank_stabilized,
     "use_dora": config.method == "dora",
-    "fan_in_fan_out": any(projection.fan_in_fan_out for projection in adapted),
-    "lora_dropout": 0.0,
-    "bias": "none",
   }, tensors
 
 
@@ -350,9 +398,18 @@ def _adapted(projections, names: Mapping[str, Any]) -> Iterator[_Projection]:
 
 
 def _joined(projection: _Projection, options, flat, config: PeftConfig):
-  """Rank, alpha, A [L, *in, rank] and B [L, rank, *out] of each name, of one product for all."""
+  """Rank, alpha, A [L, rank, in] and B [L, rank, *out] of each name, of one product for all.
+
+  Singular values are the last column of A.
+  """
   adapted = [name for name in projection.names if name in options]
-  a_of = {name: flat[_path(name, "lora_a")] for name in adapted}
+  a_of = {
+    name: flat[_path(name, "lora_a")].reshape(projection.layers, -1, options[name][0])
+    for name in adapted
+  }
+  if config.method == "adalora":
+    for name, a in a_of.items():
+      a_of[name] = np.concatenate([a, flat[_path(name, "singular_values")][:, None]], axis=1)
   b_of = {name: flat[_path(name, "lora_b")] for name in adapted}
   rank, alpha = options[adapted[0]]
   same = all(
@@ -375,7 +432,8 @@ def _joined(projection: _Projection, options, flat, config: PeftConfig):
       rows = slice(places[name], places[name] + own_rank)
       joined[:, rows] = b_of[name] * np.float32(config.scale(*options[name]) / scale)
     b.append(joined)
-  return total, scale * (math.sqrt(total) if config.rank_stabilized else total), a, b
+  alpha = scale * (math.sqrt(total) if config.rank_stabilized else total)
+  return total, alpha, a.swapaxes(1, 2), b
 
 
 def _read_ia3(fields, tensors: _Tensors, projections, model_config):

@@ -80,16 +80,39 @@ class LoRALinear(AdaptedLinear):
     return kernel - self._change(), bias
 
   def _low_rank(self, x: jax.Array) -> jax.Array:
-    a, b = self.lora_a[...].astype(self.dtype), self.lora_b[...].astype(self.dtype)
+    a, b = self._inward().astype(self.dtype), self.lora_b[...].astype(self.dtype)
     h = contract(x.astype(self.dtype), a, self.contracted_axes, (*self._in_axes, "rank"))
     return contract(self.scale * h, b, 1, ("rank", *self._out_axes))
 
   def _change(self) -> jax.Array:
     """scale A B, in the shape of the kernel."""
     stack, ins, outs = split_shape(self)
-    a = self.lora_a[...].reshape(*stack, math.prod(ins), -1)
+    a = self._inward().reshape(*stack, math.prod(ins), -1)
     b = self.lora_b[...].reshape(*stack, -1, math.prod(outs))
     return self.scale * (a @ b).reshape(self.kernel.shape)
+
+  def _inward(self) -> jax.Array:
+    return self.lora_a[...]
+
+
+class AdaLoRALinear(LoRALinear):
+  """x W + b + scale x A diag(lambda) B (Zhang et al. 2023, equation 3), A and B normal of standard
+  deviation 0.02 and lambda 0 at first. Their P and Q are the transposes of B and A.
+
+  singular_values: float32 [r], lambda.
+  """
+
+  def __init__(self, base: Linear, *, rank: int, scale: float, rngs: nnx.Rngs):
+    super().__init__(base, rank=rank, scale=scale, rngs=rngs)
+    for factor in (self.lora_a, self.lora_b):
+      factor[...] = 0.02 * jax.random.normal(rngs.params(), factor.shape)
+    stack, _, _ = split_shape(base)
+    self.singular_values = Adapter(jnp.zeros((*stack, rank)), axes=("rank",))
+
+  def _inward(self) -> jax.Array:
+    stack, ins, _ = split_shape(self)
+    values = self.singular_values[...].reshape(*stack, *(1,) * len(ins), -1)
+    return self.lora_a[...] * values
 
 
 class DoRALinear(LoRALinear):

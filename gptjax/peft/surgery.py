@@ -15,6 +15,7 @@ from gptjax.model.gpt import GPT, ParameterInfo, describe
 from gptjax.model.layers import Linear
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import (
+  AdaLoRALinear,
   AdaptedLinear,
   Adapter,
   Bottleneck,
@@ -28,7 +29,7 @@ from gptjax.peft.quantized import QuantizedKernel, quantize_model
 from gptjax.peft.virtual import PrefixAttention, PromptGPT, add_prefix, add_prompt
 
 # Adapters of these become part of the projection's own parameters.
-MERGED = ("lora", "dora", "ia3", "bitfit", "prompt")
+MERGED = ("lora", "adalora", "dora", "ia3", "bitfit", "prompt")
 # What is new in a model that scores labels, and trained whatever the method.
 LABEL_HEAD = ("label_head/kernel", "label_head/bias")
 
@@ -66,6 +67,8 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
         continue
       case "lora":
         adapted = LoRALinear(module, **low_rank)
+      case "adalora":
+        adapted = AdaLoRALinear(module, **low_rank)
       case "dora":
         adapted = DoRALinear(module, **low_rank)
       case "ia3":
@@ -213,7 +216,7 @@ def unmerge(model: GPT, config: PeftConfig, adapters: Mapping[str, Any]) -> GPT:
   Raises:
     UserError: the method loses what the parameters were.
   """
-  if config.method not in ("lora", "ia3"):
+  if config.method not in ("lora", "adalora", "ia3"):
     raise UserError(f"peft.method={config.method!r}: what was merged cannot be told apart again.")
   adapted = put_on(model, dataclasses.replace(config, base="float32"), adapters)
   for _, layer in _adapted_linears(adapted):

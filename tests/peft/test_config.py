@@ -17,6 +17,10 @@ from gptjax.peft.config import PeftConfig
       "no option 'rang' in the rule 'query'",
     ),
     ({"method": "lora", "targets": (("query", {"rank": 0}),)}, "a rank of 0 is below 1"),
+    (
+      {"method": "adalora", "targets": ("query",), "rank": 4, "target_rank": 5},
+      "peft.target_rank=5 is not between 1 and the rank 4 of the rule 'query'",
+    ),
     ({"method": "lora", "target": ("query",)}, "no key 'target'. Did you mean 'targets'"),
   ],
 )

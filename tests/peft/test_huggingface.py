@@ -38,6 +38,7 @@ GPT2 = {
   "eos_token_id": None,
 }
 TOKENS = np.random.default_rng(0).integers(0, V, (2, 6)).astype(np.int32)
+LINEARS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 LORA = {"r": 3, "lora_alpha": 5}
 # name: (model, config of the library, its fields)
 CASES = {
@@ -46,10 +47,15 @@ CASES = {
     "LoraConfig",
     LORA
     | {
-      "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+      "target_modules": LINEARS,
       "rank_pattern": {"self_attn.o_proj": 2},
       "alpha_pattern": {"up_proj": 7},
     },
+  ),
+  "adalora": (
+    "llama",
+    "AdaLoraConfig",
+    {"init_r": 3, "target_r": 2, "lora_alpha": 5, "total_step": 9, "target_modules": LINEARS},
   ),
   "dora": (
     "llama",
@@ -167,17 +173,16 @@ def test_logits_are_those_of_the_peft_library_and_both_ways(name, bases, referen
     np.testing.assert_allclose(tree.named_leaves(same)[leaf], value, rtol=1e-6, err_msg=leaf)
 
 
+@pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_several_of_our_projections_become_blocks_of_one_of_theirs(
-  bases,
-  reference,
-  tmp_path,
+  method, bases, reference, tmp_path
 ):
   torch, _ = reference
   import peft
 
   model, opened, params = bases("gpt2")
   targets = (("query", {"rank": 2, "alpha": 3.0}), ("value", {"rank": 4}), ("mlp/up", {}))
-  config = PeftConfig("lora", targets=targets, rank=3, rank_stabilized=True)
+  config = PeftConfig(method, targets=targets, rank=3, rank_stabilized=True, target_rank=2)
   rng = np.random.default_rng(0)
   adapters = jax.tree.map(
     lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32),
@@ -185,12 +190,42 @@ def test_several_of_our_projections_become_blocks_of_one_of_theirs(
   )
   huggingface.write(tmp_path, opened.config, config, adapters, opened.family)
   fields = json.loads((tmp_path / "adapter_config.json").read_text())
-  assert sorted([fields["r"], *fields["rank_pattern"].values()]) == [3, 6]
+  if method == "lora":
+    assert sorted([fields["r"], *fields["rank_pattern"].values()]) == [3, 6]
+  else:
+    assert fields["init_r"] == 6
   loaded = peft.PeftModel.from_pretrained(model, tmp_path).eval()
   expected = our_logits(opened, params, config, adapters)
   np.testing.assert_allclose(
     their_logits(torch, loaded), expected, atol=1e-4 * np.abs(expected).max()
   )
+
+
+def test_triplets_that_the_library_left_out_are_read_as_zeros(bases, reference, tmp_path):
+  torch, _ = reference
+  import peft
+
+  model, opened, params = bases("llama")
+  config = peft.AdaLoraConfig(
+    task_type="CAUSAL_LM", init_r=3, total_step=9, target_modules=["q_proj"]
+  )
+  adapted = peft.get_peft_model(model, config).eval()
+  kept = [[True, False, True], [False, True, False]]
+  names = [f"model.layers.{i}.self_attn.q_proj.lora_E.default" for i in range(2)]
+  with torch.no_grad():
+    for name, parameter in adapted.named_parameters():
+      if "lora_" in name:
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    for name, rows in zip(names, kept, strict=True):
+      adapted.get_parameter(f"base_model.model.{name}").mul_(torch.tensor(rows)[:, None])
+  expected = their_logits(torch, adapted)
+  adapted.peft_config["default"].rank_pattern = dict(zip(names, kept, strict=True))
+  adapted.save_pretrained(tmp_path)
+  read, adapters = huggingface.read(tmp_path, opened.config, opened.family)
+  values = tree.named_leaves(adapters)["blocks/attention/query/singular_values"]
+  assert (values != 0).sum(-1).tolist() == [2, 1]
+  actual = our_logits(opened, params, read, adapters)
+  np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")

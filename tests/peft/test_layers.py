@@ -5,7 +5,14 @@ import pytest
 from flax import nnx
 
 from gptjax.model.layers import Linear
-from gptjax.peft.layers import Bottleneck, DoRALinear, HoulsbyLinear, IA3Linear, LoRALinear
+from gptjax.peft.layers import (
+  AdaLoRALinear,
+  Bottleneck,
+  DoRALinear,
+  HoulsbyLinear,
+  IA3Linear,
+  LoRALinear,
+)
 
 SHAPES = [((3,), (2, 4)), ((2, 4), (3,))]
 
@@ -43,6 +50,18 @@ def test_lora_is_its_formula(parts):
   random_like(layer.lora_b)
   a, b = layer.lora_a[...].reshape(-1, 2), layer.lora_b[...].reshape(2, -1)
   assert_is(layer(x), flat @ (matrix + 3 * np.asarray(a @ b)) + bias)
+
+
+def test_adalora_is_its_formula(parts):
+  base, x, flat, matrix, bias = parts
+  layer = AdaLoRALinear(base, rank=2, scale=3.0, rngs=nnx.Rngs(3))
+  np.testing.assert_array_equal(layer(x), base(x))
+  assert float(jnp.abs(layer.lora_b[...]).min()) > 0  # Lambda alone is 0: else it would not train.
+  for seed, name in enumerate(("lora_a", "lora_b", "singular_values")):
+    random_like(getattr(layer, name), seed)
+  a, b = layer.lora_a[...].reshape(-1, 2), layer.lora_b[...].reshape(2, -1)
+  change = np.asarray(a @ jnp.diag(layer.singular_values[...]) @ b)
+  assert_is(layer(x), flat @ (matrix + 3 * change) + bias)
 
 
 def test_dora_is_its_formula_and_its_norm_has_no_gradient(parts):
@@ -98,6 +117,7 @@ def test_adapters_compute_in_the_dtype_of_the_projection_and_are_float32():
   base = linear((3,), (4,), "bfloat16")
   layers = [
     LoRALinear(base, rank=2, scale=1.0, rngs=nnx.Rngs(0)),
+    AdaLoRALinear(base, rank=2, scale=1.0, rngs=nnx.Rngs(0)),
     DoRALinear(base, rank=2, scale=1.0, rngs=nnx.Rngs(0)),
     IA3Linear(base, scale_input=True),
     HoulsbyLinear(base, rank=2, rngs=nnx.Rngs(0)),

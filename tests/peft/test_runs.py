@@ -88,13 +88,22 @@ def test_a_checkpoint_holds_adapters_alone(lora):
   assert sizes < 3 * 896 + 10  # The adapters and two moments of each.
 
 
-def test_it_goes_on_bit_for_bit(lora, make_config, tmp_path):
-  shutil.copytree(lora[0], tmp_path / "run")
+def test_a_budget_of_ranks_is_kept_and_it_goes_on_bit_for_bit(make_config, tmp_path):
+  """What AdaLoRA knows of importance is a part of the state."""
+  phases = {f"peft.budget_{name}_steps": 1 for name in ("initial", "final", "every")}
+  few = {"peft.targets": ("query", "value"), "peft.rank": 4, "peft.target_rank": 2}
+  config = make_config("adalora", **phases, **few)
+  whole = tmp_path / "whole"
+  train(config, whole)
+  shutil.copytree(whole, tmp_path / "run")
   shutil.rmtree(tmp_path / "run/checkpoints/4")
-  train(make_config("lora"), tmp_path / "run")
-  expected, _ = load_checkpoint(lora[0])
+  train(config, tmp_path / "run")
+  expected, _ = load_checkpoint(whole)
   actual, step = load_checkpoint(tmp_path / "run")
   assert step == 4
+  adapters = tree.named_leaves(nnx.to_pure_dict(nnx.state(actual, Adapter)))
+  values = [x for name, x in adapters.items() if name.endswith("singular_values")]
+  assert sum(np.count_nonzero(x) for x in values) == 2 * 2 * 2  # Of 2 matrices in 2 layers.
   for a, b in zip(
     *(jax.tree.leaves(nnx.state(m, Adapter)) for m in (actual, expected)), strict=True
   ):

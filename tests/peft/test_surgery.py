@@ -24,10 +24,10 @@ ONE = dict.fromkeys(sharding.MESH_AXES, 1)
 
 
 def preset(name, **changes):
-  return PeftConfig.from_config(DEFAULTS | PEFT[name] | {"rank": 4} | changes)
+  return PeftConfig.from_config(DEFAULTS | PEFT[name] | {"rank": 4, "target_rank": 2} | changes)
 
 
-PROJECTIONS = ["lora", "dora", "ia3", "houlsby", "parallel"]
+PROJECTIONS = ["lora", "adalora", "dora", "ia3", "houlsby", "parallel"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_an_adapted_model_computes_what_it_did(name, make_model, logits, base_lo
   np.testing.assert_allclose(logits(adapted), base_logits, atol=1e-5 if name == "dora" else 0)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "ia3"])
 def test_merged_it_is_a_plain_model_with_the_same_logits(
   name, make_adapted, logits, base_logits, model_config
 ):
@@ -59,7 +59,7 @@ def test_merged_it_is_a_plain_model_with_the_same_logits(
   np.testing.assert_allclose(logits(merged), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "ia3"])
 def test_what_was_merged_can_be_taken_out_again(name, make_adapted):
   adapted = make_adapted(preset(name))
   adapters = nnx.to_pure_dict(nnx.state(adapted, Adapter))
