@@ -50,5 +50,6 @@ PEFT = {
     "alpha": 256.0,
   },
   "prompt": {"method": "prompt"},
+  "ptuning": {"method": "ptuning"},
   "prefix": {"method": "prefix"},
 }

@@ -17,12 +17,13 @@ METHODS: Mapping[str, tuple[str, ...]] = {
   "houlsby": ("rank",),
   "parallel": ("rank", "alpha"),
   "prompt": (),
+  "ptuning": (),
   "prefix": (),
 }
 # Of 'adalora': until lambdas are first set to 0, with those that are left in the end, and between.
 DURATIONS = ("budget_initial", "budget_final", "budget_every")
 # These put virtual tokens before the text, and have no targets.
-VIRTUAL_METHODS = ("prompt", "prefix")
+VIRTUAL_METHODS = ("prompt", "ptuning", "prefix")
 BASES = ("float32", "bfloat16", "int8", "nf4")
 
 
@@ -42,6 +43,8 @@ class PeftConfig:
     'houlsby': a bottleneck behind a projection (Houlsby et al. 2019, arXiv:1902.00751).
     'parallel': a bottleneck beside the feed-forward network (He et al. 2022, arXiv:2110.04366).
     'prompt': embeddings of virtual tokens (Lester et al. 2021, arXiv:2104.08691).
+    'ptuning': the same, made of trained vectors by a small network (Liu et al. 2021,
+      arXiv:2103.10385).
     'prefix': keys and values of virtual tokens in each layer (Li and Liang 2021,
       arXiv:2101.00190), without a network that makes them.
   targets: rules, a pattern or (pattern, options) each, of the parameters that are adapted: kernels

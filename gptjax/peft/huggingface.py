@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from gptjax import tree
 from gptjax.errors import UserError
@@ -23,7 +23,7 @@ from gptjax.interop.tensors import Entry, applicable
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, describe_parameters
 from gptjax.peft.config import PeftConfig
-from gptjax.peft.surgery import describe_adapters
+from gptjax.peft.surgery import abstract_model, describe_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -32,6 +32,7 @@ _TYPES = {
   "ADALORA": "adalora",
   "IA3": "ia3",
   "PROMPT_TUNING": "prompt",
+  "P_TUNING": "prompt",
   "PREFIX_TUNING": "prefix",
 }
 
@@ -73,6 +74,9 @@ _NOT_READ = {
   "token_dim",
   "num_virtual_tokens",
   "encoder_hidden_size",
+  "encoder_reparameterization_type",
+  "encoder_num_layers",
+  "encoder_dropout",
   "prefix_projection",
 }
 # Fields of which only these values leave the model to be what the tensors say.
@@ -89,6 +93,8 @@ def read(
   folder: Path, model_config: ModelConfig, family: Family
 ) -> tuple[PeftConfig, dict[str, Any]]:
   """What `surgery.put_on` takes, of a folder of the `peft` library for a model of this family.
+
+  P-tuning is stored as the embeddings that its network makes, and read as prompt tuning.
 
   Raises:
     UserError: the folder lacks a file, a field has a value that is not known, a tensor is missing
@@ -133,7 +139,7 @@ def write(
       own, tensors = _write_lora(config, flat, _entries(model_config, family), model_config)
     case "ia3":
       own, tensors = _write_ia3(config, flat, _entries(model_config, family), model_config)
-    case "prompt" | "prefix":
+    case "prompt" | "ptuning" | "prefix":
       own, tensors = _write_virtual(config, flat, model_config)
     case _:
       raise UserError(f"peft.method={config.method!r} is not one of the `peft` library.")
@@ -516,12 +522,18 @@ def _write_virtual(config: PeftConfig, flat, model_config: ModelConfig):
     "num_layers": model_config.num_layers,
     "num_transformer_submodules": 1,
   }
-  if config.method == "prompt":
+  if config.method != "prefix":
+    prompt = flat["prompt"]
+    if config.method == "ptuning":
+      model = abstract_model(model_config, config)
+      nnx.update(model, traverse_util.unflatten_dict(flat, sep="/"))
+      prompt = np.asarray(model.embeddings())
+      fields |= {"encoder_hidden_size": model_config.embed_dim}
     return fields | {
-      "peft_type": "PROMPT_TUNING",
+      "peft_type": "P_TUNING" if config.method == "ptuning" else "PROMPT_TUNING",
       "token_dim": model_config.embed_dim,
       "num_attention_heads": model_config.num_heads,
-    }, {"prompt_embeddings": flat["prompt"]}
+    }, {"prompt_embeddings": prompt}
   pair = [flat[f"blocks/attention/prefix_{part}"] for part in ("keys", "values")]
   embeddings = np.stack(pair).transpose(2, 1, 0, 3, 4).reshape(config.virtual_tokens, -1)
   return fields | {

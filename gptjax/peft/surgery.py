@@ -26,10 +26,16 @@ from gptjax.peft.layers import (
   ParallelFeedForward,
 )
 from gptjax.peft.quantized import QuantizedKernel, quantize_model
-from gptjax.peft.virtual import PrefixAttention, PromptGPT, add_prefix, add_prompt
+from gptjax.peft.virtual import (
+  PrefixAttention,
+  PromptGPT,
+  add_encoded_prompt,
+  add_prefix,
+  add_prompt,
+)
 
 # Adapters of these become part of the projection's own parameters.
-MERGED = ("lora", "adalora", "dora", "ia3", "bitfit", "prompt")
+MERGED = ("lora", "adalora", "dora", "ia3", "bitfit", "prompt", "ptuning")
 # What is new in a model that scores labels, and trained whatever the method.
 LABEL_HEAD = ("label_head/kernel", "label_head/bias")
 
@@ -52,6 +58,8 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
   match config.method:
     case "prompt":
       return add_prompt(model, config.virtual_tokens, rngs)
+    case "ptuning":
+      return add_encoded_prompt(model, config.virtual_tokens, rngs)
     case "prefix":
       return add_prefix(model, config.virtual_tokens, rngs)
   for name, options in find_targets(model, config).items():

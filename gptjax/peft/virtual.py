@@ -90,11 +90,15 @@ class PromptGPT(GPT):
   def run(self, x_BTD: jax.Array, positions_BT: jax.Array, **kwargs):
     return self.as_prefix(*self.keys_and_values()).run(x_BTD, positions_BT, **kwargs)
 
+  def embeddings(self) -> jax.Array:
+    """Those that are read before the text, float32 [P, D]."""
+    return self.prompt[...]
+
   def keys_and_values(self) -> tuple[jax.Array, jax.Array]:
     """What the prompt makes in each layer, [L, P, K, H] each."""
-    P = self.prompt.shape[0]
+    x_1PD = self.embeddings()[None]
+    P = x_1PD.shape[1]
     positions_1P = jnp.arange(P)[None]
-    x_1PD = self.prompt[...][None]
     if self.position is not None:
       x_1PD += self.position(positions_1P + self.config.position_offset - P)
     x_1PD = x_1PD.astype(self.config.dtype)
@@ -106,6 +110,48 @@ class PromptGPT(GPT):
     prefixed = PrefixGPT(self, nnx.Variable(keys), nnx.Variable(values))
     del prefixed.prompt
     return prefixed
+
+
+class PTuningGPT(PromptGPT):
+  """A prompt that a network makes of trained vectors [P, D] (Liu et al. 2021, section 3.2): two
+  hidden layers with ReLU, the one of the `peft` library that is no LSTM."""
+
+  def __init__(self, base: GPT, prompt: nnx.Variable, rngs: nnx.Rngs):
+    super().__init__(base, prompt)
+    self.prompt_encoder = PromptEncoder(prompt.shape[1], rngs)
+
+  def embeddings(self) -> jax.Array:
+    return self.prompt_encoder(self.prompt[...])
+
+  def as_prefix(self, keys: jax.Array, values: jax.Array) -> PrefixGPT:
+    prefixed = super().as_prefix(keys, values)
+    del prefixed.prompt_encoder
+    return prefixed
+
+
+class PromptEncoder(nnx.Module):
+  """float32 [P, D] -> [P, D]."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    self.first, self.second, self.last = (PromptProjection(width, rngs) for _ in range(3))
+
+  def __call__(self, x_PD: jax.Array) -> jax.Array:
+    return self.last(jax.nn.relu(self.second(jax.nn.relu(self.first(x_PD)))))
+
+
+class PromptProjection(nnx.Module):
+  """x W + b, float32 [D, D] and [D], uniform up to 1 / sqrt(D)."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    def uniform(*shape: int) -> jax.Array:
+      return jax.random.uniform(rngs.params(), shape, minval=-(width**-0.5), maxval=width**-0.5)
+
+    # Without fan_in_axes, since it is not run for every token, and no FLOPs of each.
+    self.kernel = Adapter(uniform(width, width), axes=("embed", None))
+    self.bias = Adapter(uniform(width), axes=(None,))
+
+  def __call__(self, x_PD: jax.Array) -> jax.Array:
+    return x_PD @ self.kernel[...] + self.bias[...][None]
 
 
 def add_prefix(model: GPT, tokens: int, rngs: nnx.Rngs) -> PrefixGPT:
@@ -127,6 +173,13 @@ def add_prompt(model: GPT, tokens: int, rngs: nnx.Rngs) -> PromptGPT:
   ids = jax.random.randint(rngs.params(), (tokens,), 0, config.vocab_size)
   prompt = model.embed(ids) * config.embed_scale
   return PromptGPT(model, Adapter(prompt, axes=("positions", "embed")))
+
+
+def add_encoded_prompt(model: GPT, tokens: int, rngs: nnx.Rngs) -> PTuningGPT:
+  """A prompt that a network makes of vectors, normal of standard deviation 1 at first."""
+  config = _check(model, tokens)
+  vectors = jax.random.normal(rngs.params(), (tokens, config.embed_dim))
+  return PTuningGPT(model, Adapter(vectors, axes=("positions", "embed")), rngs)
 
 
 def _check(model: GPT, tokens: int):

@@ -68,6 +68,7 @@ CASES = {
     {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
   ),
   "prompt": ("llama", "PromptTuningConfig", {"num_virtual_tokens": 3}),
+  "ptuning": ("llama", "PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 8}),
   "prefix": ("llama", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
   "gpt2-rslora": (
     "gpt2",
@@ -131,7 +132,7 @@ def our_logits(opened, params, config, adapters):
 
 
 # Each method once, on one of the models, in the quick tests.
-SLOW = ("dora", "ia3", "gpt2-prompt")
+SLOW = ("dora", "ia3", "ptuning", "gpt2-prompt")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,21 @@ def test_triplets_that_the_library_left_out_are_read_as_zeros(bases, reference, 
   assert (values != 0).sum(-1).tolist() == [2, 1]
   actual = our_logits(opened, params, read, adapters)
   np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_library_reads_the_prompt_that_a_network_made(bases, reference, tmp_path):
+  torch, _ = reference
+  import peft
+
+  model, opened, params = bases("llama")
+  config = PeftConfig("ptuning", virtual_tokens=3)
+  adapters = initial_adapters(opened.config, config, params, 0)
+  huggingface.write(tmp_path, opened.config, config, adapters, opened.family)
+  loaded = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+  expected = our_logits(opened, params, config, adapters)
+  np.testing.assert_allclose(
+    their_logits(torch, loaded), expected, atol=1e-4 * np.abs(expected).max()
+  )
 
 
 @pytest.fixture(scope="module")

@@ -52,10 +52,11 @@ def test_token_by_token_is_the_same(make_adapted, logits):
   np.testing.assert_allclose(decode(state), logits(model), atol=2e-5)
 
 
-def test_a_tuned_prompt_becomes_the_keys_and_values_that_it_makes(make_adapted, logits):
-  model = make_adapted(PeftConfig("prompt", virtual_tokens=3), by=0.5)
+@pytest.mark.parametrize("method", ["prompt", "ptuning"])
+def test_a_tuned_prompt_becomes_the_keys_and_values_that_it_makes(method, make_adapted, logits):
+  model = make_adapted(PeftConfig(method, virtual_tokens=3), by=0.5)
   merged = merge(model)
-  assert not hasattr(merged, "prompt")
+  assert not {"prompt", "prompt_encoder"} & set(vars(merged))
   assert merged.blocks.attention.prefix_keys.shape == (2, 3, 2, 4)
   np.testing.assert_allclose(logits(merged), logits(model), atol=1e-5)
 
@@ -64,6 +65,15 @@ def test_a_prompt_starts_as_tokens_of_the_vocabulary(make_model):
   model = adapt(make_model(), PeftConfig("prompt", virtual_tokens=3), nnx.Rngs(0))
   table = np.asarray(model.embed.embedding[...])
   assert all((table == row).all(axis=1).any() for row in np.asarray(model.prompt[...]))
+
+
+def test_the_network_of_a_prompt_is_its_formula(make_adapted):
+  model = make_adapted(PeftConfig("ptuning", virtual_tokens=3))
+  x, layers = np.asarray(model.prompt[...]), nnx.to_pure_dict(nnx.state(model.prompt_encoder))
+  for name in ("first", "second", "last"):
+    x = x @ layers[name]["kernel"] + layers[name]["bias"][None]
+    x = x if name == "last" else np.maximum(x, 0)
+  np.testing.assert_allclose(model.embeddings(), x, rtol=1e-4, atol=1e-5)
 
 
 def test_virtual_tokens_take_learned_positions(make_adapted, learned, logits):
