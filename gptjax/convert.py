@@ -1,19 +1,24 @@
 """Models from one format to another, exactly.
 
-    python -m gptjax.convert --from=MODEL --to=DIR [--format=gptjax|hf] [--verify]
+    python -m gptjax.convert --from=MODEL --to=DIR [--format=gptjax|hf|peft] [--verify]
+    python -m gptjax.convert --from=MODEL --to=DIR --adapter=FOLDER [--format=gptjax|hf]
 
 MODEL is a folder of Hugging Face's files, an id of its Hub, a .gguf file, or the work directory of
 a run. `--format=gptjax` writes what --checkpoint and init_from take; `hf` writes config.json,
 safetensors and the tokenizer, which `transformers` loads. `--verify` runs both and compares.
+
+Adapters go both ways too: `--format=peft` writes those that a run trained as a folder of the `peft`
+library, and `--adapter` merges such a folder into its base, MODEL, before that is written.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import safetensors.numpy
 import tokenizers
 from absl import flags
 from etils import epath
@@ -27,52 +32,65 @@ from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
+from gptjax.interop.family import Family
 from gptjax.interop.safetensors_files import DTYPES
 from gptjax.interop.verify import verify
+from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, describe, describe_parameters
-from gptjax.pretrained import CHECKPOINTS, TOKENIZER, load_model, open_foreign, read_model_config
+from gptjax.peft import huggingface as adapter_files
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.layers import Adapter
+from gptjax.peft.surgery import merge, put_on
+from gptjax.pretrained import (
+  CHECKPOINTS,
+  TOKENIZER,
+  load_checkpoint,
+  load_model,
+  open_foreign,
+  read_model_config,
+)
 
-FORMATS = ("gptjax", "hf")
+FORMATS = ("gptjax", "hf", "peft")
 # Of the largest logit: float32 sums of a few thousand terms in another order.
 _TOLERANCE = 1e-3
 
 
 def convert(
-  source: str, target: Path, *, to: str, family: str | None = None, dtype: str = "float32"
+  source: str,
+  target: Path,
+  *,
+  to: str,
+  family: str | None = None,
+  dtype: str = "float32",
+  adapter: Path | None = None,
 ) -> None:
-  """Writes the model and the tokenizer of a checkpoint into a new folder.
+  """Writes the model and the tokenizer of a checkpoint, or its adapters, into a new folder.
 
   Args:
-    source: as `pretrained.load_model` takes it.
+    source: as `pretrained.load_model` takes it; of 'peft', a run that trained adapters.
     target: does not exist, or is empty. It appears whole or not at all.
-    to: 'gptjax' or 'hf'.
-    family: of 'hf', its `model_type`; None is the source's, or the first that fits.
+    to: 'gptjax', 'hf' or 'peft'.
+    family: of 'hf', 'peft' and an adapter, its `model_type`; None is that of the source or of what
+      it started from, or the first that fits.
     dtype: of 'hf', that of the weights.
+    adapter: a folder of the `peft` library to merge into the model.
 
   Raises:
     UserError: the source cannot be read, the target is there or cannot be written, the family
-      cannot be the model, or the dtype cannot hold a weight.
+      cannot be the model, the dtype cannot hold a weight, or the adapters cannot be merged, or not
+      be written.
   """
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"--to={target} is there already and not empty; nothing is overwritten.")
-  if to == "hf":
-    foreign = open_foreign(source)
-    if family is None and isinstance(foreign, huggingface.HuggingFaceModel):
-      family = foreign.family.model_type
-    chosen = huggingface.find_family(read_model_config(source), family)
-  model, tokenizer = load_model(source)
-  if set(describe(model)) != set(describe_parameters(model.config)):
-    raise UserError(f"{source}: its adapters cannot be merged, so that no format here can hold it.")
+  if to == "peft":
+    write = _adapters_of(source, family)
+  else:
+    write = _model_of(source, to, family, dtype, adapter)
   partial = target.with_name(f"{target.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:
     partial.mkdir(parents=True)
-    if to == "hf":
-      params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-      huggingface.save(partial, model.config, params, chosen, dtype)
-      _save_tokenizer(partial, tokenizer)
-    else:
-      _save_run(partial, model, tokenizer)
+    write(partial)
     if target.exists():
       target.rmdir()
     partial.rename(target)
@@ -80,6 +98,52 @@ def convert(
     raise UserError(f"--to={target}: cannot be written ({error}).") from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _model_of(
+  source: str, to: str, family: str | None, dtype: str, adapter: Path | None
+) -> Callable[[Path], None]:
+  """Loads a model, merged with an adapter; returns what writes it into a folder."""
+  if to == "hf" or adapter is not None:
+    chosen = _find_family(source, read_model_config(source), family)
+  model, tokenizer = load_model(source)
+  if adapter is not None:
+    model = merge(put_on(model, *adapter_files.read(adapter, model.config, chosen)))
+  if set(describe(model)) != set(describe_parameters(model.config)):
+    of = source if adapter is None else adapter
+    raise UserError(f"{of}: its adapters cannot be merged, so that no format here can hold it.")
+
+  def write(folder: Path) -> None:
+    if to == "gptjax":
+      _save_run(folder, model, tokenizer)
+      return
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    huggingface.save(folder, model.config, params, chosen, dtype)
+    _save_tokenizer(folder, tokenizer)
+
+  return write
+
+
+def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
+  """Loads the adapters of a run; returns what writes them into a folder."""
+  config = None if open_foreign(source) else config_lib.open_saved(epath.Path(source))
+  peft = None if config is None else PeftConfig.from_config(config.get("peft"))
+  if peft is None:
+    raise UserError(f"--format=peft: {source} is no run that trained adapters.")
+  model_config = read_model_config(source)
+  chosen = _find_family(config.init_from, model_config, family)
+  model, _ = load_checkpoint(source)
+  adapters = nnx.to_pure_dict(nnx.state(model, Adapter))
+  base = config.init_from.removeprefix("hf:")
+  return lambda folder: adapter_files.write(folder, model_config, peft, adapters, chosen, base)
+
+
+def _find_family(source: str, config: ModelConfig, family: str | None) -> Family:
+  """The one that is named, that of the source's files, or the first that can be the model."""
+  foreign = None if family else open_foreign(source)
+  if isinstance(foreign, huggingface.HuggingFaceModel):
+    family = foreign.family.model_type
+  return huggingface.find_family(config, family)
 
 
 def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -146,7 +210,8 @@ def _define_flags() -> None:
   flags.DEFINE_string("from", None, "Folder, Hub id, .gguf file or work directory.", required=True)
   flags.DEFINE_string("to", None, "Folder to write, which must not exist.", required=True)
   flags.DEFINE_enum("format", "gptjax", FORMATS, "What to write.")
-  flags.DEFINE_string("family", None, "Of --format=hf: the architecture, such as 'llama'.")
+  flags.DEFINE_string("family", None, "Of Hugging Face's files: the architecture, as 'llama'.")
+  flags.DEFINE_string("adapter", None, "Folder of the peft library, to merge into the model.")
   flags.DEFINE_enum("dtype", "float32", tuple(DTYPES), "Of --format=hf: that of the weights.")
   flags.DEFINE_bool("verify", False, "Hold the result against transformers.")
 
@@ -154,21 +219,32 @@ def _define_flags() -> None:
 def main(overrides: Mapping[str, str]) -> int:
   if overrides:
     raise UserError("gptjax.convert takes no --config.KEY flags.")
-  if FLAGS.format != "hf" and (FLAGS.dtype != "float32" or FLAGS.family):
-    raise UserError("--dtype and --family are of --format=hf; a run's parameters are float32.")
+  if FLAGS.format != "hf" and FLAGS.dtype != "float32":
+    raise UserError("--dtype is of --format=hf; a run's parameters are float32.")
+  if FLAGS.format == "gptjax" and FLAGS.family and not FLAGS.adapter:
+    raise UserError("--family is of --format=hf, --format=peft and --adapter.")
+  if FLAGS.format == "peft" and FLAGS.adapter:
+    raise UserError("--adapter is merged into a model, of which --format=peft writes none.")
   source, target = name_checkpoint(FLAGS["from"].value), Path(FLAGS.to).expanduser()
   is_foreign = source.startswith(("hf:", "gguf:"))
-  if FLAGS.verify and FLAGS.format != "hf" and not is_foreign:
+  unchanged = is_foreign and FLAGS.dtype == "float32" and not FLAGS.adapter
+  if FLAGS.verify and FLAGS.format != "hf" and not unchanged:
     raise UserError("--verify: neither side is one that transformers could load.")
-  convert(source, target, to=FLAGS.format, family=FLAGS.family, dtype=FLAGS.dtype)
+  adapter = Path(FLAGS.adapter).expanduser() if FLAGS.adapter else None
+  options = {"family": FLAGS.family, "dtype": FLAGS.dtype, "adapter": adapter}
+  convert(source, target, to=FLAGS.format, **options)
+  if FLAGS.format == "peft":
+    tensors = safetensors.numpy.load_file(target / adapter_files.WEIGHTS)
+    print(f"{target}: {sum(x.size for x in tensors.values()):,} parameters of adapters")
+    return 0
   written = f"hf:{target}" if FLAGS.format == "hf" else str(target)
   model, tokenizer = load_model(written)
   count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
   print(f"{target}: {count:,} parameters, {tokenizer.vocab_size:,} tokens")
   if not FLAGS.verify:
     return 0
-  # Weights that were rounded are those of the source no longer.
-  return check(model, tokenizer, source if is_foreign and FLAGS.dtype == "float32" else written)
+  # Weights that were rounded or merged are those of the source no longer.
+  return check(model, tokenizer, source if unchanged else written)
 
 
 def check(model: GPT, tokenizer: Tokenizer, reference: str) -> int:

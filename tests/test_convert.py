@@ -6,18 +6,23 @@ import os
 import shutil
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import nnx
+from flax import nnx, traverse_util
 
 from gptjax import convert as convert_lib
 from gptjax import tree
+from gptjax.checkpoint import Checkpoints, checksum
 from gptjax.convert import convert, main, name_checkpoint
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.verify import Agreement
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.surgery import initial_adapters
 from gptjax.pretrained import load_model
 from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 
@@ -209,7 +214,7 @@ def command(monkeypatch):
 
   def call(source, target, **changes):
     values = {"from": str(source), "to": str(target), "format": "gptjax", "family": None}
-    values |= {"dtype": "float32", "verify": False} | changes
+    values |= {"dtype": "float32", "verify": False, "adapter": None} | changes
     monkeypatch.setattr(convert_lib, "FLAGS", Flags(**values))
     return main({})
 
@@ -248,8 +253,76 @@ def test_the_command_fails_if_the_models_differ(
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"family": "llama"}])
 def test_flags_of_the_other_format_are_refused(command, original, tmp_path, changes):
-  with pytest.raises(UserError, match="--dtype and --family are of --format=hf"):
+  with pytest.raises(UserError, match=f"--{next(iter(changes))} is of --format=hf"):
     command(original[0], tmp_path / "run", **changes)
+
+
+@pytest.fixture(scope="module")
+def make_adapter_run(original, tmp_path_factory):
+  """Returns a function that makes the work directory of a run that trained adapters."""
+
+  def make(method, targets=()):
+    opened = HuggingFaceModel(str(original[0]))
+    peft = PeftConfig(method, targets, rank=2, virtual_tokens=3)
+    base = traverse_util.unflatten_dict(original[1], sep="/")
+    initial = initial_adapters(opened.config, peft, base, 0)
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype("float32"), initial)
+    workdir = tmp_path_factory.mktemp(method)
+    values = {"model": vars(opened.config), "init_from": f"hf:{original[0]}"}
+    values["peft"] = vars(peft)
+    (workdir / "config.json").write_text(json.dumps(values))
+    tokenizer_lib.load(str(original[0])).save(workdir / "tokenizer")
+    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+      found = jnp.uint32(checksum(jax.tree.map(jnp.asarray, base)))
+      checkpoints.save(3, {"params": adapters, "base_checksum": found})
+    return workdir
+
+  return make
+
+
+def test_adapters_of_a_run_go_out_and_come_back_merged(
+  command, make_adapter_run, original, tmp_path, capsys
+):
+  run = make_adapter_run("lora", (("query|mlp/down", {"alpha": 8.0}),))
+  assert command(run, tmp_path / "peft", format="peft") == 0
+  # Of 2 layers, 16 to 16 and 32 to 16, of rank 2.
+  assert capsys.readouterr().out == f"{tmp_path / 'peft'}: 320 parameters of adapters\n"
+  fields = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+  assert fields["base_model_name_or_path"] == str(original[0])
+  expected = named_params(load_model(run)[0])
+  assert command(original[0], tmp_path / "run", adapter=str(tmp_path / "peft")) == 0
+  merged = named_params(load_model(tmp_path / "run")[0])
+  for name, value in expected.items():
+    np.testing.assert_allclose(merged[name], value, atol=1e-6, err_msg=name)
+  changed = expected["blocks/mlp/down/kernel"] - original[1]["blocks/mlp/down/kernel"]
+  assert np.abs(changed).max() > 0.1
+
+
+def test_adapters_that_have_no_form_there_leave_nothing_behind(
+  command, make_adapter_run, original, tmp_path
+):
+  houlsby = make_adapter_run("houlsby", ("mlp/down",))
+  with pytest.raises(UserError, match="method='houlsby' is not one of the `peft` library"):
+    command(houlsby, tmp_path / "peft", format="peft")
+  assert not list(tmp_path.iterdir())
+  assert command(make_adapter_run("prefix"), tmp_path / "peft", format="peft") == 0
+  with pytest.raises(UserError, match="PrefixAttention is not to be merged"):
+    command(original[0], tmp_path / "run", adapter=str(tmp_path / "peft"))
+  assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+def test_adapters_of_what_has_none_are_refused(command, run, original, tmp_path):
+  for source in (run, original[0]):
+    with pytest.raises(UserError, match=r"--format=peft: .* is no run that trained adapters"):
+      command(source, tmp_path / "peft", format="peft")
+  with pytest.raises(UserError, match=r"no adapter_config\.json"):
+    command(original[0], tmp_path / "run", adapter=str(tmp_path))
+  with pytest.raises(UserError, match="--adapter is merged into a model"):
+    command(run, tmp_path / "peft", format="peft", adapter=str(tmp_path))
+  with pytest.raises(UserError, match="neither side is one that transformers could load"):
+    command(original[0], tmp_path / "run", adapter=str(tmp_path), verify=True)
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_run_alone_cannot_be_verified(command, run, tmp_path):
