@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from configs.parts import optim as optim_presets
 from gptjax import optim
@@ -39,16 +40,10 @@ def make_optimizer(parameters):
     values = types.SimpleNamespace(**(optim_presets.DEFAULTS | values))
     inner = optim.make_optimizer(values, parameters, optax.constant_schedule(0.1))
     config = {"rank": RANK, "target_rank": TARGET, "orthogonal_penalty": penalty}
-    config = Section(config | DURATIONS | durations)
+    config = ConfigDict(config | DURATIONS | durations)
     return allocate_ranks(inner, config, parameters, run)
 
   return make
-
-
-class Section(dict):
-  """A part of a config, read by attribute or by key."""
-
-  __getattr__ = dict.__getitem__
 
 
 def random_like(parameters, seed):

@@ -142,13 +142,15 @@ def test_adapters_need_a_model_to_adapt(make_config, tmp_path):
     train(make_config("lora", **changes, **shape), tmp_path)
 
 
-def test_adapters_and_their_moments_are_split_over_the_mesh(make_config):
-  plan = make_plan(make_config("lora", **{"mesh.data": 1, "mesh.fsdp": 4}))
+# AdaLoRA also keeps how important each is, and how sure that is.
+@pytest.mark.parametrize(("method", "copies", "rank"), [("lora", 3, 8), ("adalora", 5, 12)])
+def test_adapters_and_their_moments_are_split_over_the_mesh(method, copies, rank, make_config):
+  plan = make_plan(make_config(method, **{"mesh.data": 1, "mesh.fsdp": 4}))
   state = plan.abstract_state(plan.make_optimizer(None))
   named = tree.named_leaves((state.params, state.opt_state))
   split = [leaf for name, leaf in named.items() if name.endswith("query/lora_a")]
-  assert len(split) == 3
-  assert all(leaf.sharding.shard_shape(leaf.shape) == (2, 4, 8) for leaf in split)
+  assert len(split) == copies
+  assert all(leaf.sharding.shard_shape(leaf.shape) == (2, 4, rank) for leaf in split)
 
 
 def test_frozen_matrices_count_two_thirds_of_the_flops_and_a_dry_run_tells_what_is_trained(
