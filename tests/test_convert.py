@@ -263,7 +263,7 @@ def make_adapter_run(original, tmp_path_factory):
 
   def make(method, targets=()):
     opened = HuggingFaceModel(str(original[0]))
-    peft = PeftConfig(method, targets, rank=2, virtual_tokens=3)
+    peft = PeftConfig(method, targets, rank=2, target_rank=1, virtual_tokens=3)
     base = traverse_util.unflatten_dict(original[1], sep="/")
     initial = initial_adapters(opened.config, peft, base, 0)
     rng = np.random.default_rng(0)
@@ -297,6 +297,27 @@ def test_adapters_of_a_run_go_out_and_come_back_merged(
     np.testing.assert_allclose(merged[name], value, atol=1e-6, err_msg=name)
   changed = expected["blocks/mlp/down/kernel"] - original[1]["blocks/mlp/down/kernel"]
   assert np.abs(changed).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "adalora", "ptuning"])
+def test_the_peft_library_puts_the_adapters_of_a_run_on_their_base(
+  method, command, make_adapter_run, tmp_path
+):
+  import peft
+  import torch
+  import transformers
+
+  run = make_adapter_run(method, () if method == "ptuning" else ("query|mlp/down",))
+  assert command(run, tmp_path / "peft", format="peft") == 0
+  fields = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+  base = transformers.AutoModelForCausalLM.from_pretrained(fields["base_model_name_or_path"])
+  theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+  tokens = np.arange(12).reshape(2, 6)
+  with torch.no_grad():
+    expected = theirs(input_ids=torch.tensor(tokens)).logits[:, -6:].numpy()
+  actual = load_model(run)[0](jnp.asarray(tokens))
+  np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_adapters_that_have_no_form_there_leave_nothing_behind(

@@ -32,8 +32,9 @@ _TRIPLET = ("lora_a", "lora_b", "singular_values")
 class Budget:
   """How many singular values of all matrices are not 0 after so many updates (section 3.3).
 
-  start: all of them, up to `first_steps`. end: from `last_step` on. every: between the two, these
-  are the updates after which some are set to 0.
+  start: up to `first_steps` updates, which are all. end: from `last_step` on. every: of the updates
+  between, those after which some are set to 0; what the gradient then does to them stays until the
+  next.
   """
 
   start: int
@@ -71,9 +72,8 @@ class AdaLoRAOptimizer(Optimizer):
   budget: Budget
 
   def init(self, params: Any) -> AllocationState:
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    # A copy, since two outputs of one buffer could not both be donated to the step.
-    return AllocationState(super().init(params), zeros, jax.tree.map(jnp.copy, zeros))
+    inner = super().init(params)
+    return AllocationState(inner, *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
   def update(self, grads: Any, state: AllocationState, params: Any, step: jax.Array):
     """As `Optimizer.update`, with the gradient of the penalty."""
