@@ -46,8 +46,9 @@ BLOCK = 64
 class QuantizedKernel(nnx.Module):
   """In the place of the kernel of a projection: `kernel[...]` is dequantised, float32.
 
-  A projection calls it within its layer, so that one layer at a time is dequantised. A leading axis
-  L of a stack, or none, is that of both variables.
+  A projection calls it within its layer, so that one layer at a time is dequantised, and again in
+  the backward pass. Experts keep what they dequantised for that, unless model.remat says otherwise.
+  A leading axis L of a stack, or none, is that of both variables.
 
   values: int8 of the kernel's shape; or of nf4 uint8, two values a byte, the first in the low bits,
   along the last contracted axis. scales: float32, each of the kernel's axes being as long as it has
