@@ -114,8 +114,10 @@ def test_the_translation_of_the_most_similar_text_is_taken():
 
 
 def test_chinese_is_read_by_characters_and_english_by_words():
-  assert "好" in baselines.tf_idf(["很好看", "it's good"] * 2 + ["好"]).vocabulary_
-  assert "oo" not in baselines.tf_idf(["a good film", "good 好"] + ["good"] * 3).vocabulary_
+  assert baselines.is_chinese(["很好看", "it's good", "好 film"])
+  assert not baselines.is_chinese(["a good film", "the word 好"])
+  assert "很好看" in baselines.tf_idf(["很好看"], characters=True).vocabulary_
+  assert "good film" in baselines.tf_idf(["a good film"], characters=False).vocabulary_
 
 
 def test_records_of_other_keys_are_an_error():

@@ -67,6 +67,7 @@ def test_reviews_are_labelled_by_their_file():
   [
     # Of names in a row, each surname begins a person.
     ("江/nr  泽民/nr  李/nr  鹏/nr", ["江泽民 PER", "李鹏 PER"]),
+    ("王/nr  磊/nr  李/nr  鹏/nr", ["王磊 PER", "李鹏 PER"]),
     ("欧阳/nr  修/nr  、/w  克林顿/nr  李/nr", ["欧阳修 PER", "克林顿 PER", "李 PER"]),
     ("利维/nr  科恩/nr", ["利维 PER", "科恩 PER"]),
     ("中国/ns  北京/ns  新华社/nt  记者/n", ["中国 LOC", "北京 LOC", "新华社 ORG"]),
@@ -223,6 +224,11 @@ def test_splits_are_the_same_in_another_order_of_the_source(make):
   before, after = make(examples)[0], make(examples[::-1])[0]
   assert {split: of_split[::-1] for split, of_split in after.items()} == before
   assert before["test"] != [one.record for one in examples[:10]]
+
+
+def test_splits_are_the_same_in_another_process(make):
+  found, _ = make([*map(review, range(20))])
+  assert [one["text"] for one in found["test"]] == ["Text 16", "Text 19"]
 
 
 def test_a_set_can_say_its_splits(make):

@@ -63,11 +63,14 @@ def column(records: Records, key: str) -> list[Any]:
   return [record[key] for record in records]
 
 
-def tf_idf(texts: Sequence[str]) -> Any:
-  """A fitted vectorizer of words and pairs of them, of Chinese 1 to 3 characters."""
+def is_chinese(texts: Sequence[str]) -> bool:
+  return sum(bool(re.search(r"[\u4e00-\u9fff]", text)) for text in texts) > len(texts) / 2
+
+
+def tf_idf(texts: Sequence[str], *, characters: bool) -> Any:
+  """A fitted vectorizer of 1 to 3 characters, or of words and pairs of them."""
   text = scores.need("sklearn.feature_extraction.text")
-  chinese = sum(bool(re.search(r"[\u4e00-\u9fff]", one)) for one in texts) > len(texts) / 2
-  units = {"analyzer": "char", "ngram_range": (1, 3)} if chinese else {"ngram_range": (1, 2)}
+  units = {"analyzer": "char", "ngram_range": (1, 3)} if characters else {"ngram_range": (1, 2)}
   return text.TfidfVectorizer(sublinear_tf=True, **units).fit(texts)
 
 
@@ -76,7 +79,8 @@ def linear(
 ) -> tuple[float, np.ndarray]:
   """The regularization of GRID that is best on the validation examples, and what the linear model
   with it says of the test examples."""
-  vectorizer = tf_idf(column(train, "text"))
+  texts = column(train, "text")
+  vectorizer = tf_idf(texts, characters=is_chinese(texts))
   seen, validation, test = (
     vectorizer.transform(column(records, "text"))
     for records in (train, splits.validation, splits.test)
@@ -168,13 +172,23 @@ def longest_matches(tokens: Sequence[str], known: Mapping[tuple[str, ...], str])
 
 
 def translation(splits: Splits) -> Iterator[Result]:
-  gold, english = column(splits.test, "zh"), column(splits.test, "en")
-  yield Result("the English text", 0, "", scores.translation(gold, english, "zh"))
-  vectorizer = tf_idf(column(splits.train, "en"))
-  seen, test = (vectorizer.transform(column(one, "en")) for one in (splits.train, splits.test))
-  nearest = np.asarray((test @ seen.T).argmax(axis=1)).ravel()
-  found = scores.translation(gold, [splits.train[index]["zh"] for index in nearest], "zh")
-  yield Result("translation of the most similar text", len(splits.train), "", found)
+  gold = column(splits.test, "zh")
+  yield Result("the English text", 0, "", scores.translation(gold, column(splits.test, "en"), "zh"))
+
+  def of_most_similar(records, units):
+    vectorizer = tf_idf(column(splits.train, "en"), characters=units == "characters")
+    asked, seen = (vectorizer.transform(column(one, "en")) for one in (records, splits.train))
+    nearest = np.asarray((asked @ seen.T).argmax(axis=1)).ravel()
+    answers = [splits.train[index]["zh"] for index in nearest]
+    return scores.translation(column(records, "zh"), answers, "zh")
+
+  everything = np.arange(len(splits.validation))
+  best = max(
+    ("words", "characters"),
+    key=lambda units: of_most_similar(splits.validation, units)["bleu"](everything),
+  )
+  found = of_most_similar(splits.test, best)
+  yield Result("translation of the most similar text", len(splits.train), best, found)
 
 
 def results(splits: Splits, examples_per_label: Sequence[int], seed: int) -> Iterator[Result]:
