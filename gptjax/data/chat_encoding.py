@@ -70,20 +70,23 @@ class ChatEncoder:
     return np.concatenate(stored).astype(np.uint32)
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[np.ndarray]:
-  """Encodes a text, its special tokens parsed, by pieces: int64 [tokens] for each.
+def encode_pieces(
+  tokenizer: Tokenizer, pieces: Sequence[str], *, parse_specials: bool = True
+) -> list[np.ndarray]:
+  """Encodes a text by pieces: int64 [tokens] for each.
 
   A piece ends where its tokens do, as a prompt does when a model goes on from it. Where a tokenizer
   puts a space before a text, a piece alone would get one, so the whole is encoded and cut after
   the tokens that the text up to the cut has in common with it.
   """
+  encode = tokenizer.encode_with_specials if parse_specials else tokenizer.encode
   if not tokenizer.adds_space:
-    return [np.array(tokenizer.encode_with_specials(piece), np.int64) for piece in pieces]
+    return [np.array(encode(piece), np.int64) for piece in pieces]
   text = "".join(pieces)
-  whole = np.array(tokenizer.encode_with_specials(text), np.int64)
+  whole = np.array(encode(text), np.int64)
   cuts = []
   for end in np.cumsum([len(piece) for piece in pieces])[:-1]:
-    start = np.array(tokenizer.encode_with_specials(text[:end]), np.int64)
+    start = np.array(encode(text[:end]), np.int64)
     length = min(len(start), len(whole))
     differs = np.flatnonzero(start[:length] != whole[:length])
     cuts.append(int(differs[0]) if len(differs) else length)

@@ -24,7 +24,7 @@ class PackedConversations:
   """
 
   def __init__(self, cache: TokenCache, sequence_length: int, overlong: str):
-    """Packs what a `ChatEncoder` encoded.
+    """Packs what a `ChatEncoder` or a `PromptEncoder` encoded.
 
     Args:
       cache: the conversations.
@@ -47,7 +47,7 @@ class PackedConversations:
     self.dropped = int((~kept).sum())
     if not kept.any():
       raise UserError(
-        f"none of {cache.num_documents} conversations fits a row of {sequence_length} tokens "
+        f"none of {cache.num_documents} documents fits a row of {sequence_length} tokens "
         f"(data.overlong={overlong!r}); the shortest takes {places.min()}. "
         f"Set --config.sequence_length={places.min()} or more."
       )

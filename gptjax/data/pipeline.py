@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -13,7 +14,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gptjax.data import cache, chat, conversations, labels, mixture, sources
+from gptjax.data import cache, chat, conversations, labels, mixture, prompts, sources
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenCache
@@ -28,12 +29,15 @@ from gptjax.data.labels import LabelledTexts
 from gptjax.data.mixture import MakeRow
 from gptjax.data.options import DataOptions, read_options
 from gptjax.data.packing import Windows, pack
+from gptjax.data.prompts import PromptEncoder, Prompts
 from gptjax.data.sources import Source
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 
 # A vocabulary is settled long before this much text.
 _TOKENIZER_TRAINING_CHARACTERS = 200_000_000
+# Formats whose documents stay whole, side by side in a row, and know what is learnt of them.
+_WHOLE = ("chat", "prompt", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ class _Corpora:
     windows = {}
     for name, tokens in self.caches.items():
       try:
-        if options.format == "chat":
+        if options.format in _WHOLE:
           windows[name] = PackedConversations(tokens, length, options.overlong)
         else:
           windows[name] = Windows(tokens, length, drop_remainder=drop_remainder)
@@ -106,7 +110,7 @@ class Dataset:
   @property
   def validation_bytes(self) -> int | None:
     """UTF-8 bytes of the validation text, for bits per byte; None if not all of it is predicted."""
-    if self._options.objective != "next_token" or self._options.format == "chat":
+    if self._options.objective != "next_token" or self._options.format in _WHOLE:
       return None
     return sum(tokens.num_bytes for tokens in self._validation.caches.values())
 
@@ -152,7 +156,7 @@ def _make_objective(
 ) -> tuple[MakeRow, int]:
   """What makes rows of windows, and the length of those."""
   length = options.sequence_length
-  if options.format in ("chat", "labels"):
+  if options.format in _WHOLE:
     return lambda row, _: row, length
   match options.objective:
     case "prefix":
@@ -207,6 +211,12 @@ def open_dataset(
     pairs = {name: sources.open_pair(part) for name, part in options.parts.items()}
   if options.format == "chat":
     pairs = {name: tuple(map(Conversations, pair)) for name, pair in pairs.items()}
+  elif options.format == "prompt":
+    prompt = prompts.open_template(options.prompt, Path(), "data.prompt")
+    answer = prompts.Template("data.answer", options.answer)
+    pairs = {
+      name: tuple(Prompts(side, prompt, answer) for side in pair) for name, pair in pairs.items()
+    }
   training = {name: pair[0] for name, pair in pairs.items()}
   validation = {name: pair[1] for name, pair in pairs.items()}
   if options.format == "labels" and process_index == 0:
@@ -225,6 +235,8 @@ def open_dataset(
     if process_index == 0 and chosen.fingerprint() != tokenizer.fingerprint():
       chosen.save(epath.Path(workdir) / "tokenizer")  # To be talked to as it was trained.
     tokenizer, encoder = chosen, ChatEncoder(chosen, options.train_on)
+  elif options.format == "prompt":
+    encoder = PromptEncoder(tokenizer)
 
   def tokenise(side: Mapping[str, Source | LabelledTexts]) -> _Corpora:
     if options.format == "labels":
@@ -258,15 +270,15 @@ def _warn_overlong(
       )
     if not isinstance(rows, Windows) and rows.truncated + rows.dropped:
       logging.warning(
-        "data part %r, %s: of the records longer than a row of %d tokens, %d are truncated "
+        "data part %r, %s: of the documents longer than a row of %d tokens, %d are truncated "
         "and %d dropped (data.overlong=%s).",
         *(name, side, options.sequence_length, rows.truncated, rows.dropped, options.overlong),
       )
 
 
 def _texts(source: Source, indices: Iterable[int] | None = None) -> Iterator[str]:
-  read = conversations.texts if isinstance(source, Conversations) else sources.documents
-  return read(source, indices)
+  kinds = {Conversations: conversations.texts, Prompts: prompts.texts}
+  return kinds.get(type(source), sources.documents)(source, indices)
 
 
 def _tokenizer_text(training: Mapping[str, Source], weights: Mapping[str, float]) -> Iterator[str]:

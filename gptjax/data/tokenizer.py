@@ -267,6 +267,11 @@ def train_or_load(
   return tokenizer
 
 
+def start_of(tokenizer: Tokenizer) -> list[int]:
+  """What a document or a prompt starts with where something must: at least one id."""
+  return [*tokenizer.start] or [tokenizer.end_of_text]
+
+
 def declared_vocab_size(spec: str) -> int:
   """Returns the vocabulary size of `spec` without training anything."""
   if not spec.startswith(_BPE):

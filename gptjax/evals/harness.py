@@ -15,10 +15,11 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from gptjax.data.chat import ChatTemplate
+from gptjax.data.tokenizer import start_of
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evals.subject import Subject
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.score import encode_pair, start_of
+from gptjax.inference.score import encode_pair
 
 # What lm-eval writes where a task does not say.
 _MAX_TOKENS = 256

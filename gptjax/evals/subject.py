@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from gptjax.data.chat import ChatTemplate
-from gptjax.data.tokenizer import Tokenizer
+from gptjax.data.tokenizer import Tokenizer, start_of
 from gptjax.errors import UserError
 from gptjax.generate import generate
 from gptjax.inference import score as scoring
@@ -83,7 +83,7 @@ class Subject:
     room -= 0 if self.model.encoder is not None else max_tokens
     if room < 1:
       raise UserError(f"max_tokens={max_tokens} leaves no room for a prompt ({room} tokens).")
-    start = scoring.start_of(self.tokenizer)
+    start = start_of(self.tokenizer)
     rows = [
       [*start, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
       for prompt in prompts

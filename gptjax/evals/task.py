@@ -7,20 +7,16 @@
 
 import collections
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import numpy as np
 
+from gptjax.data.prompts import Example, Template, open_template
 from gptjax.errors import UserError, did_you_mean
-
-PROMPTS = Path(__file__).parents[2] / "configs/prompts"
 
 # What each kind cannot do without.
 KINDS = {
@@ -144,19 +140,11 @@ class Task:
     return self.file.parent / name
 
   @property
-  def question(self) -> "Template":
+  def question(self) -> Template:
     """The template of the prompt."""
-    beside = self.path(self.prompt)
-    place = beside if beside.is_file() else PROMPTS / self.prompt
-    if not place.is_file():
-      known = (path.name for path in PROMPTS.glob("*.jinja"))
-      raise UserError(
-        f"{self.file}: prompt: {self.prompt!r} is neither beside it nor in configs/prompts. "
-        f"{did_you_mean(self.prompt, known)}"
-      )
-    return Template(str(place), place.read_text(encoding="utf-8").removesuffix("\n"))
+    return open_template(self.prompt, self.file.parent, f"{self.file}: prompt")
 
-  def answer(self, example: "Example") -> str:
+  def answer(self, example: Example) -> str:
     """What a right answer looks like in a prompt."""
     value = self.gold(example)
     if self.kind == "classification":
@@ -164,7 +152,7 @@ class Task:
     first = value[0] if isinstance(value, list) else value
     return first if first[:1].isspace() or self.language == "zh" else f" {first}"
 
-  def gold(self, example: "Example") -> Any:
+  def gold(self, example: Example) -> Any:
     """The value of `target`, checked.
 
     Raises:
@@ -185,48 +173,6 @@ class Task:
       kinds = {"question_answering": "a text or a list of texts", "tagging": "a list of tags"}
       raise UserError(f"{example.place}: {self.target!r} is not {kinds.get(self.kind, 'a text')}.")
     return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """One line of a file, `place` being FILE:LINE."""
-
-  record: Mapping[str, Any]
-  place: str
-
-  def get(self, key: str) -> Any:
-    if key not in self.record:
-      found = ", ".join(map(repr, self.record)) or "nothing"
-      raise UserError(f"{self.place}: no key {key!r} (found: {found}).")
-    return self.record[key]
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-  """A template in Jinja, rendered in a sandbox; `place` is the file that it comes from."""
-
-  place: str
-  source: str
-
-  def render(self, example: Example, **more: str) -> str:
-    """Raises UserError for a template that is wrong, or a variable that the example has not."""
-    try:
-      return _compile(self.source).render(**(example.record | more))
-    except jinja2.TemplateSyntaxError as error:
-      raise UserError(f"{self.place}: line {error.lineno}: {error.message}.") from error
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-      found = ", ".join(map(repr, [*example.record, *more]))
-      raise UserError(
-        f"{self.place}: cannot be rendered for {example.place}: {error} (found: {found})."
-      ) from error
-
-
-@functools.lru_cache
-def _compile(source: str) -> jinja2.Template:
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-  )
-  return environment.from_string(source)
 
 
 def load_task(path: str) -> Task:

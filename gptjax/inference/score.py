@@ -14,7 +14,7 @@ from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
-from gptjax.data.tokenizer import Tokenizer
+from gptjax.data.tokenizer import Tokenizer, start_of
 from gptjax.errors import UserError
 from gptjax.inference.lengths import round_up
 from gptjax.model.gpt import GPT
@@ -181,11 +181,6 @@ def encode_pair(tokenizer: Tokenizer, context: str | Tokens, continuation: str) 
     min(len(before), len(whole)),
   )
   return [*start, *whole[:same]], whole[same:]
-
-
-def start_of(tokenizer: Tokenizer) -> list[int]:
-  """What a document starts with: at least one id."""
-  return [*tokenizer.start] or [tokenizer.end_of_text]
 
 
 def score_documents(

@@ -97,7 +97,7 @@ def test_what_is_longer_than_a_row_is_cut_if_an_answer_is_left(overlong, kept, t
 
 
 def test_rows_that_nothing_fits_are_an_error():
-  with pytest.raises(UserError, match=r"none of 2 conversations fits a row of 2 tokens .* takes 3"):
+  with pytest.raises(UserError, match=r"none of 2 documents fits a row of 2 tokens .* takes 3"):
     PackedConversations(cache_of("abCD", "abCDE"), 2, "drop")
 
 

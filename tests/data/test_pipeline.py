@@ -50,7 +50,7 @@ def make_chat_config(make_config, chats):
   return make
 
 
-@pytest.fixture(params=["plain", "fim", "mixture", "chat", "labels", *TOKENIZERS])
+@pytest.fixture(params=["plain", "fim", "mixture", "chat", "labels", "prompt", *TOKENIZERS])
 def config(request, make_config, make_chat_config, make_label_config, corpus, tmp_path):
   match request.param:
     case "plain":
@@ -62,6 +62,8 @@ def config(request, make_config, make_chat_config, make_label_config, corpus, tm
     case "labels":
       records = [{"text": f"{n} " * (n % 9 + 3), "label": n % 2} for n in range(100)]
       return make_label_config(records, labels=("odd", "even"), validation_fraction=0.2)
+    case "prompt":
+      return make_chat_config(format="prompt", prompt="code.jinja", answer="{{ completion }}")
     case "mixture":
       part = presets.PART_DEFAULTS | {"source": "text", "path": str(corpus), "weight": 1.0}
       one_file = part | {"path": str(corpus / "0.txt"), "weight": 2.5}

@@ -3,15 +3,9 @@ import dataclasses
 
 import pytest
 
+from gptjax.data.prompts import Example
 from gptjax.errors import UserError
-from gptjax.evals.task import (
-  PROMPTS,
-  Example,
-  Template,
-  choose_shots,
-  evaluated_examples,
-  load_task,
-)
+from gptjax.evals.task import choose_shots, evaluated_examples, load_task
 
 SENTIMENT = {
   "kind": "classification",
@@ -46,14 +40,6 @@ def test_a_template_beside_the_task_comes_before_ours(sentiment):
   assert task.question.render(example) == "Fine. =>"
 
 
-def test_our_templates_end_where_the_answer_begins():
-  record = dict.fromkeys(("text", "context", "question", "en", "prompt"), "x")
-  for path in PROMPTS.glob("*.jinja"):
-    text = Template(path.name, path.read_text().removesuffix("\n")).render(Example(record, "x:1"))
-    assert text == text.rstrip()
-    assert "x" in text
-
-
 # --- What is wrong is told before a model runs -------------------------------------------------
 
 
@@ -81,7 +67,7 @@ def test_files_that_are_missing_or_broken_are_named(sentiment, tmp_path):
   with pytest.raises(UserError, match=r"none.json: no such task file, which .*none.jsonl needs"):
     load_task(str(tmp_path / "none.jsonl"))
   with pytest.raises(
-    UserError, match=r"'sentimant.jinja' is neither beside it nor in configs/p.*'se"
+    UserError, match=r"prompt: 'sentimant.jinja' is neither .* nor in configs/p.*'se"
   ):
     _ = sentiment(prompt="sentimant.jinja").question
   task = sentiment()
@@ -101,19 +87,6 @@ def test_files_that_are_missing_or_broken_are_named(sentiment, tmp_path):
   (tmp_path / "list.json").write_text("[1, 2]")
   with pytest.raises(UserError, match=r"list.json: not a JSON object"):
     load_task(str(tmp_path / "list.json"))
-
-
-def test_a_template_that_is_wrong_names_the_variable_and_the_line(sentiment):
-  example = Example({"review": "x"}, "data.jsonl:7")
-  with pytest.raises(UserError, match=r"sentiment.jinja: .*data.jsonl:7: 'text' is und.*'review'"):
-    sentiment().question.render(example)
-  with pytest.raises(UserError, match=r"p.jinja: line 2: "):
-    Template("p.jinja", "a\n{% if %}").render(example)
-
-
-def test_a_template_cannot_reach_python():
-  with pytest.raises(UserError, match="unsafe"):
-    Template("p.jinja", "{{ text.__class__.__mro__ }}").render(Example({"text": "x"}, "x:1"))
 
 
 # --- The choice of examples --------------------------------------------------------------------

@@ -1,0 +1,166 @@
+import json
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gptjax.data import pipeline, prompts
+from gptjax.data import tokenizer as tokenizers
+from gptjax.data.chat_encoding import decode_flags
+from gptjax.data.prompts import PROMPTS, Example, PromptEncoder, Prompts, Template, open_template
+from gptjax.data.sources import Records
+from gptjax.data.tokenizer import start_of
+from gptjax.errors import UserError
+from gptjax.inference.score import encode_pair
+from gptjax.show import describe_row
+from tests.data.test_chat_encoding import spaced  # noqa: F401
+
+ANSWER = Template("data.answer", " {{ label }}")
+
+
+def records(*found):
+  return Records(found, "", "mine", "1")
+
+
+def test_our_templates_end_where_the_answer_begins():
+  names = ["text", "context", "question", "en", "prompt", "code", "premise", "hypothesis"]
+  names += ["titles"]
+  for path in PROMPTS.glob("*.jinja"):
+    template = open_template(path.name, path.parent, "x")
+    text = template.render(Example(dict.fromkeys(names, "x"), "x:1"))
+    assert text == text.rstrip()
+    assert "x" in text
+
+
+@pytest.mark.parametrize(
+  ("source", "problem"),
+  [
+    ("{{ text }}", r"cannot be rendered for a\.jsonl:7: 'text' is undefined \(found: 'review'"),
+    ("a\n{% if %}", "line 2: "),
+    ("{{ review.__class__.__mro__ }}", r"a\.jsonl:7: .* unsafe"),
+    ("{{ empty }}", r"a\.jsonl:7: what it writes is null"),
+    ("{{ 1 / number }}", r"a\.jsonl:7: division by zero"),
+    ("{{ '{a}'.format() }}", r"a\.jsonl:7: 'a'"),
+    ("{{ range(10 ** 9) }}", r"a\.jsonl:7: Range too big"),
+  ],
+)
+def test_a_template_that_fails_names_its_file_the_record_and_the_variable(source, problem):
+  example = Example({"review": "x", "empty": None, "number": 0, "self": "y"}, "a.jsonl:7")
+  with pytest.raises(UserError, match=rf"^p\.jinja: .*{problem}"):
+    Template("p.jinja", source).render(example)
+  assert Template("p.jinja", "{% if empty %}a{% endif %}{{ review }}").render(example) == "x"
+
+
+def test_a_template_is_a_file_of_ones_own_or_one_of_ours(tmp_path):
+  mine = tmp_path / "sentiment.jinja"
+  mine.write_text("{{ text }}\n=>\n")
+  assert open_template(str(mine), tmp_path / "elsewhere", "x").source == "{{ text }}\n=>"
+  assert open_template("sentiment.jinja", tmp_path / "elsewhere", "x").source.startswith("Review")
+  with pytest.raises(UserError, match=r"^data\.prompt: 'sentimant\.jinja' is .* Did you mean 'sen"):
+    open_template("sentimant.jinja", tmp_path, "data.prompt")
+  mine.write_bytes(b"\xff")
+  with pytest.raises(UserError, match=r"sentiment\.jinja: cannot be read"):
+    open_template("sentiment.jinja", tmp_path, "x")
+
+
+@pytest.fixture(params=["bytes", "starts", "spaced"])
+def tokenizer(request, write_tokenizer, tmp_path):
+  match request.param:
+    case "bytes":
+      return tokenizers.load("bytes")
+    case "starts":
+      (tmp_path / "own").mkdir()
+      return write_tokenizer(tmp_path / "own", None)
+  return request.getfixturevalue("spaced")
+
+
+def test_the_answer_is_learnt_after_the_tokens_that_evaluation_asks_with(tokenizer):
+  # What looks like a special token is text, as it is where a model is asked.
+  text, label = "Herman </s><|endoftext|> 他", "Melville wrote"
+  prompt = open_template("sentiment.jinja", PROMPTS, "x")
+  source = Prompts(records({"text": text, "label": label}), prompt, ANSWER)
+  (stored,) = PromptEncoder(tokenizer).encode_batch([source[0]])
+  assert stored.dtype == np.uint32
+  tokens, learnt = decode_flags(stored)
+  asked = [*start_of(tokenizer), *tokenizer.encode(f"Review: {text}\nSentiment:")]
+  assert tokens[~learnt].tolist() == tokens[: len(asked)].tolist() == asked
+  assert tokenizer.decode_bytes(tokens[learnt].tolist()).decode() == f" {label}"
+  assert tokens[-1] == tokenizer.end_of_text
+  context, continuation = encode_pair(tokenizer, f"Review: {text}\nSentiment:", f" {label}")
+  assert tokens.tolist() == [*context, *continuation, tokenizer.end_of_text]
+  assert list(prompts.texts(source)) == [f"Review: {text}\nSentiment: {label}"]
+
+
+def test_records_of_bytes_numbers_and_lists_are_as_in_json():
+  found = records({"text": "é".encode(), "label": np.int64(1), "names": np.array(["a", "b"])})
+  answer = Template("data.answer", " {{ names[label] }}")
+  source = Prompts(found, Template("p", "{{ text }}"), answer)
+  assert json.loads(source[0]) == ["é", " b", "mine[0]"]
+
+
+def test_half_a_surrogate_pair_is_named_by_its_record():
+  source = Prompts(records({"text": "a", "label": "\ud800"}), Template("p", "{{ text }}"), ANSWER)
+  with pytest.raises(UserError, match=r"^mine\[0\]: a text has half of a surrogate pair"):
+    PromptEncoder(tokenizers.load("bytes")).encode_batch([source[0]])
+
+
+# --- As a format of data -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_prompt_config(make_config, tmp_path):
+  """Returns a function that makes a config over reviews, in JSON lines or Parquet."""
+  reviews = [{"text": f"review {n}", "label": ("bad", "good")[n % 2], "n": n} for n in range(20)]
+  (tmp_path / "reviews.jsonl").write_text("\n".join(["", *map(json.dumps, reviews)]))
+  pq.write_table(pa.Table.from_pylist(reviews), tmp_path / "reviews.parquet")
+
+  def make(preset="jsonl", **changes):
+    keys = {"path": str(tmp_path / f"reviews.{preset}"), "format": "prompt"}
+    keys |= {"prompt": "sentiment.jinja", "answer": " {{ label }}", "validation_fraction": 0.2}
+    return make_config(preset=preset, batch_size=2, **(keys | changes))
+
+  return make
+
+
+@pytest.mark.parametrize("preset", ["jsonl", "parquet"])
+def test_rows_are_whole_prompts_with_their_answers_alone_learnt(
+  make_prompt_config, tmp_path, preset
+):
+  dataset = pipeline.open_dataset(make_prompt_config(preset), tmp_path)
+  row = jax.tree.map(lambda field: field[0], dataset.training_batch(0))
+  first, _, text, label = "\n".join(describe_row(row, dataset.tokenizer, colours=False)).split("\n")
+  assert first.startswith("1 segments in ")
+  assert text.startswith("<|endoftext|>Review: review ")
+  number = int(text.split()[-1])
+  assert label == f"Sentiment:⟦ {('bad', 'good')[number % 2]}<|endoftext|>⟧"
+  assert dataset.validation_bytes is None
+  assert len([*dataset.training_text(), *dataset.validation_text()]) == 20
+
+
+def test_another_template_makes_other_tokens(make_prompt_config, tmp_path):
+  (tmp_path / "mine.jinja").write_text("{{ text }}:")
+  first, other, again = (
+    pipeline.open_dataset(make_prompt_config(**changes), tmp_path).num_tokens
+    for changes in ({}, {"prompt": str(tmp_path / "mine.jinja")}, {"answer": "{{ n }}"})
+  )
+  assert len({first, other, again}) == 3
+
+
+@pytest.mark.parametrize(
+  ("changes", "problem"),
+  [
+    ({"prompt": "code.jinja"}, r"code\.jinja: .*reviews\.jsonl:\d+: 'prompt' is undefined"),
+    ({"answer": "{{ lable }}"}, r"data\.answer: .*reviews\.jsonl:\d+: 'lable' is undefined"),
+    ({"answer": " "}, r"reviews\.jsonl:\d+: data\.answer makes an answer without text of it"),
+    ({"prompt": "sentimant.jinja"}, r"data\.prompt: 'sentimant\.jinja' is neither"),
+    ({"prompt": ""}, r"data\.format='prompt' needs data\.prompt"),
+  ],
+)
+def test_what_cannot_be_made_is_named_and_nothing_is_cached(
+  make_prompt_config, tmp_path, changes, problem
+):
+  with pytest.raises(UserError, match=problem):
+    pipeline.open_dataset(make_prompt_config(**changes), tmp_path)
+  assert not [*(tmp_path / "cache" / "tokens").glob("*/")]
