@@ -3,14 +3,16 @@
 What holds on every POSIX system: a new session and an empty working directory that vanishes; a
 cleaned environment, stdin at its end; limits on processor time, wall time, address space, size of
 a file and open files; at the end SIGKILL for the whole group. An audit hook refuses connections,
-new processes, and to change files outside of the working directory. A program that means to can go
-around the hook, through `ctypes` for one.
+new processes, signals to others, and to change files outside of the working directory. A program
+that means to can go around the hook, through `ctypes` for one.
 
-Where Linux allows it, the kernel refuses too: `unshare` gives the program no network and process
-ids of its own, all of which end with it, and Landlock no writing outside of its directory.
+Where Linux allows it, the kernel refuses too: a filter of system calls (seccomp) to start processes
+or to leave the group that is killed, Landlock to write outside of the directory; and `unshare`
+gives the program no network and process ids of its own, all of which end with it.
 
 What this does not protect from: reading what the user may read; many files, each within the limit;
-holes of the kernel. Programs that are hostile, not merely wrong, belong into a virtual machine.
+a program that looks in the runner for what tells that it passed; holes of the kernel. Programs that
+are hostile, not merely wrong, belong into a virtual machine.
 """
 
 import dataclasses
@@ -58,7 +60,7 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:
     tempfile.TemporaryFile() as output,
     tempfile.TemporaryFile() as order,
   ):
-    # Known to the runner alone: a program that leaves early has not printed it.
+    # A program that leaves early has not printed it.
     token = secrets.token_hex(16)
     settings = dataclasses.asdict(limits) | {"program": program, "token": token, "folder": folder}
     order.write(json.dumps(settings).encode())

@@ -5,10 +5,12 @@ It needs the standard library alone, and is not to be imported.
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 import traceback
 
@@ -19,6 +21,18 @@ _WRITE = sum(1 << bit for bit in (1, *range(4, 13)))  # Write, remove and make f
 _REFER, _TRUNCATE = 1 << 13, 1 << 14  # Since versions 2 and 3.
 _NO_NEW_PRIVILEGES = 38  # PR_SET_NO_NEW_PRIVS
 
+# From linux/seccomp.h, linux/filter.h and linux/audit.h.
+_SET_FILTER = (22, 2)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+_LOAD, _IF_EQUAL, _IF_ABOVE, _IF_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_KILL, _FAIL, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
+_CLONE_THREAD, _CLONE3, _X32 = 0x10000, 435, 0x40000000
+# By machine: what the filter calls it, clone, and what else starts or leaves a process group: fork,
+# vfork, execve, execveat, setpgid, setsid.
+_PROCESS_CALLS = {
+  "x86_64": (0xC000003E, 56, (57, 58, 59, 322, 109, 112)),
+  "aarch64": (0xC00000B7, 220, (221, 281, 154, 157)),
+}
+
 _MOST_PROCESSES, _MOST_FILES = 64, 64
 _STARTS_PROCESSES = ("os.fork", "os.forkpty", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 _CHANGES_FILES = (
@@ -27,8 +41,10 @@ _CHANGES_FILES = (
   "os.link",
   "os.mkdir",
   "os.remove",
+  "os.removexattr",
   "os.rename",
   "os.rmdir",
+  "os.setxattr",
   "os.symlink",
   "os.truncate",
   "os.utime",
@@ -77,6 +93,29 @@ def confine_writing(folder: str) -> None:
   os.close(rules)
 
 
+def confine_processes() -> None:
+  """Lets the kernel refuse to start processes, but not threads, on Linux. A limit of their number
+  does not hold for root."""
+  if sys.platform != "linux" or os.uname().machine not in _PROCESS_CALLS:
+    return
+  machine, clone, refused = _PROCESS_CALLS[os.uname().machine]
+  fail = _RETURN, 0, 0, _FAIL | errno.EPERM
+  # (what, jump if so, jump if not, operand); 4 is where the machine is, 0 the call, 16 its flags.
+  steps = [(_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, machine), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+  for call in refused:
+    steps += [(_IF_EQUAL, 0, 1, call), fail]
+  steps += [(_IF_ABOVE, 0, 1, _X32), fail]
+  # Its flags are behind a pointer. Without it, the C library takes `clone`.
+  steps += [(_IF_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _FAIL | errno.ENOSYS)]
+  steps += [(_IF_EQUAL, 0, 3, clone), (_LOAD, 0, 0, 16), (_IF_BITS, 1, 0, _CLONE_THREAD), fail]
+  steps += [(_RETURN, 0, 0, _ALLOW)]
+  code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+  program = struct.pack("@HP", len(steps), ctypes.addressof(code))
+  control = ctypes.CDLL(None).prctl
+  control(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+  control(*_SET_FILTER, program)
+
+
 def refuse(folder: str) -> None:
   """Adds the hook that refuses in a sentence what the program has no business doing."""
   inside = os.path.realpath(folder)
@@ -99,6 +138,8 @@ def refuse(folder: str) -> None:
           check_path(path)
     elif event in _STARTS_PROCESSES or event == "subprocess.Popen":
       raise PermissionError("the sandbox starts no processes")
+    elif event == "os.killpg" or (event == "os.kill" and arguments[0] != os.getpid()):
+      raise PermissionError("the sandbox signals no processes")
     elif event.startswith("socket.") and event != "socket.__new__":
       raise PermissionError("the sandbox has no network")
 
@@ -111,6 +152,7 @@ def main() -> None:
     os.dup2(nothing.fileno(), 0)
   limit(settings)
   confine_writing(settings["folder"])
+  confine_processes()
   refuse(settings["folder"])
   # Imports of the program's own are looked for in its directory, not beside this file.
   sys.path[0:0] = [settings["folder"]]

@@ -1,6 +1,7 @@
 """Programs that run away. Where the kernel may isolate them, as in CI and here, it is asked to."""
 
 import concurrent.futures
+import sys
 import time
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def test_nothing_is_written_outside(tmp_path, monkeypatch, isolated):
     f"import os; os.remove({str(victim)!r})",
     f"import os; open('a', 'w'); os.rename('a', {str(victim)!r})",
     f"import os; os.symlink({str(victim)!r}, 'link'); open('link', 'w')",
+    f"import os; os.setxattr({str(victim)!r}, 'user.x', b'x')",
   ):
     assert "writes nothing outside" in run(program, LIMITS).reason
   assert [path.name for path in tmp_path.iterdir()] == ["victim"]
@@ -92,38 +94,75 @@ def test_the_kernel_refuses_what_goes_around_python(tmp_path):
   assert run(interfaces, LIMITS).passed
 
 
-# Out of the group that is killed: a child in a session of its own, and the program itself.
+FILTERS = Path("/proc/sys/kernel/seccomp/actions_avail").exists()
+
+# Each goes around the hook and would be out of the group that is killed, or more than its limit of
+# processes; root has no such limit.
 ESCAPES = {
-  "child": (
-    "import ctypes, time\nc = ctypes.CDLL(None)\nif c.fork() == 0:\n  c.setsid()\n"
-    "  while True:\n    open('beat', 'a').write('x'); time.sleep(0.05)\n"
-    "while not __import__('os').path.exists('beat'): time.sleep(0.01)\n"
+  "a child in its own session": (
+    "import ctypes, time\nc = ctypes.CDLL(None)\nif c.fork() == 0:\n  c.setsid()\n  time.sleep(60)"
   ),
-  "itself": "import os, time; os.setsid(); time.sleep(300)",
+  "the program in its own session": (
+    "import os, time\ntry: os.setsid()\nexcept OSError: pass\ntime.sleep(60)"
+  ),
+  "a program that C starts": "import ctypes; ctypes.CDLL(None).system(b'sleep 60 &')",
+  "more and more": (
+    "import ctypes, time\nc = ctypes.CDLL(None)\nmade = [c.fork() for _ in range(4)]\n"
+    "print(made)\nif max(made) >= 0: c.setsid(); time.sleep(60)"
+  ),
 }
 
 
-@pytest.mark.parametrize("who", ESCAPES)
-def test_processes_that_go_around_python_end_with_the_program(who):
-  if not sandbox._isolation():
-    pytest.skip("namespaces are not allowed here")
-  before = _runners()
-  run(ESCAPES[who], Limits(wall_seconds=2))
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("name", ESCAPES)
+def test_processes_that_go_around_python_end_with_the_program(name, isolated, monkeypatch):
+  if not isolated:
+    monkeypatch.setattr(sandbox, "_isolation", tuple)
+  if not (sandbox._isolation() or FILTERS):
+    pytest.skip("the kernel allows neither namespaces nor filters here")
+  before = _processes()
+  run(ESCAPES[name], Limits(wall_seconds=1))
   deadline = time.monotonic() + 5
-  while _runners() - before and time.monotonic() < deadline:
+  while _processes() - before and time.monotonic() < deadline:
     time.sleep(0.05)
-  assert not _runners() - before
+  assert not _processes() - before
 
 
-def _runners() -> set[str]:
-  """Ids of the processes of sandboxes, on Linux."""
+def test_the_kernel_starts_no_process_but_threads():
+  if not FILTERS:
+    pytest.skip("filters of system calls are not allowed here")
+  forks = "import ctypes, os\nif ctypes.CDLL(None).fork() >= 0: os._exit(1)"
+  assert run(forks, LIMITS).passed
+  spawn = (
+    "import _posixsubprocess, os\nr, w = os.pipe()\n_posixsubprocess.fork_exec([b'true'], "
+    "[b'/bin/true'], True, (w,), None, None, *[-1] * 6, r, w, False, False, -1, *[None] * 3, -1, "
+    "None, False)"
+  )
+  if sys.version_info[:2] == (3, 11):  # Its arguments are those of this version.
+    assert "Operation not permitted" in run(spawn, LIMITS).reason
+  threads = (
+    "import threading\nmade = []\nt = threading.Thread(target=made.append, args=(1,))\nt.start()\n"
+    "t.join()\nassert made"
+  )
+  assert run(threads, LIMITS).passed
+
+
+@pytest.mark.parametrize("call", ["os.kill(os.getppid(), 0)", "os.killpg(0, 0)"])
+def test_other_processes_get_no_signals(call):
+  assert "the sandbox signals no processes" in run(f"import os; {call}", LIMITS).reason
+  assert run("import os; os.kill(os.getpid(), 0)", LIMITS).passed
+
+
+def _processes() -> set[str]:
+  """Ids of the processes of sandboxes and of what they start, on Linux."""
   found = set()
   for folder in Path("/proc").glob("[0-9]*"):
     try:
-      if b"sandbox_runner" in (folder / "cmdline").read_bytes():
-        found.add(folder.name)
+      command = (folder / "cmdline").read_bytes()
     except OSError:
       continue
+    if b"sandbox_runner" in command or command == b"sleep\x0060\0":
+      found.add(folder.name)
   return found
 
 
