@@ -185,11 +185,20 @@ class _Tensors:
   def __contains__(self, name: str) -> bool:
     return name in self._tensors
 
-  def take(self, name: str) -> np.ndarray:
+  def take(self, name: str, *shape: int) -> np.ndarray:
+    """The tensor `name`, which must be of `shape` if one is given; of it -1 may be any size."""
     if name not in self._tensors:
       raise UserError(f"{self._path}: no tensor {name!r}; all layers are adapted, or none.")
     self._unread.discard(name)
-    return self._tensors[name].astype(np.float32)
+    tensor = self._tensors[name].astype(np.float32)
+    found = [*tensor.shape] + [1] * (len(shape) - tensor.ndim)
+    right = [size if one == -1 else one for size, one in zip(found, shape, strict=False)]
+    if shape and [*tensor.shape] != right:
+      raise UserError(
+        f"{self._path}: {name!r} is {[*tensor.shape]}, not {right} as for this model; the adapters "
+        "are of another one."
+      )
+    return tensor
 
   def refuse_unread(self) -> None:
     if self._unread:
@@ -207,6 +216,8 @@ class _Projection:
     info = self._infos[self.names[0]]
     self.layers = info.shape[0]
     self.in_shape = tuple(info.shape[axis] for axis in info.fan_in_axes)
+    self.inputs = math.prod(self.in_shape)
+    self.outputs = sum(math.prod(self.out_shape(name)) for name in self.names)
 
   @property
   def target(self) -> str:
@@ -275,19 +286,20 @@ def _read_lora(fields, tensors: _Tensors, projections, model_config):
     a_names, b_names = (projection.tensor_names(_factor(method, part)) for part in "AB")
     if not any(name in tensors for name in a_names):
       continue
-    a, b = ([tensors.take(name) for name in names] for names in (a_names, b_names))
-    rank = a[0].shape[0]
+    # Each layer of 'adalora' is stored without the triplets whose singular value was set to 0.
+    fewer = method == "adalora"
+    rank = fields["init_r"] if fewer else len(tensors.take(a_names[0], -1, projection.inputs))
+    size = -1 if fewer else rank
+    a = [_padded(tensors.take(name, size, projection.inputs), rank, 0) for name in a_names]
+    b = [_padded(tensors.take(name, projection.outputs, size), rank, 1) for name in b_names]
     extra = [{} for _ in projection.names]
     if method == "adalora":
-      # Each layer is stored without the triplets whose singular value was set to 0.
-      rank = fields["init_r"]
-      a, b = [_padded(x, rank, 0) for x in a], [_padded(x, rank, 1) for x in b]
       names = projection.tensor_names("lora_E")
-      values = np.stack([_padded(tensors.take(name), rank, 0)[:, 0] for name in names])
+      values = np.stack([_padded(tensors.take(name, -1, 1), rank, 0)[:, 0] for name in names])
       extra = [{"singular_values": values} for _ in projection.names]
     elif method == "dora":
       names = projection.tensor_names("lora_magnitude_vector")
-      magnitudes = projection.split([tensors.take(name) for name in names])
+      magnitudes = projection.split([tensors.take(name, projection.outputs) for name in names])
       extra = [{"magnitude": magnitude} for magnitude in magnitudes]
     a = np.stack(a).swapaxes(1, 2).reshape(projection.layers, *projection.in_shape, rank)
     alpha = _alpha(fields, projection)
@@ -449,8 +461,9 @@ def _read_ia3(fields, tensors: _Tensors, projections, model_config):
     names = projection.tensor_names("ia3_l")
     if not any(name in tensors for name in names):
       continue
-    layers = [tensors.take(name) for name in names]
-    of_input = layers[0].shape[0] == 1
+    of_input = len(tensors.take(names[0], -1, -1)) == 1
+    shape = (1, projection.inputs) if of_input else (projection.outputs, 1)
+    layers = [tensors.take(name, *shape) for name in names]
     if of_input:
       ours = [np.stack(layers).reshape(projection.layers, *projection.in_shape)]
       ours *= len(projection.names)

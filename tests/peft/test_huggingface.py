@@ -309,3 +309,18 @@ def test_what_the_library_does_not_have_is_refused(bases, tmp_path):
     huggingface.write(tmp_path, opened.config, config, adapters, opened.family)
   with pytest.raises(UserError, match=r"no adapter_config\.json"):
     huggingface.read(tmp_path, opened.config, opened.family)
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"embed_dim": 32}, r"q_proj\.lora_A\.weight' is \[8, 16\], not \[8, 32\] as for this model"),
+    ({"head_dim": 8}, r"q_proj\.lora_B\.weight' is \[16, 8\], not \[32, 8\] as for this model"),
+    ({"num_layers": 3}, r"no tensor 'base_model\.model\.model\.layers\.2\.self_attn\.q_proj"),
+    ({"num_layers": 1}, r"'base_model\.model\.model\.layers\.1\.self_attn\.q_proj.*' has no place"),
+  ],
+)
+def test_adapters_of_a_model_of_another_shape_are_refused(written, changes, sentence):
+  folder, opened = written
+  with pytest.raises(UserError, match=sentence):
+    huggingface.read(folder, dataclasses.replace(opened.config, **changes), opened.family)
