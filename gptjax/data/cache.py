@@ -33,12 +33,13 @@ _CUT = re.compile(r"(?<=\S\n)(?=\w)")
 
 
 class Encoder(Protocol):
-  """What makes ids of documents: a `Tokenizer`, or a `ChatEncoder`."""
+  """What makes ids of documents: a `Tokenizer`, a `ChatEncoder` or a `PromptEncoder`."""
 
   vocab_size: int
   end_of_text: int
 
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+  def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray | list[np.ndarray]]:
+    """Of each text its tokens, or a list of those of several documents that it becomes."""
 
   def fingerprint(self) -> str: ...
 
@@ -143,13 +144,14 @@ def _build(folder: Path, source: Source, tokenizer: Encoder, progress: bool) -> 
     for starts, pieces in _chunks(source, progress):
       num_bytes += sum(len(piece.encode()) for piece in pieces)
       # The tokenizers' own threads encode the pieces of a chunk in parallel.
-      for begins, tokens in zip(starts, tokenizer.encode_batch(pieces), strict=True):
-        if begins:
-          boundaries.append(num_tokens)
-          stream.write(separator)
-          num_tokens += 1
-        stream.write(tokens.astype(dtype))
-        num_tokens += len(tokens)
+      for begins, encoded in zip(starts, tokenizer.encode_batch(pieces), strict=True):
+        for tokens in encoded if isinstance(encoded, list) else [encoded]:
+          if begins:
+            boundaries.append(num_tokens)
+            stream.write(separator)
+            num_tokens += 1
+          stream.write(tokens.astype(dtype))
+          num_tokens += len(tokens)
     if not boundaries:
       raise UserError(f"{source.name(0)}: no text in any of {len(source)} documents.")
     stream.write(separator)

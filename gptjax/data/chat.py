@@ -107,39 +107,47 @@ class ChatTemplate:
     text = self.render(messages, add_generation_prompt=add_generation_prompt)
     return self.tokenizer.encode_with_specials(text)
 
-  def pieces(
+  def examples(
     self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
-  ) -> list[tuple[str, bool]]:
-    """Returns the text of a conversation in pieces, and of each whether the assistant writes it.
+  ) -> list[list[tuple[str, bool]]]:
+    """Returns the texts to learn a conversation from, in pieces, and of each piece whether the
+    assistant writes it. Each answer is learnt once, after the prompt that asks for it.
 
-    Those are what the template has between {% generation %} and {% endgeneration %}. In a template
-    without these marks, an answer is what the conversation that ends with it has beyond the prompt
-    of the one that ends before it. What follows the end of a turn may be part of it.
+    Answers are what the template has between {% generation %} and {% endgeneration %}, in one text.
+    In a template without these marks, an answer is what the conversation that ends with it has
+    beyond the prompt of the one that ends before it. One that is written in another way when others
+    follow, as Qwen 3's without its thoughts, is learnt from a text of its own. What follows the end
+    of a turn may be part of it.
 
     Raises:
-      UserError: as `render`; a conversation does not begin with the text of its first messages, so
-        that its answers cannot be told; or nothing is marked.
+      UserError: as `render`; an answer does not begin with its prompt, so that it cannot be told;
+        or nothing is marked.
     """
     whole = self.render(messages, add_generation_prompt=False, tools=tools)
     if _HAS_MARKS.search(self.tokenizer.chat_template):
-      return self._marked_pieces(messages, tools, whole)
-    cuts = [0]
-    for number, message in enumerate(messages):
-      if message["role"] == "assistant":
-        prompt = self._render(messages[:number], tools, add_generation_prompt=True)
-        answered = self._render(messages[: number + 1], tools)
-        if not whole.startswith(answered):
-          # Some, as Phi-3's, put this behind whatever comes last.
-          answered = answered.removesuffix(self.tokenizer.roles.get("eos_token", ""))
-        if not (answered.startswith(prompt) and whole.startswith(answered)):
-          raise UserError(
-            f"the chat template of {self.tokenizer.spec!r} writes message {number} or those before "
-            "it in another way when others follow, so that its tokens cannot be told from the "
-            "rest; set --config.data.chat_template= to another, or train_on=all."
-          )
-        cuts += [len(prompt), len(answered)]
-    pairs = itertools.pairwise([*cuts, len(whole)])
-    return [(whole[i:j], n % 2 == 1) for n, (i, j) in enumerate(pairs) if i < j]
+      return [self._marked_pieces(messages, tools, whole)]
+    examples: list[tuple[str, list[int]]] = [(whole, [])]  # Texts, and where their pieces end.
+    for number, message in reversed([*enumerate(messages)]):
+      if message["role"] != "assistant":
+        continue
+      prompt = self._render(messages[:number], tools, add_generation_prompt=True)
+      answered = self._render(messages[: number + 1], tools)
+      if not answered.startswith(prompt):
+        raise UserError(
+          f"the chat template of {self.tokenizer.spec!r} does not write message {number} behind "
+          "what asks for it, so that its tokens cannot be told from the rest; set "
+          "--config.data.chat_template= to another, or train_on=all."
+        )
+      text, ends = examples[-1]
+      before = text[: ends[0]] if ends else text
+      # Some, as Phi-3's, put this behind whatever comes last.
+      bare = answered.removesuffix(self.tokenizer.roles.get("eos_token", ""))
+      same = next((one for one in (answered, bare) if before.startswith(one)), None)
+      if same is None:
+        examples.append((answered, [len(prompt), len(answered)]))
+      else:
+        ends[:0] = [len(prompt), len(same)]
+    return [_cut(text, ends) for text, ends in reversed(examples) if ends]
 
   def _marked_pieces(
     self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], whole: str
@@ -208,6 +216,12 @@ def _compile(template: str, marked: bool):
   environment.filters["tojson"] = tojson
   environment.globals["raise_exception"] = raise_exception
   return environment.from_string(template)
+
+
+def _cut(text: str, ends: Sequence[int]) -> list[tuple[str, bool]]:
+  """The pieces of a text, every other an answer, but for empty ones."""
+  pairs = itertools.pairwise([0, *ends, len(text)])
+  return [(text[i:j], n % 2 == 1) for n, (i, j) in enumerate(pairs) if i < j]
 
 
 def _literal(text: str) -> jinja2.nodes.Output:

@@ -42,24 +42,25 @@ class ChatEncoder:
   def fingerprint(self) -> str:
     return f"chat {_VERSION} {self.train_on} {self.tokenizer.fingerprint()}"
 
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Encodes each conversation to uint32 [its tokens]; UserError for one that the template
-    refuses, by its name."""
+  def encode_batch(self, texts: Sequence[str]) -> list[list[np.ndarray]]:
+    """Encodes each conversation to uint32 [its tokens], of each of `ChatTemplate.examples`;
+    UserError for one that the template refuses, by its name."""
     template = ChatTemplate(self.tokenizer, _TODAY)
     return [self._encode(template, Conversation.from_json(text)) for text in texts]
 
-  def _encode(self, template: ChatTemplate, conversation: Conversation) -> np.ndarray:
+  def _encode(self, template: ChatTemplate, conversation: Conversation) -> list[np.ndarray]:
     messages, tools = conversation.messages, conversation.tools
     try:
       if self.train_on == "all":
         text = template.render(messages, add_generation_prompt=False, tools=tools)
-        pieces = [(text, True)]
-      else:
-        pieces = template.pieces(messages, tools)
-      tokens_of = encode_pieces(self.tokenizer, [text for text, _ in pieces])
+        return [self._store([(text, True)])]
+      return [self._store(pieces) for pieces in template.examples(messages, tools)]
     except UserError as error:
       raise UserError(f"{conversation.name}: {error}") from error
+
+  def _store(self, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:
     stored = []
+    tokens_of = encode_pieces(self.tokenizer, [text for text, _ in pieces])
     for (_, learnt), tokens in zip(pieces, tokens_of, strict=True):
       flags = np.full(len(tokens), learnt)
       if learnt and self.train_on == "assistant":

@@ -147,7 +147,7 @@ def test_the_pieces_of_a_conversation_are_its_text_and_tell_the_answers(
   write_tokenizer, tmp_path, template, answers
 ):
   chat = ChatTemplate(write_tokenizer(tmp_path, template))
-  pieces = chat.pieces(CHAT)
+  (pieces,) = chat.examples(CHAT)
   assert "".join(text for text, _ in pieces) == chat.render(CHAT, add_generation_prompt=False)
   assert [text for text, is_answer in pieces if is_answer] == answers
   # What comes before an answer is what the model was asked with.
@@ -155,20 +155,49 @@ def test_the_pieces_of_a_conversation_are_its_text_and_tell_the_answers(
   assert "".join(text for text, _ in pieces[:3]) == chat.render(CHAT[:4])
 
 
-@pytest.mark.parametrize(
-  "template",
-  [
-    # Only the last message keeps its thoughts.
-    "{% for m in messages %}{{ m.role }}: {% if loop.last and m.role == 'assistant' %}<think>"
-    "{% endif %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-    # An answer does not begin with what asks for it.
-    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A{% endif %}",
-  ],
-)
-def test_a_template_that_does_not_tell_the_answers_is_an_error(write_tokenizer, tmp_path, template):
-  chat = ChatTemplate(write_tokenizer(tmp_path, template))
-  with pytest.raises(UserError, match=r"writes message 2 or those before it in another way"):
-    chat.pieces(CHAT)
+# As Qwen 3's, of which only the answers to the last thing that a user says keep their thoughts.
+THINKING = """{%- set state = namespace(asked=0) %}
+{%- for m in messages if m.role == 'user' %}{% set state.asked = messages.index(m) %}{% endfor %}
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role != 'assistant' or loop.index0 > state.asked %}{{- m.content }}
+{%- else %}{{- m.content.split('</think>')[-1] }}{% endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+THOUGHTS = [
+  {"role": "user", "content": "Who?"},
+  {"role": "assistant", "content": "<think>Hm.</think>Ask."},
+  {"role": "tool", "content": "Melville"},
+  {"role": "assistant", "content": "<think>Yes.</think>Melville."},
+  {"role": "user", "content": "When?"},
+  {"role": "assistant", "content": "<think>Oh.</think>1851."},
+]
+
+
+def test_an_answer_that_is_written_otherwise_later_is_learnt_as_it_was_given(
+  write_tokenizer, tmp_path
+):
+  chat = ChatTemplate(write_tokenizer(tmp_path, THINKING))
+  first, second = chat.examples(THOUGHTS)
+  assert [[text for text, learnt in pieces if learnt] for pieces in (first, second)] == [
+    ["<think>Hm.</think>Ask.<|im_end|>\n", "<think>Yes.</think>Melville.<|im_end|>\n"],
+    ["<think>Oh.</think>1851.<|im_end|>\n"],
+  ]
+  # Each answer comes after the text that a model is asked with.
+  asked = ["".join(text for text, _ in pieces) for pieces in (first[:1], first[:3], second[:1])]
+  assert asked == [chat.render(THOUGHTS[:end]) for end in (1, 3, 5)]
+  assert "Hm." not in asked[2]
+  # What the user says last is no reason to learn it all again.
+  assert chat.examples([*THOUGHTS[:4], THOUGHTS[4]]) == [first]
+
+
+def test_a_template_that_does_not_ask_for_the_answers_is_an_error(write_tokenizer, tmp_path):
+  template = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+  )
+  with pytest.raises(UserError, match=r"does not write message 4 behind what asks for it"):
+    ChatTemplate(write_tokenizer(tmp_path, template)).examples(CHAT)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +209,7 @@ def test_a_template_that_does_not_tell_the_answers_is_an_error(write_tokenizer, 
 )
 def test_marks_around_no_text_are_an_error(write_tokenizer, tmp_path, template):
   with pytest.raises(UserError, match="but what it marks in these messages is nothing, or not one"):
-    ChatTemplate(write_tokenizer(tmp_path, template)).pieces(CHAT)
+    ChatTemplate(write_tokenizer(tmp_path, template)).examples(CHAT)
 
 
 def test_a_template_may_be_told_what_day_it_is(write_tokenizer, tmp_path):

@@ -6,13 +6,25 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from gptjax.data import cache
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.chat import ChatTemplate, set_template
 from gptjax.data.chat_encoding import ChatEncoder, decode_flags, encode_pieces
-from gptjax.data.conversations import Conversation
+from gptjax.data.chat_packing import PackedConversations
+from gptjax.data.conversations import Conversation, Conversations
+from gptjax.data.sources import Records
 from gptjax.errors import UserError
 from gptjax.show import text_of
-from tests.data.test_chat import ANSWER, CHATML, INSTRUCTIONS, MARKED, SYSTEM, USER
+from tests.data.test_chat import (
+  ANSWER,
+  CHATML,
+  INSTRUCTIONS,
+  MARKED,
+  SYSTEM,
+  THINKING,
+  THOUGHTS,
+  USER,
+)
 
 LATER = {"role": "assistant", "content": "\n Still him. 他。"}
 CHAT = (SYSTEM, USER, ANSWER, USER, LATER)
@@ -30,7 +42,7 @@ TOOL_CHAT = (USER, {"role": "assistant", "content": "<call>"}, {"role": "tool", 
 
 def encode(tokenizer, messages, train_on="assistant"):
   conversation = Conversation(tuple(messages), (), "a.jsonl:3")
-  (stored,) = ChatEncoder(tokenizer, train_on).encode_batch([conversation.to_json()])
+  ((stored,),) = ChatEncoder(tokenizer, train_on).encode_batch([conversation.to_json()])
   assert stored.dtype == np.uint32
   return decode_flags(stored)
 
@@ -112,13 +124,27 @@ def test_a_conversation_has_the_same_tokens_every_day(write_tokenizer, tmp_path)
   ("template", "problem"),
   [
     (INSTRUCTIONS, "refuses these messages: users and assistants take turns"),
-    ("{{ messages | length }}", "writes message 1 or those before it in another way"),
+    ("{{ messages | length }}", "does not write message 2 behind what asks for it"),
   ],
 )
 def test_what_a_template_refuses_is_named_by_its_line(write_tokenizer, tmp_path, template, problem):
   tokenizer = write_tokenizer(tmp_path, template)
   with pytest.raises(UserError, match=rf"^a\.jsonl:3: the chat template of .* {problem}"):
     encode(tokenizer, [USER, ANSWER, ANSWER])
+
+
+def test_several_examples_of_a_conversation_are_documents_of_the_cache(write_tokenizer, tmp_path):
+  encoder = ChatEncoder(write_tokenizer(tmp_path, THINKING), "assistant")
+  source = Conversations(Records([{"messages": THOUGHTS}, {"messages": THOUGHTS[:2]}], "", "", ""))
+  found = cache.open_or_build(source, encoder, str(tmp_path / "cache"))
+  assert found.num_documents == 3
+  rows = [*PackedConversations(found, 512, "drop")]
+  learnt = np.concatenate([row.targets[row.weights > 0] for row in rows]).tolist()
+  answers = text_of(encoder.tokenizer, learnt).split("<|im_end|>")
+  assert sorted(answers) == sorted(
+    ["", "<think>Hm.</think>Ask."] + [m["content"] for m in THOUGHTS if m["role"] == "assistant"]
+  )
+  assert sum(row.segment_ids.max() for row in rows) == 3
 
 
 @pytest.fixture(scope="module")
