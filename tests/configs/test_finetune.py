@@ -21,6 +21,7 @@ def test_a_task_is_pretraining_with_other_defaults():
   assert (config.data.format, config.data.source, config.optim.name) == ("chat", "jsonl", "lion")
   assert (config.total_epochs, config.optim.learning_rate) == (3.0, 2e-5)
   assert config_lib.load(f"{FINETUNE}:task=text,data=text").data.format == "text"
+  assert config_lib.load(f"{FINETUNE}:task=prompt").data.format == "prompt"
 
 
 def test_without_arguments_it_goes_on_from_a_checkpoint_and_its_tokenizer():
