@@ -139,6 +139,7 @@ def _card(
   table = "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
   sources = "\n".join(f"- {one.name} {one.version}, sha256 {one.sha256}" for one in recipe.packages)
   left_out = "; ".join(f"{reason} ({count})" for reason, count in sorted(reasons.items()))
+  notes = f"\n- {recipe.notes}" if recipe.notes else ""
   after = sum(map(len, splits.values()))
   return f"""# {name}
 
@@ -148,7 +149,7 @@ def _card(
 - Licence: {recipe.licence}
 - Examples: {before}; {after} of them without duplicates, and without texts of several labels.
 - Split: {recipe.split}
-- Left out: {left_out or "nothing"}.{recipe.notes and f"{chr(10)}- {recipe.notes}"}
+- Left out: {left_out or "nothing"}.{notes}
 
 {table}
 """
