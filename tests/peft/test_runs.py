@@ -95,6 +95,7 @@ def test_a_budget_of_ranks_is_kept_and_it_goes_on_bit_for_bit(make_config, tmp_p
   config = make_config("adalora", **phases, **few)
   whole = tmp_path / "whole"
   train(config, whole)
+  assert logged(whole, "val/loss")[-1] < logged(whole, "val/loss")[0]
   shutil.copytree(whole, tmp_path / "run")
   shutil.rmtree(tmp_path / "run/checkpoints/4")
   train(config, tmp_path / "run")
