@@ -98,10 +98,9 @@ def test_the_table_is_of_quantiles_of_the_normal_distribution():
   ("name", "base", "changes"),
   [
     ("lora", "nf4", {"scan_layers": True, "remat": "full"}),
-    ("lora", "nf4", {"scan_layers": False}),
     ("dora", "int8", {}),
     ("ia3", "bfloat16", {}),
-    ("lora", "nf4", EXPERTS),
+    pytest.param("lora", "nf4", EXPERTS | {"scan_layers": False}, marks=pytest.mark.slow),
   ],
   ids=str,
 )
@@ -119,12 +118,11 @@ def test_logits_are_those_of_the_plain_model_with_the_dequantised_kernels(
   assert np.abs(kernel - own).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["houlsby", "prompt"])
-def test_what_cannot_be_merged_stays_quantised(name, make_adapted, logits):
-  adapted = make_adapted(preset(name, "int8"), by=0.0)
+def test_a_model_with_virtual_tokens_is_quantised_too(make_adapted, logits):
+  adapted = make_adapted(preset("prompt", "int8"), by=0.0)
   # Put on a model whose own kernels are the dequantised ones, they compute the same.
   plain = merge(make_adapted(preset("lora", "int8"), by=0.0))
-  expected = logits(adapt(plain, preset(name, "float32"), nnx.Rngs(1)))
+  expected = logits(adapt(plain, preset("prompt", "float32"), nnx.Rngs(1)))
   np.testing.assert_allclose(logits(adapted), expected, atol=1e-5)
 
 
@@ -229,26 +227,35 @@ def quantized_run(make_config, tmp_path_factory):  # noqa: F811
   return workdir
 
 
-def test_a_run_learns_and_goes_on_bit_for_bit(quantized_run, make_config, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def adapted(quantized_run):
+  """Its model."""
+  return load_checkpoint(quantized_run)[0]
+
+
+def test_a_run_learns_and_goes_on_bit_for_bit(quantized_run, adapted, make_config, tmp_path):  # noqa: F811
   losses = logged(quantized_run, "val/loss")
   assert losses[-1] < losses[0]
   shutil.copytree(quantized_run, tmp_path / "run")
   shutil.rmtree(tmp_path / "run/checkpoints/4")
   train(make_config("lora", **NF4_RUN), tmp_path / "run")
-  models = [load_checkpoint(workdir)[0] for workdir in (quantized_run, tmp_path / "run")]
-  for expected, actual in zip(*(jax.tree.leaves(nnx.state(m)) for m in models), strict=True):
+  resumed, step = load_checkpoint(tmp_path / "run")
+  assert step == 4
+  leaves = [jax.tree.leaves(nnx.state(model)) for model in (resumed, adapted)]
+  for actual, expected in zip(*leaves, strict=True):
     np.testing.assert_array_equal(actual, expected)
 
 
 def test_a_run_is_loaded_with_its_adapters_merged_into_the_dequantised_kernels(
-  quantized_run, logits
+  quantized_run, adapted
 ):
   merged, _ = load_model(quantized_run)
   assert type(merged) is GPT
-  adapted, _ = load_checkpoint(quantized_run)
   assert isinstance(adapted.blocks.mlp.up.kernel, QuantizedKernel)
-  np.testing.assert_allclose(logits(merged), logits(adapted), atol=1e-4)
-  np.testing.assert_array_equal(merged.blocks.mlp.up.kernel[...], adapted.blocks.mlp.up.kernel[...])
+  up, query = merged.blocks.mlp.up, merged.blocks.attention.query
+  np.testing.assert_array_equal(up.kernel[...], adapted.blocks.mlp.up.kernel[...])
+  expected, _ = adapted.blocks.attention.query.merged()
+  np.testing.assert_array_equal(query.kernel[...], expected)
 
 
 def test_the_checksum_is_of_the_base_before_it_was_quantised(quantized_run, make_config):  # noqa: F811
@@ -280,3 +287,11 @@ def test_a_mesh_learns_the_same(sizes, quantized_run, make_config, tmp_path):  #
   train(make_config("lora", **NF4_RUN | changes), tmp_path)
   expected = logged(quantized_run, "val/loss")
   assert logged(tmp_path, "val/loss") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_one_with_a_quantised_base(quantized_run, make_config, tmp_path):  # noqa: F811
+  changes = {"init_from": str(quantized_run), "total_steps": 1, "mesh.data": 1, "mesh.fsdp": 4}
+  train(make_config("houlsby", **changes), tmp_path)
+  first, last = logged(tmp_path, "val/loss")[0], logged(quantized_run, "val/loss")[-1]
+  assert first == pytest.approx(last, abs=1e-4)

@@ -44,7 +44,10 @@ def trained(make_adapted):
 
 @pytest.mark.parametrize(
   ("base", "changes"),
-  [("float32", {"scan_layers": True}), ("nf4", {"scan_layers": False})],
+  [
+    ("float32", {"scan_layers": True}),
+    pytest.param("nf4", {"scan_layers": False}, marks=pytest.mark.slow),
+  ],
   ids=str,
 )
 def test_each_row_is_that_of_the_model_with_its_adapter_alone(
