@@ -1,4 +1,4 @@
-"""A frozen model whose kernels take a quarter of the bytes or less (QLoRA, Dettmers et al. 2023,
+"""A frozen model whose kernels take half of the bytes or less (QLoRA, Dettmers et al. 2023,
 arXiv:2305.14314).
 
 Quantised are the projections of all layers, experts included. Embeddings, norms and biases stay

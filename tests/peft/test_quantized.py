@@ -15,7 +15,7 @@ from gptjax.model.gpt import GPT, describe_parameters
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
 from gptjax.peft.quantized import NF4, QuantizedKernel, quantize, quantize_params
-from gptjax.peft.surgery import abstract_model, adapt, merge
+from gptjax.peft.surgery import abstract_model, adapt, merge, unmerge
 from gptjax.plan import dry_run, make_plan
 from gptjax.pretrained import load_checkpoint, load_model, load_params_into
 from gptjax.train import train
@@ -116,6 +116,15 @@ def test_logits_are_those_of_the_plain_model_with_the_dequantised_kernels(
   np.testing.assert_allclose(actual, logits(merged), atol=1e-4)
   own, kernel = (x.blocks.mlp.up.kernel[...] for x in (make_model(config), merged))
   assert np.abs(kernel - own).max() > 1e-4
+
+
+def test_what_was_merged_is_taken_out_of_the_dequantised_kernels(make_adapted):
+  config = preset("lora", "nf4")
+  adapted = make_adapted(config)
+  again = unmerge(merge(adapted), config, nnx.to_pure_dict(nnx.state(adapted, Adapter)))
+  query = again.blocks.attention.query
+  expected = adapted.blocks.attention.query.kernel[...]
+  np.testing.assert_allclose(query.kernel[...], expected, atol=1e-5)
 
 
 def test_a_model_with_virtual_tokens_is_quantised_too(make_adapted, logits):
