@@ -66,7 +66,11 @@ class Plan:
 
   @property
   def num_trained(self) -> int:
-    return sum(math.prod(info.shape) for info in self.trained.values())
+    """Of those, or beside them, without what `optim` freezes whole."""
+    groups = self.make_optimizer(None).groups
+    return sum(
+      math.prod(info.shape) for name, info in self.trained.items() if not groups[name].frozen
+    )
 
   @property
   def flops_per_token(self) -> float:
@@ -356,7 +360,7 @@ def dry_run(config: Any) -> None:
     plan.make_train_step(optimizer).trace(state, plan.abstract_batch(), frozen)
   print(to_text(config))
   print(f"parameters: {plan.num_parameters}")
-  if plan.peft is not None:
+  if plan.num_trained != plan.num_parameters:
     print(f"trained: {plan.num_trained}")
   print(f"steps: {f'{config.total_epochs} epochs' if length is None else length.total_steps}")
   print(f"tokens a step: {config.batch_size * config.sequence_length}")

@@ -267,7 +267,8 @@ def introduce(
   config = plan.config
   changes = config_lib.save(config, workdir) if jax.process_index() == 0 else []
   writer.message(config_lib.to_text(config))
-  trained = "" if plan.peft is None else f", of which {plan.num_trained:,} are trained"
+  whole = plan.num_trained == plan.num_parameters
+  trained = "" if whole else f", of which {plan.num_trained:,} are trained"
   writer.message(f"parameters: {plan.num_parameters:,}{trained}")
   writer.message(
     f"{dataset.num_tokens:,} training tokens, {length.tokens_per_step:,} a step; "

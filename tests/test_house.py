@@ -32,7 +32,7 @@ def imports(path: Path) -> set[str]:
 def test_budgets():
   assert lines(ROOT / "gptjax/train.py") <= 400
   assert {path.name: lines(path) for path in FILES if lines(path) > 600} == {}
-  assert sum(map(lines, FILES)) <= 24_000
+  assert sum(map(lines, FILES)) <= 25_000
 
 
 def test_no_import_runs_back_up():

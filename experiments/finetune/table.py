@@ -1,0 +1,111 @@
+"""Tables of what `run.py` and `baselines.py` measured, and results.jsonl without its details.
+
+    python -m experiments.finetune.table --runs=runs/finetune
+
+prints Markdown, and keeps every run's figures in experiments/finetune/results.jsonl.
+"""
+
+import collections
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments.finetune.tasks import TASKS
+
+FOLDER = Path(__file__).parent
+FLAGS = flags.FLAGS
+
+Results = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def group(results: Sequence[dict[str, Any]]) -> Results:
+  """(task, method) -> its seeds."""
+  groups = collections.defaultdict(list)
+  for result in results:
+    groups[result["task"], result["method"]].append(result)
+  return dict(groups)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+  """The mean, and with several seeds the standard deviation of a sample."""
+  mean = f"{np.mean(values):.{digits}f}"
+  return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+
+
+def row(cells: Sequence[Any]) -> str:
+  return f"| {' | '.join(map(str, cells))} |"
+
+
+def results_table(name: str, results: Results) -> list[str]:
+  """The methods of a task, those that are not trained first."""
+  metrics = TASKS[name].metrics or ("val/loss",)
+  cost = ("seeds", "trained", "seconds", "peak MiB")
+  heads = ["", *(metric.removeprefix("val/").replace("_", " ") for metric in metrics), *cost]
+  lines = [row(heads), row(["---"] * len(heads))]
+  methods = [f"{shots} shots" for shots in TASKS[name].prompted] + [*TASKS[name].methods]
+  for method in methods:
+    if (name, method) not in results:
+      continue
+    runs = results[name, method]
+    cells = [spread([value_of(run, metric) for run in runs]) for metric in metrics]
+    is_trained = "trained" in runs[0]
+    lines.append(
+      row(
+        [
+          method,
+          *cells,
+          len(runs),
+          f"{runs[0]['trained']:,}" if is_trained else 0,
+          spread([run["seconds"] for run in runs], 0) if is_trained else "",
+          spread([run["peak_mib"] for run in runs], 0) if is_trained else "",
+        ]
+      )
+    )
+  return lines
+
+
+def value_of(run: dict[str, Any], metric: str) -> float:
+  """On the test set; of what is validated alone, at the best validation after the start."""
+  if metric in run.get("test", {}):
+    return run["test"][metric]["value"]
+  return min(line[metric] for line in run["validations"] if line["step"])
+
+
+def baselines_table(data: str) -> list[str]:
+  found = json.loads((FOLDER / "baselines.json").read_text())
+  lines = [row(["baseline", "trained on", "chosen", "test"]), row(["---"] * 4)]
+  for one in (one for one in found if one["data"] == data):
+    measured = ", ".join(
+      f"{name.replace('_', ' ')} {m['value']:.3f}" for name, m in one["measures"].items()
+    )
+    lines.append(row([one["baseline"], f"{one['trained_on']:,}", one["chosen"], measured]))
+  return lines
+
+
+def main(_: list[str]) -> None:
+  text = (Path(FLAGS.runs) / "results.jsonl").read_text()
+  found = [json.loads(line) for line in text.splitlines()]
+  kept = []
+  for one in found:
+    # Paths of the machine that it ran on are no result.
+    kept.append({name: value for name, value in one.items() if name != "command"})
+  (FOLDER / "results.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in kept))
+  results = group(found)
+  for name, task in TASKS.items():
+    if not any(of == name for of, _ in results):
+      continue
+    print(f"\n### {name}: {task.model} on {task.data}\n")
+    print("\n".join(baselines_table(task.data)), end="\n\n")
+    print("\n".join(results_table(name, results)))
+    first = next(runs[0] for (of, _), runs in results.items() if of == name)
+    print(f"\n    {shlex.join(first['command'])}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("runs", "runs/finetune", "The folder that run.py wrote to.")
+  app.run(main)

