@@ -24,7 +24,7 @@ DOCUMENTS = [
   *sorted(ROOT.glob("configs/*.py")),
 ]
 # What a reader is to fill in.
-PLACEHOLDERS = {"PATH": "corpus", "BUCKET": "bucket", "DIR": "runs/x"}
+PLACEHOLDERS = {"BUCKET": "bucket", "DIR": "runs/x"}
 
 
 def commands(module: str) -> list:
@@ -48,11 +48,22 @@ def foreign_model(tmp_path_factory, tiny_config, random_params):
   return folder
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """A folder of what is read before any training: labels and a vocabulary."""
+  folder = tmp_path_factory.mktemp("data")
+  for name in ("train", "validation"):
+    (folder / f"{name}.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+  (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n")
+  return folder
+
+
 @pytest.mark.parametrize("arguments", commands("train"))
-def test_train_command_is_accepted(arguments, foreign_model, capsys):
+def test_train_command_is_accepted(arguments, foreign_model, data, capsys):
   spec, overrides = None, {}
   for argument in shlex.split(arguments):
-    for placeholder, value in (PLACEHOLDERS | {"FOLDER": str(foreign_model)}).items():
+    folders = {"FOLDER": str(foreign_model), "PATH": str(data)}
+    for placeholder, value in (PLACEHOLDERS | folders).items():
       argument = argument.replace(placeholder, value)
     if match := re.fullmatch(r"--config\.([\w.]+)=(.*)", argument):
       overrides[match[1]] = match[2]

