@@ -96,6 +96,12 @@ def evaluate(
   return [run[type(one)](one, subject, resamples=resamples) for one in prepared]
 
 
+def config_of_labels(checkpoint: str, tasks: Sequence[str]) -> Any:
+  """The config of a run whose labels are asked for; None if there is no need, or no run."""
+  asked = any(name.startswith(_LABELS) for name in tasks)
+  return config_lib.open_saved(checkpoint) if asked and is_run(checkpoint) else None
+
+
 def table(rows: Sequence[tuple[str, str, Metric]]) -> str:
   """Lines of (task, name of the metric, metric)."""
   shown = [("task", "metric", "value", "95 % interval", "n")]
@@ -183,7 +189,7 @@ def main(overrides) -> None:
     seed=FLAGS.seed,
     limit=FLAGS.limit,
     resamples=FLAGS.resamples,
-    config=config_lib.open_saved(FLAGS.checkpoint) if is_run(FLAGS.checkpoint) else None,
+    config=config_of_labels(FLAGS.checkpoint, FLAGS.tasks),
   )
   rows = [
     (result.name, name, metric) for result in results for name, metric in result.metrics.items()

@@ -216,7 +216,7 @@ def _restore(
 
 def _makes_best(config: Any) -> bool:
   """Whether what a run has made is its best checkpoint, not its newest."""
-  return config.checkpoint.get("final") == "best"
+  return config.get("checkpoint", {}).get("final") == "best"
 
 
 def _peft_of(config: Any) -> str:

@@ -217,7 +217,13 @@ def two_checkpoints(tmp_path):
   return tmp_path, states
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+  "damage",
+  [
+    pytest.param(damage, marks=[] if damage in ("deleted", "flipped") else [pytest.mark.slow])
+    for damage in DAMAGES
+  ],
+)
 def test_damage_to_any_file_never_restores_wrong_values(two_checkpoints, damage, tmp_path):
   directory, states = two_checkpoints
   backup = shutil.copytree(directory / "20", tmp_path / "backup")
@@ -443,6 +449,22 @@ def test_retention_keeps_the_best_known_after_its_save_and_over_a_restart(tmp_pa
     checkpoints.save(60, {"x": jnp.int32(60)})
     checkpoints.wait()
     assert checkpoints.steps() == [50, 60]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("val/f1_macro", 20), ("val/loss", 30)])
+def test_the_best_is_the_first_of_the_highest_or_lowest_and_can_be_asked_for(
+  tmp_path, metric, best
+):
+  with Checkpoints(tmp_path, keep=1, best_metric=metric) as checkpoints:
+    for step, value in {10: 0.5, 20: 0.9, 30: 0.1, 40: 0.9, 50: 0.1, 60: 0.2}.items():
+      checkpoints.save(step, {"params": {"x": jnp.float32(step)}})
+      checkpoints.record_metrics(step, {metric: value})
+    checkpoints.wait()
+    assert checkpoints.steps() == [best, 60]
+  wanted = {"x": jax.ShapeDtypeStruct((), jnp.float32, sharding=jnp.float32(0).sharding)}
+  for asked, step in ((True, best), (False, 60)):
+    params, _ = restore_params(tmp_path, wanted, best=asked)
+    assert float(params["x"]) == step
 
 
 def test_best_metric_that_is_not_evaluated_is_an_error(tmp_path):

@@ -47,9 +47,9 @@ def test_a_run_of_the_fine_tuning_experiment_can_be_started(name, method, monkey
   for module in (datasets, finetune):
     monkeypatch.setattr(module, "fetch", lambda name: tmp_path)
   monkeypatch.setattr(finetune, "checkpoint_of", lambda model: "hf:model")
-  monkeypatch.setattr(finetune, "mixture_of", lambda *names: {})
+  monkeypatch.setattr(finetune, "both_languages", lambda *names: {})
   _, _, spec, *arguments = finetune.training_command(tasks.TASKS[name], method, 0, tmp_path)
   flags = [argument.removeprefix("--config.").partition("=") for argument in arguments[:-1]]
   config = config_lib.load(spec.removeprefix("--config="), {key: text for key, _, text in flags})
   assert config.seed == 0
-  assert (config.peft.method == "none") == (method in ("full", "head"))
+  assert (config.peft.method == "none") == (method == "full")

@@ -16,7 +16,14 @@ RESULTS = {
 }
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "path",
+  [
+    pytest.param(path, marks=[] if path.stem == "quickstart" else [pytest.mark.slow])
+    for path in NOTEBOOKS
+  ],
+  ids=lambda path: path.stem,
+)
 def test_notebook_runs(path, monkeypatch, tmp_path):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   monkeypatch.setenv("XLA_FLAGS", "")

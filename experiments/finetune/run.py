@@ -38,7 +38,7 @@ def checkpoint_of(model: str) -> str:
 
 def training_command(task: Task, method: str, seed: int, workdir: Path) -> list[str]:
   data = fetch(task.data)
-  peft = {FULL: "none", "head": "none"}.get(method, method.split("-")[0])
+  peft = "none" if method == FULL else method.split("-")[0]
   overrides = {
     "init_from": checkpoint_of(task.model),
     "data.path": data / "train.jsonl",
@@ -48,7 +48,7 @@ def training_command(task: Task, method: str, seed: int, workdir: Path) -> list[
     **task.methods[method],
   }
   if task.data == "alpaca_en":
-    overrides |= mixture_of("alpaca_en", "alpaca_zh")
+    overrides |= both_languages("alpaca_en", "alpaca_zh")
   return [
     *("-m", "gptjax.train", f"--config=configs/finetune.py:{task.argument},peft={peft}"),
     *(f"--config.{key}={value}" for key, value in overrides.items()),
@@ -56,8 +56,8 @@ def training_command(task: Task, method: str, seed: int, workdir: Path) -> list[
   ]
 
 
-def mixture_of(*names: str) -> dict[str, Any]:
-  """Instructions in both languages as one file each, beside one another."""
+def both_languages(*names: str) -> dict[str, Any]:
+  """Where their examples are as one file for training and one to validate on."""
   folder = Path(FLAGS.runs) / "+".join(names)
   folder.mkdir(parents=True, exist_ok=True)
   for split in ("train", "validation"):
@@ -85,7 +85,7 @@ def evaluation_command(
 
 
 def run(command: list[str], log: Path) -> dict[str, float]:
-  """Runs a program of Python, and tells seconds and the peak of its memory."""
+  """Runs a program of Python, and tells its seconds, of them its processor's, and its memory."""
   start = time.monotonic()
   with log.open("w") as output:
     process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=output)
@@ -93,7 +93,11 @@ def run(command: list[str], log: Path) -> dict[str, float]:
   if status:
     raise RuntimeError(f"{' '.join(command)}\n{log.read_text()[-2000:]}")
   # ru_maxrss is in KiB on Linux.
-  return {"seconds": time.monotonic() - start, "peak_mib": usage.ru_maxrss / 1024}
+  return {
+    "seconds": time.monotonic() - start,
+    "processor_seconds": usage.ru_utime + usage.ru_stime,
+    "peak_mib": usage.ru_maxrss / 1024,
+  }
 
 
 def jobs() -> Iterator[tuple[str, str, int]]:

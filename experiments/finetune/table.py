@@ -20,6 +20,9 @@ from experiments.finetune.tasks import TASKS
 FOLDER = Path(__file__).parent
 FLAGS = flags.FLAGS
 
+# Of the training program, from its start to its end.
+COSTS = {"seconds": "seconds", "processor_seconds": "of a processor", "peak_mib": "peak MiB"}
+
 Results = dict[tuple[str, str], list[dict[str, Any]]]
 
 
@@ -44,7 +47,7 @@ def row(cells: Sequence[Any]) -> str:
 def results_table(name: str, results: Results) -> list[str]:
   """The methods of a task, those that are not trained first."""
   metrics = TASKS[name].metrics or ("val/loss",)
-  cost = ("seeds", "trained", "seconds", "peak MiB")
+  cost = ("seeds", "trained", *COSTS.values())
   heads = ["", *(metric.removeprefix("val/").replace("_", " ") for metric in metrics), *cost]
   lines = [row(heads), row(["---"] * len(heads))]
   methods = [f"{shots} shots" for shots in TASKS[name].prompted] + [*TASKS[name].methods]
@@ -53,19 +56,11 @@ def results_table(name: str, results: Results) -> list[str]:
       continue
     runs = results[name, method]
     cells = [spread([value_of(run, metric) for run in runs]) for metric in metrics]
-    is_trained = "trained" in runs[0]
-    lines.append(
-      row(
-        [
-          method,
-          *cells,
-          len(runs),
-          f"{runs[0]['trained']:,}" if is_trained else 0,
-          spread([run["seconds"] for run in runs], 0) if is_trained else "",
-          spread([run["peak_mib"] for run in runs], 0) if is_trained else "",
-        ]
-      )
-    )
+    costs = [
+      spread([run[cost] for run in runs if cost in run], 0) if cost in runs[-1] else ""
+      for cost in COSTS
+    ]
+    lines.append(row([method, *cells, len(runs), f"{runs[0].get('trained', 0):,}", *costs]))
   return lines
 
 

@@ -161,6 +161,7 @@ def _logit_shapes(shape, vocab):
   return found
 
 
+@pytest.mark.slow
 def test_context_parallelism_gathers_keys_and_scatters_their_gradients(chunked):
   plan, report = compile_small("v5e-16", fsdp=4, context=4)
   in_layers = [one for one in Program(report.program).collectives(16) if one.count >= LAYERS]

@@ -50,6 +50,7 @@ def test_activations_move_as_far_at_any_width_under_mup(slopes, capsys):
   assert found["change of logits"] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_they_move_further_the_wider_the_standard_model(slopes):
   found, _ = slopes("standard")
   for quantity in ("attention", "mlp", "residual", "logits"):

@@ -88,6 +88,7 @@ def test_a_checkpoint_holds_adapters_alone(lora):
   assert sizes < 3 * 896 + 10  # The adapters and two moments of each.
 
 
+@pytest.mark.slow
 def test_a_budget_of_ranks_is_kept_and_it_goes_on_bit_for_bit(make_config, tmp_path):
   """What AdaLoRA knows of importance is a part of the state."""
   phases = {f"peft.budget_{name}_steps": 1 for name in ("initial", "final", "every")}

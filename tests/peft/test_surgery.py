@@ -202,7 +202,7 @@ MESH = {"sizes": {"fsdp": 2, "tensor": 2}, "grad_accumulation": 2}
   ("method", "how"),
   [
     ("dora", MESH | {"remat": "full"}),
-    ("prompt", {"sizes": {"data": 2, "context": 2}}),
+    pytest.param("prompt", {"sizes": {"data": 2, "context": 2}}, marks=pytest.mark.slow),
     *(
       pytest.param(method, how, marks=pytest.mark.slow)
       for method in STEPS
