@@ -18,18 +18,13 @@ _TODAY = datetime.date(2024, 7, 26)
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatEncoder:
-  """What the token cache asks of a tokenizer, for documents that are `Conversation.to_json`.
+class FlaggingEncoder:
+  """What the token cache asks of a tokenizer, for documents that are not all to be learnt.
 
   It stores 2 * token + 1 for a token that is to be learnt, 2 * token for another.
-
-  Attributes:
-    tokenizer: has the chat template.
-    train_on: 'assistant' for what the assistant writes, its end of turn included; 'all'.
   """
 
   tokenizer: Tokenizer
-  train_on: str
 
   @property
   def vocab_size(self) -> int:
@@ -38,6 +33,18 @@ class ChatEncoder:
   @property
   def end_of_text(self) -> int:
     return 2 * self.tokenizer.end_of_text
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatEncoder(FlaggingEncoder):
+  """For documents that are `Conversation.to_json`.
+
+  Attributes:
+    tokenizer: has the chat template.
+    train_on: 'assistant' for what the assistant writes, its end of turn included; 'all'.
+  """
+
+  train_on: str
 
   def fingerprint(self) -> str:
     return f"chat {_VERSION} {self.train_on} {self.tokenizer.fingerprint()}"

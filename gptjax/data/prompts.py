@@ -12,9 +12,9 @@ import jinja2
 import jinja2.sandbox
 import numpy as np
 
-from gptjax.data.chat_encoding import encode_pieces
+from gptjax.data.chat_encoding import FlaggingEncoder, encode_pieces
 from gptjax.data.sources import Source, documents
-from gptjax.data.tokenizer import Tokenizer, start_of
+from gptjax.data.tokenizer import start_of
 from gptjax.errors import UserError, did_you_mean
 
 PROMPTS = Path(__file__).parents[2] / "configs/prompts"
@@ -133,23 +133,13 @@ def texts(source: Prompts, indices: Iterable[int] | None = None) -> Iterator[str
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptEncoder:
-  """What the token cache asks of a tokenizer, for documents of `Prompts`.
+class PromptEncoder(FlaggingEncoder):
+  """For documents of `Prompts`.
 
-  Of each it stores the start, prompt, answer and end of text, as a `ChatEncoder` does. To be learnt
-  are the answer and the end. Start and prompt are the tokens that `evals.subject.Subject.write`
-  goes on from; no special token is parsed.
+  Of each it stores the start, prompt, answer and end of text. To be learnt are the answer and the
+  end. Start and prompt are the tokens that `evals.subject.Subject.write` goes on from; no special
+  token is parsed.
   """
-
-  tokenizer: Tokenizer
-
-  @property
-  def vocab_size(self) -> int:
-    return 2 * self.tokenizer.vocab_size
-
-  @property
-  def end_of_text(self) -> int:
-    return 2 * self.tokenizer.end_of_text
 
   def fingerprint(self) -> str:
     return f"prompt {_VERSION} {self.tokenizer.fingerprint()}"
