@@ -150,7 +150,7 @@ TASKS = {
     overrides=_WRITING | {"data.prompt": "translation_en_zh.jinja", "data.answer": "{{ zh }}"},
     methods=_SMOLLM2,
     prompted=(0, 4),
-    limit=100,
+    limit=40,
   ),
   "instructions": Task(
     data="alpaca_en",
@@ -192,6 +192,6 @@ TESTS = {
     "prompt": "translation_en_zh.jinja",
     "target": "zh",
     "language": "zh",
-    "max_tokens": 96,
+    "max_tokens": 64,
   },
 }
