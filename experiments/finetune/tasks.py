@@ -62,6 +62,11 @@ _SMOLLM2 = {
 _PEFT = {
   FULL: {"optim.learning_rate": 5e-5},
   LORA: {"optim.learning_rate": 1e-3},
+  "lora-all": {
+    "optim.learning_rate": 2e-3,
+    "peft.targets": (("kernel$", {}),),
+    "peft.rank": 4,
+  },
   "rslora": {"optim.learning_rate": 5e-4},
   "dora": {"optim.learning_rate": 1e-3},
   "adalora": {"optim.learning_rate": 2e-3},
