@@ -193,8 +193,10 @@ def run(tmp_path_factory, tokenizer, reciting):
 
 # Its terminal is the one whose Ctrl-C it gets, and there is time for that between two pieces.
 PROGRAM = textwrap.dedent("""
-  import fcntl, termios, time
+  import fcntl, signal, termios, time
   fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+  # What starts tests in the background ignores it, and so would all that they start.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   from gptjax import chat, config
 
   original = chat.generate
