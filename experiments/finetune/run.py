@@ -19,7 +19,16 @@ from typing import Any
 from absl import app, flags
 
 from experiments.datasets import fetch
-from experiments.finetune.tasks import CHINESE, FULL, MINILM, SMOLLM2, TASKS, TESTS, Task
+from experiments.finetune.tasks import (
+  CHINESE,
+  FULL,
+  MINILM,
+  NOTHING,
+  SMOLLM2,
+  TASKS,
+  TESTS,
+  Task,
+)
 from gptjax.metrics import read_metrics
 
 FLAGS = flags.FLAGS
@@ -36,11 +45,10 @@ def checkpoint_of(model: str) -> str:
   return str(Path(FLAGS.runs) / CHINESE)
 
 
-def training_command(task: Task, method: str, seed: int, workdir: Path) -> list[str]:
+def training_config(task: Task, method: str, seed: int) -> tuple[str, dict[str, Any]]:
+  """(--config, its overrides) of gptjax.train."""
   data = fetch(task.data)
-  peft = "none" if method == FULL else method.split("-")[0]
   overrides = {
-    "init_from": checkpoint_of(task.model),
     "data.path": data / "train.jsonl",
     "data.validation_path": data / "validation.jsonl",
     "seed": seed,
@@ -49,8 +57,16 @@ def training_command(task: Task, method: str, seed: int, workdir: Path) -> list[
   }
   if task.data == "alpaca_en":
     overrides |= both_languages("alpaca_en", "alpaca_zh")
+  if task.model != NOTHING:
+    overrides["init_from"] = checkpoint_of(task.model)
+  peft = "" if method == FULL else f",peft={method.split('-')[0]}"
+  return f"{task.config}{peft}", overrides
+
+
+def training_command(task: Task, method: str, seed: int, workdir: Path) -> list[str]:
+  config, overrides = training_config(task, method, seed)
   return [
-    *("-m", "gptjax.train", f"--config=configs/finetune.py:{task.argument},peft={peft}"),
+    *("-m", "gptjax.train", f"--config={config}"),
     *(f"--config.{key}={value}" for key, value in overrides.items()),
     f"--workdir={workdir}",
   ]

