@@ -1,6 +1,6 @@
 """What a model answers to the examples of a task, and how good that is.
 
-Axes: N examples, L labels.
+Axes: N examples, L labels, C candidates.
 """
 
 import collections
@@ -108,8 +108,8 @@ def evaluate(
   """Asks a model, and measures its answers with a bootstrap of so many `resamples`."""
   start = time.perf_counter()
   task, examples = questions.task, questions.examples
-  ask = {"classification": _classify, "tagging": _tag, "code": _program}.get(task.kind, _write)
-  found = ask(questions, subject)
+  ask = {"classification": _classify, "ranking": _rank, "tagging": _tag, "code": _program}
+  found = ask.get(task.kind, _write)(questions, subject)
   metrics = {
     name: scores.bootstrap(measure, len(examples), resamples=resamples, seed=questions.seed)
     for name, measure in found.measures.items()
@@ -226,18 +226,8 @@ def _label_probabilities(
     for text in CONTENT_FREE:
       asked.append(task.question.render(Example({**first.record, task.text: text}, first.place)))
   prompts, texts = questions.prompts(subject, asked), [*task.labels.values()]
-  found = subject.likelihoods([(prompt, text) for prompt in prompts for text in texts])
-  size = {
-    "none": lambda score, text: 1,
-    "tokens": lambda score, text: score.tokens,
-    "bytes": lambda score, text: len(text.strip().encode()),
-  }[task.normalize]
-  logits_NL = np.array(
-    [
-      score.log_likelihood / size(score, text)
-      for score, text in zip(found, texts * len(prompts), strict=True)
-    ]
-  ).reshape(len(prompts), len(texts))
+  pairs = [(prompt, text) for prompt in prompts for text in texts]
+  logits_NL = _log_likelihoods(task, subject, pairs).reshape(len(prompts), len(texts))
   p_NL = _normalize(np.exp(logits_NL - logits_NL.max(axis=1, keepdims=True)))
   if not task.calibrate:
     return p_NL, {}
@@ -247,8 +237,50 @@ def _label_probabilities(
   return _normalize(p_NL[:N] / content_free_L[None]), details
 
 
+def _log_likelihoods(
+  task: Task, subject: Subject, pairs: Sequence[tuple[Prompt, str]]
+) -> np.ndarray:
+  """Of each text after its prompt, [pairs], as `domain_premise` and `normalize` have it."""
+  found = subject.likelihoods(pairs)
+  nats = np.array([score.log_likelihood for score in found])
+  if task.domain_premise:
+    premise = subject.prompt("", [], task.domain_premise, "")
+    texts = [*dict.fromkeys(text for _, text in pairs)]
+    alone = subject.likelihoods([(premise, text) for text in texts])
+    prior = {text: one.log_likelihood for text, one in zip(texts, alone, strict=True)}
+    nats -= [prior[text] for _, text in pairs]
+  match task.normalize:
+    case "tokens":
+      nats /= [score.tokens for score in found]
+    case "bytes":
+      nats /= [len(text.strip().encode()) for _, text in pairs]
+  return nats
+
+
 def _normalize(p_NL: np.ndarray) -> np.ndarray:
   return p_NL / p_NL.sum(axis=1, keepdims=True)
+
+
+def _rank(questions: Questions, subject: Subject) -> _Answers:
+  task, examples = questions.task, questions.examples
+  candidates = [task.candidates_of(example) for example in examples]
+  prompts = questions.prompts(subject, questions.asked)
+  pairs = [
+    (prompt, task.after_prompt(text))
+    for prompt, texts in zip(prompts, candidates, strict=True)
+    for text in texts
+  ]
+  starts = np.cumsum([len(texts) for texts in candidates])[:-1]
+  found = np.split(_log_likelihoods(task, subject, pairs), starts)
+  right, predictions = [], []
+  for example, texts, scores_C in zip(examples, candidates, found, strict=True):
+    gold = task.gold(example)
+    right_C = np.array([text in gold for text in texts])
+    order_C = scores.ranking_order(scores_C, right_C)
+    right.append(right_C[order_C])
+    ranking = [texts[index] for index in order_C]
+    predictions.append({"ranking": ranking, "scores": scores_C[order_C].tolist()})
+  return _Answers(scores.ranking(right, task.k), predictions)
 
 
 def _read_label(task: Task, text: str) -> str:

@@ -161,6 +161,41 @@ def spans(
   return {"exact_match": mean_of(exact), "f1": mean_of(f1)}
 
 
+# --- Ranking -----------------------------------------------------------------------------------
+
+
+def ranking_order(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+  """Indices [C] of candidates from the highest score, what is right after what it is tied with."""
+  return np.lexsort((right, -scores))
+
+
+def ranking(right: Sequence[np.ndarray], k: Sequence[int]) -> dict[str, Measure]:
+  """How far ahead the right candidates are.
+
+  Accuracy, and hit@k of each `k` above 1: whether a right one is the first, or one of the first k.
+  mrr: the mean reciprocal rank of the first that is right (Voorhees 1999). ndcg: the discounted
+  cumulative gain over that of the best order (Järvelin & Kekäläinen 2002), with a discount of
+  log2(1 + rank) (Burges et al. 2005). accuracy_of_chance: what guessing gets in the mean.
+
+  Args:
+    right: whether each candidate is right, bool [C] of each example, in their order; one is.
+    k: of hit@k.
+  """
+  first = np.array([one.argmax() for one in right])
+
+  def ndcg(one: np.ndarray) -> float:
+    gains = 1 / np.log2(2 + np.arange(len(one)))
+    return gains[one].sum() / gains[: one.sum()].sum()
+
+  return {
+    "accuracy": mean_of(first == 0),
+    **{f"hit@{one}": mean_of(first < one) for one in k if one > 1},
+    "mrr": mean_of(1 / (1 + first)),
+    "ndcg": mean_of([ndcg(one) for one in right]),
+    "accuracy_of_chance": mean_of([one.mean() for one in right]),
+  }
+
+
 # --- Texts -------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,13 @@
 {"kind": "classification", "data": "test.jsonl", "train": "train.jsonl",
  "prompt": "sentiment.jinja", "text": "text", "target": "label",
  "labels": {"pos": " positive", "neg": " negative"}}
+
+{"kind": "ranking", "data": "test.jsonl", "prompt": "recommendation.jinja",
+ "candidates": "offered", "target": "next", "k": [5, 10]}
+
+with such lines of test.jsonl:
+
+{"titles": ["Alien", "Heat"], "offered": ["Ronin", "Bambi"], "next": "Ronin"}
 """
 
 import collections
@@ -25,6 +32,7 @@ KINDS = {
   "summarization": ("prompt", "target"),
   "translation": ("prompt", "target"),
   "tagging": ("target", "prediction"),
+  "ranking": ("prompt", "target", "candidates"),
   "code": ("prompt", "program"),
 }
 METRICS = {
@@ -53,14 +61,21 @@ class Task:
   separator: between examples.
   text: the key of what is classified, which calibration replaces.
   target: the key of what is right: a label, a text, for question_answering a text or a list of
-    them, for tagging a list of tags.
+    them, for tagging a list of tags, for ranking one of the candidates, a list of some, or the
+    index of one, from 0.
+  candidates: of ranking, the key of the texts that each example has to choose from (what could be
+    bought next, or the answers of a multiple choice question as in HellaSwag or ARC), which are
+    ranked by their log-likelihood after the prompt.
+  domain_premise: a text such as 'Next:'; what a label or a candidate gets after it alone is
+    subtracted from its log-likelihood (PMI_DC of Holtzman et al. 2021, arXiv:2104.08315).
   labels: of classification, each label and the text that stands for it, with its leading space.
   by: classification by the likelihood of these texts, or by what the model writes.
-  normalize: divides log-likelihoods by the 'tokens' or 'bytes' of a label's text.
+  normalize: divides log-likelihoods by the 'tokens' or 'bytes' of a label's or candidate's text.
   calibrate: contextual calibration (Zhao et al. 2021, arXiv:2102.09690).
   language: 'zh' scores Chinese by characters, and sacreBLEU by its tokenizer 'zh'.
   max_tokens, stop: of what the model writes.
-  temperature, samples, k: of code: `samples` programs a problem, and pass@k for each of `k`.
+  temperature, samples: of code, `samples` programs a problem.
+  k: of code pass@k for each of `k`, of ranking hit@k for each above 1; hit@1 is the accuracy.
   program: of code, a Jinja template of what is run, from the example's keys, `prompt` (rendered)
     and `completion`.
   timeout_seconds: of one program.
@@ -77,6 +92,8 @@ class Task:
   separator: str = "\n\n"
   text: str = "text"
   target: str = ""
+  candidates: str = ""
+  domain_premise: str = ""
   labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
   by: str = "likelihood"
   normalize: str = "none"
@@ -100,17 +117,21 @@ class Task:
     for name in KINDS[self.kind]:
       if not getattr(self, name) and not (name == "prompt" and self.prediction):
         raise UserError(f"{self.file}: a task of kind {self.kind!r} needs the key {name!r}.")
-    if self.prediction and (self.calibrate or self.kind == "code"):
+    if self.prediction and (self.calibrate or self.kind in ("code", "ranking")):
       raise UserError(f"{self.file}: prediction: the model has to be asked for this task.")
     if self.kind == "classification" and len(self.labels) < 2:
       raise UserError(f"{self.file}: labels: a classification has at least 2 labels.")
     if not all(isinstance(text, str) and text.strip() for text in self.labels.values()):
       raise UserError(f"{self.file}: labels: each label needs a text that is not empty.")
-    for k in self.k if self.kind == "code" else ():
-      if not 1 <= k <= self.samples:
+    for k in self.k:
+      if not isinstance(k, int) or k < 1:
+        raise UserError(f"{self.file}: k: {k!r} is not a whole number from 1.")
+      if self.kind == "code" and k > self.samples:
         raise UserError(f"{self.file}: k: {k} is not from 1 to samples={self.samples}.")
     if self.calibrate and (self.kind, self.by) != ("classification", "likelihood"):
       raise UserError(f"{self.file}: calibrate is of classification by likelihood alone.")
+    if self.kind == "ranking" and self.by != "likelihood":
+      raise UserError(f"{self.file}: by: candidates are ranked by their likelihood alone.")
 
     for name in self.metrics:
       if name not in self.known_metrics:
@@ -126,6 +147,9 @@ class Task:
     """The names of all metrics of this task."""
     if self.kind == "code":
       return tuple(f"pass@{k}" for k in self.k)
+    if self.kind == "ranking":
+      hits = (f"hit@{k}" for k in self.k if k > 1)
+      return ("accuracy", *hits, "mrr", "ndcg", "accuracy_of_chance")
     names = METRICS[self.kind]
     if self.by_likelihood:
       numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in self.labels)
@@ -149,16 +173,36 @@ class Task:
     value = self.gold(example)
     if self.kind == "classification":
       return self.labels[value]
-    first = value[0] if isinstance(value, list) else value
-    return first if first[:1].isspace() or self.language == "zh" else f" {first}"
+    return self.after_prompt(value[0] if isinstance(value, list) else value)
+
+  def after_prompt(self, text: str) -> str:
+    """A text as it follows a prompt, with a space before it where the language has them."""
+    return text if text[:1].isspace() or self.language == "zh" else f" {text}"
+
+  def candidates_of(self, example: Example) -> list[str]:
+    """The texts to be ranked; UserError if there are not 2, or one is empty or there twice."""
+    texts = example.get(self.candidates)
+    listed = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    if not listed or len(texts) < 2 or not all(map(str.strip, texts)):
+      raise UserError(
+        f"{example.place}: {self.candidates!r} is not a list of at least 2 texts, none empty."
+      )
+    text, count = collections.Counter(map(str.strip, texts)).most_common(1)[0]
+    if count > 1:
+      raise UserError(
+        f"{example.place}: {self.candidates!r} has {text!r} {count} times; give each text once."
+      )
+    return texts
 
   def gold(self, example: Example) -> Any:
-    """The value of `target`, checked.
+    """The value of `target`, checked; of ranking, the list of the right candidates.
 
     Raises:
-      UserError: it is missing, is not of the set of labels, or is not of its kind.
+      UserError: it is missing, is not of the set of labels or candidates, or is not of its kind.
     """
     value = example.get(self.target)
+    if self.kind == "ranking":
+      return self._right_candidates(example, value)
     if self.kind == "classification":
       label = value if isinstance(value, str) else json.dumps(value)
       if label not in self.labels:
@@ -173,6 +217,19 @@ class Task:
       kinds = {"question_answering": "a text or a list of texts", "tagging": "a list of tags"}
       raise UserError(f"{example.place}: {self.target!r} is not {kinds.get(self.kind, 'a text')}.")
     return value
+
+  def _right_candidates(self, example: Example, value: Any) -> list[str]:
+    candidates = self.candidates_of(example)
+    if type(value) is int and 0 <= value < len(candidates):
+      return [candidates[value]]
+    right = value if isinstance(value, list) and value else [value]
+    for text in right:
+      if text not in candidates:
+        raise UserError(
+          f"{example.place}: {self.target!r} is {text!r}, which is not one of the "
+          f"{len(candidates)} texts of {self.candidates!r}."
+        )
+    return right
 
 
 def load_task(path: str) -> Task:

@@ -13,7 +13,10 @@ from gptjax.data.prompts import PROMPTS, Example, PromptEncoder, Prompts, Templa
 from gptjax.data.sources import Records
 from gptjax.data.tokenizer import start_of
 from gptjax.errors import UserError
-from gptjax.inference.score import encode_pair
+from gptjax.evals import answers
+from gptjax.evals.subject import Subject
+from gptjax.evals.task import load_task
+from gptjax.inference.score import Score, encode_pair
 from gptjax.show import describe_row
 from tests.data.test_chat_encoding import spaced  # noqa: F401
 
@@ -91,6 +94,35 @@ def test_the_answer_is_learnt_after_the_tokens_that_evaluation_asks_with(tokeniz
   context, continuation = encode_pair(tokenizer, f"Review: {text}\nSentiment:", f" {label}")
   assert tokens.tolist() == [*context, *continuation, tokenizer.end_of_text]
   assert list(prompts.texts(source)) == [f"Review: {text}\nSentiment: {label}"]
+
+
+def test_the_candidate_that_was_learnt_is_scored_as_it_was_learnt(tokenizer, tmp_path, monkeypatch):
+  record = {
+    "titles": ["Heat", "他"],
+    "offered": ["Up", "Herman </s>", "Up 2"],
+    "next": "Herman </s>",
+  }
+  (tmp_path / "films.jsonl").write_text(json.dumps(record))
+  settings = {"kind": "ranking", "data": "films.jsonl", "prompt": "recommendation.jinja"}
+  settings |= {"candidates": "offered", "target": "next"}
+  (tmp_path / "films.json").write_text(json.dumps(settings))
+  scored = []
+
+  def score(subject, pairs):
+    scored.extend(pairs)
+    return [Score(-1.0, len(after), False) for _, after in pairs]
+
+  monkeypatch.setattr(Subject, "score", score)
+  questions = answers.prepare(load_task(str(tmp_path / "films.jsonl")))
+  answers.evaluate(questions, Subject(None, tokenizer), resamples=2)
+  source = Prompts(
+    records(record),
+    open_template("recommendation.jinja", PROMPTS, "x"),
+    Template("data.answer", " {{ next }}"),
+  )
+  tokens, _ = decode_flags(PromptEncoder(tokenizer).encode_batch([source[0]])[0])
+  right = [[*context, *after, tokenizer.end_of_text] for context, after in scored][1]
+  assert right == tokens.tolist()
 
 
 def test_records_of_bytes_numbers_and_lists_are_as_in_json():

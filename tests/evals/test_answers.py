@@ -134,6 +134,60 @@ def test_only_the_metrics_asked_for(run):
   assert list(result.metrics) == ["mcc"]
 
 
+# --- Ranking -----------------------------------------------------------------------------------
+
+MOVIES = {"kind": "ranking", "prompt": "recommendation.jinja", "candidates": "of", "target": "next"}
+OFFERED = [
+  {"titles": ["X", "A"], "of": ["Ronin", "Big Fish", "Up"], "next": "Big Fish"},
+  {"titles": ["B"], "of": ["Up", "Ronin"], "next": ["Ronin"]},
+  {"titles": ["C"], "of": ["Up", "Big Fish"], "next": 1},
+]
+OPINIONS = {
+  "A": {" Ronin": 0.5, " Big Fish": 0.3, " Up": 0.1},
+  "B": {" Ronin": 0.5, " Up": 0.1},
+  "C": {" Up": 0.2, " Big Fish": 0.2},
+}
+
+
+def test_each_example_ranks_its_own_candidates(run):
+  result, subject = run(OPINIONS, OFFERED, k=[1, 2], **MOVIES)
+  assert subject.asked[0] == "Bought: X; A\nNext:"
+  predicted = [one["prediction"] for one in result.predictions]
+  assert [one["ranking"] for one in predicted] == [
+    ["Ronin", "Big Fish", "Up"],
+    ["Ronin", "Up"],
+    ["Up", "Big Fish"],  # tied
+  ]
+  assert predicted[0]["scores"] == pytest.approx(np.log([0.5, 0.3, 0.1]))
+  values = {name: metric.value for name, metric in result.metrics.items()}
+  assert list(values) == ["accuracy", "hit@2", "mrr", "ndcg", "accuracy_of_chance"]
+  assert values["accuracy"] == pytest.approx(1 / 3)
+  assert values["mrr"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+  assert values["accuracy_of_chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+  assert result.metrics["mrr"].low < result.metrics["mrr"].high
+
+
+def test_a_long_candidate_can_be_compared_with_a_short_one(run):
+  result, _ = run(OPINIONS, OFFERED, normalize="tokens", metrics=["accuracy"], **MOVIES)
+  assert result.predictions[0]["prediction"]["ranking"] == ["Big Fish", "Ronin", "Up"]
+  assert {name: one.value for name, one in result.metrics.items()} == {"accuracy": 1}
+
+
+def test_what_is_likely_in_the_domain_counts_for_less(run):
+  prior = {"": {" Ronin": 0.8, " Big Fish": 0.4, " Up": 0.1}}
+  result, subject = run(OPINIONS | prior, OFFERED, domain_premise="Next:", **MOVIES)
+  predicted = [one["prediction"] for one in result.predictions]
+  assert predicted[0]["ranking"] == ["Up", "Big Fish", "Ronin"]
+  assert predicted[0]["scores"] == pytest.approx(np.log([0.1 / 0.1, 0.3 / 0.4, 0.5 / 0.8]))
+  assert subject.asked.count("Next:") == 3  # once a text
+
+
+def test_a_worked_example_shows_what_is_right(run):
+  train = [{"titles": ["T"], "of": ["Up", "Ronin"], "next": 1}]
+  _, subject = run(OPINIONS, OFFERED, train=train, shots=1, **MOVIES)
+  assert subject.asked[-1] == "Bought: T\nNext: Ronin\n\nBought: C\nNext:"
+
+
 # --- Texts -------------------------------------------------------------------------------------
 
 

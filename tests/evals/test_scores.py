@@ -79,6 +79,62 @@ def test_calibration_error_by_hand():
   assert scores.calibration_error([1.0, 1.0], [True, True])(np.arange(2)) == 0
 
 
+# --- Ranking -----------------------------------------------------------------------------------
+
+
+def measured(scored, right, k=()):
+  """The metrics of candidates with these scores, of which these are right, both [N, C]."""
+  ranked = [
+    np.array(one)[scores.ranking_order(np.array(found), np.array(one))]
+    for found, one in zip(scored, right, strict=True)
+  ]
+  return values(scores.ranking(ranked, k), len(ranked))
+
+
+def test_rankings_are_measured_as_by_scikit_learn():
+  from sklearn import metrics
+
+  rng = np.random.default_rng(0)
+  scored = rng.normal(size=(50, 7))
+  index = rng.integers(7, size=50)
+  one_right = np.eye(7, dtype=bool)[index]
+  found = measured(scored, one_right, k=[1, 3, 5])
+  assert found["ndcg"] == pytest.approx(metrics.ndcg_score(one_right, scored))
+  assert found["mrr"] == pytest.approx(
+    metrics.label_ranking_average_precision_score(one_right, scored)
+  )
+  for k, name in ((1, "accuracy"), (3, "hit@3"), (5, "hit@5")):
+    assert found[name] == metrics.top_k_accuracy_score(index, scored, k=k, labels=range(7))
+  assert found["accuracy_of_chance"] == pytest.approx(1 / 7)
+  several = one_right | (rng.random((50, 7)) < 0.3)
+  assert measured(scored, several)["ndcg"] == pytest.approx(metrics.ndcg_score(several, scored))
+
+
+def test_a_tie_counts_against_what_is_right():
+  from sklearn import metrics
+
+  right = np.eye(4, dtype=bool)
+  constant = measured(np.zeros((4, 4)), right, k=[3])
+  assert (constant["accuracy"], constant["hit@3"], constant["mrr"]) == (0, 0, 1 / 4)
+  assert constant["ndcg"] == pytest.approx(1 / math.log2(5))
+  tied = np.random.default_rng(0).integers(3, size=(4, 4))
+  precision = metrics.label_ranking_average_precision_score(right, tied)
+  assert measured(tied, right)["mrr"] == pytest.approx(precision)
+
+
+def test_what_guessing_gets_depends_on_the_numbers_of_candidates():
+  found = measured([[3, 2, 1], [1, 2]], [[True, True, False], [True, False]], k=[2])
+  assert found == pytest.approx(
+    {
+      "accuracy": 1 / 2,
+      "hit@2": 1,
+      "mrr": 3 / 4,
+      "ndcg": (1 + 1 / math.log2(3)) / 2,
+      "accuracy_of_chance": (2 / 3 + 1 / 2) / 2,
+    }
+  )
+
+
 # --- Texts -------------------------------------------------------------------------------------
 
 

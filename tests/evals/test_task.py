@@ -1,10 +1,12 @@
 import collections
 import dataclasses
+import json
 
 import pytest
 
 from gptjax.data.prompts import Example
 from gptjax.errors import UserError
+from gptjax.evals import task as tasks
 from gptjax.evals.task import choose_shots, evaluated_examples, load_task
 
 SENTIMENT = {
@@ -40,6 +42,17 @@ def test_a_template_beside_the_task_comes_before_ours(sentiment):
   assert task.question.render(example) == "Fine. =>"
 
 
+def test_the_tasks_of_the_docstring_can_be_read(write_task):
+  blocks = [json.loads(block) for block in tasks.__doc__.split("\n\n") if block.startswith("{")]
+  classification, ranking, record = blocks
+  assert load_task(write_task(TEST, **classification)).labels["pos"] == " positive"
+  task = load_task(write_task([record], **ranking))
+  assert task.known_metrics == ("accuracy", "hit@5", "hit@10", "mrr", "ndcg", "accuracy_of_chance")
+  (example,) = evaluated_examples(dataclasses.replace(task, data="data.jsonl"))
+  assert task.question.render(example) == "Bought: Alien; Heat\nNext:"
+  assert task.answer(example) == " Ronin"
+
+
 # --- What is wrong is told before a model runs -------------------------------------------------
 
 
@@ -56,6 +69,12 @@ def test_a_template_beside_the_task_comes_before_ours(sentiment):
     ({"calibrate": True, "by": "generation"}, "calibrate is of classification by likelihood"),
     ({"max_tokens": "many"}, "'max_tokens' is str"),
     ({"kind": "code", "program": "x", "samples": 2, "k": [3]}, "k: 3 is not from 1 to samples=2"),
+    ({"kind": "ranking"}, "of kind 'ranking' needs the key 'candidates'"),
+    ({"kind": "ranking", "candidates": "x", "k": ["5"]}, "k: '5' is not a whole number from 1"),
+    ({"kind": "ranking", "candidates": "x", "k": [0]}, "k: 0 is not a whole number from 1"),
+    ({"kind": "ranking", "candidates": "x", "by": "generation"}, "by: candidates are ranked by"),
+    ({"kind": "ranking", "candidates": "x", "prediction": "y"}, "the model has to be asked"),
+    ({"kind": "ranking", "candidates": "x", "metrics": ["hit@5"]}, "no metric 'hit@5'"),
   ],
 )
 def test_a_setting_that_cannot_be_is_refused(sentiment, changes, sentence):
@@ -87,6 +106,32 @@ def test_files_that_are_missing_or_broken_are_named(sentiment, tmp_path):
   (tmp_path / "list.json").write_text("[1, 2]")
   with pytest.raises(UserError, match=r"list.json: not a JSON object"):
     load_task(str(tmp_path / "list.json"))
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"of": ["a"]}, "'of' is not a list of at least 2 texts"),
+    ({"of": ["a", 1]}, "'of' is not a list of at least 2 texts"),
+    ({"of": ["a", " "]}, "'of' is not a list of at least 2 texts, none empty"),
+    ({"of": ["a", "b", " a"]}, "'of' has 'a' 2 times"),
+    ({"next": "c"}, "'next' is 'c', which is not one of the 2 texts of 'of'"),
+    ({"next": ["a", "c"]}, "'next' is 'c', which is"),
+    ({"next": 2}, "'next' is 2, which is"),
+    ({"next": -1}, "'next' is -1, which is"),
+    ({"next": []}, r"'next' is \[\], which is"),
+    ({"next": None}, "'next' is None, which is"),
+  ],
+)
+def test_candidates_that_cannot_be_ranked_are_named_by_their_line(write_task, changes, sentence):
+  right = {"of": ["a", "b"], "next": "a"}
+  settings = {"kind": "ranking", "prompt": "x.jinja", "candidates": "of", "target": "next"}
+  task = load_task(write_task([right, right | changes], **settings))
+  with pytest.raises(UserError, match=f"data.jsonl:2: {sentence}"):
+    evaluated_examples(task)
+  missing = load_task(write_task([{"next": "a"}], **settings))
+  with pytest.raises(UserError, match=r"data.jsonl:1: no key 'of' \(found: 'next'\)"):
+    evaluated_examples(missing)
 
 
 # --- The choice of examples --------------------------------------------------------------------
