@@ -240,13 +240,15 @@ def _label_probabilities(
 def _log_likelihoods(
   task: Task, subject: Subject, pairs: Sequence[tuple[Prompt, str]]
 ) -> np.ndarray:
-  """Of each text after its prompt, [pairs], as `domain_premise` and `normalize` have it."""
-  found = subject.likelihoods(pairs)
+  """Of each text after its prompt, [pairs], as the task's `domain_premise`, `end_of_text` and
+  `normalize` have it."""
+  found = subject.likelihoods(pairs, end_of_text=task.end_of_text)
   nats = np.array([score.log_likelihood for score in found])
   if task.domain_premise:
     premise = subject.prompt("", [], task.domain_premise, "")
     texts = [*dict.fromkeys(text for _, text in pairs)]
-    alone = subject.likelihoods([(premise, text) for text in texts])
+    after_premise = [(premise, text) for text in texts]
+    alone = subject.likelihoods(after_premise, end_of_text=task.end_of_text)
     prior = {text: one.log_likelihood for text, one in zip(texts, alone, strict=True)}
     nats -= [prior[text] for _, text in pairs]
   match task.normalize:

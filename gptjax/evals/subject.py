@@ -54,13 +54,18 @@ class Subject:
     messages.append({"role": "user", "content": question})
     return ChatTemplate(self.tokenizer).encode(messages)
 
-  def likelihoods(self, prompts: Sequence[tuple[Prompt, str]]) -> list[Score]:
-    """Scores each continuation after its prompt."""
+  def likelihoods(
+    self, prompts: Sequence[tuple[Prompt, str]], *, end_of_text: bool = False
+  ) -> list[Score]:
+    """Scores each continuation after its prompt; in a chat it cannot be with the end of text."""
+    if end_of_text and self.chat:
+      raise UserError("end_of_text=true: in a chat the template ends an answer; leave the key out.")
+    end = [self.tokenizer.end_of_text] if end_of_text else []
     pairs = [
       scoring.encode_pair(self.tokenizer, prompt, text.strip() if self.chat else text)
       for prompt, text in prompts
     ]
-    return self.score(pairs)
+    return self.score([(context, [*after, *end]) for context, after in pairs])
 
   def score(self, pairs: Sequence[scoring.Pair]) -> list[Score]:
     return scoring.score(self.model, pairs, **self._options)

@@ -68,6 +68,8 @@ class Task:
     ranked by their log-likelihood after the prompt.
   domain_premise: a text such as 'Next:'; what a label or a candidate gets after it alone is
     subtracted from its log-likelihood (PMI_DC of Holtzman et al. 2021, arXiv:2104.08315).
+  end_of_text: score it after a label or a candidate, as training with data.format='prompt' has it;
+    without it, no text is less likely than one that goes on from it, as 'Heat' and 'Heat 2'.
   labels: of classification, each label and the text that stands for it, with its leading space.
   by: classification by the likelihood of these texts, or by what the model writes.
   normalize: divides log-likelihoods by the 'tokens' or 'bytes' of a label's or candidate's text.
@@ -94,6 +96,7 @@ class Task:
   target: str = ""
   candidates: str = ""
   domain_premise: str = ""
+  end_of_text: bool = False
   labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
   by: str = "likelihood"
   normalize: str = "none"

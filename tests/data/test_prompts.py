@@ -96,7 +96,10 @@ def test_the_answer_is_learnt_after_the_tokens_that_evaluation_asks_with(tokeniz
   assert list(prompts.texts(source)) == [f"Review: {text}\nSentiment: {label}"]
 
 
-def test_the_candidate_that_was_learnt_is_scored_as_it_was_learnt(tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("end_of_text", [True, False])
+def test_the_candidate_that_was_learnt_is_scored_as_it_was_learnt(
+  tokenizer, tmp_path, monkeypatch, end_of_text
+):
   record = {
     "titles": ["Heat", "他"],
     "offered": ["Up", "Herman </s>", "Up 2"],
@@ -104,7 +107,8 @@ def test_the_candidate_that_was_learnt_is_scored_as_it_was_learnt(tokenizer, tmp
   }
   (tmp_path / "films.jsonl").write_text(json.dumps(record))
   settings = {"kind": "ranking", "data": "films.jsonl", "prompt": "recommendation.jinja"}
-  settings |= {"candidates": "offered", "target": "next"}
+  settings |= {"candidates": "offered", "target": "next", "end_of_text": end_of_text}
+  settings |= {"domain_premise": "Next:"}
   (tmp_path / "films.json").write_text(json.dumps(settings))
   scored = []
 
@@ -121,8 +125,9 @@ def test_the_candidate_that_was_learnt_is_scored_as_it_was_learnt(tokenizer, tmp
     Template("data.answer", " {{ next }}"),
   )
   tokens, _ = decode_flags(PromptEncoder(tokenizer).encode_batch([source[0]])[0])
-  right = [[*context, *after, tokenizer.end_of_text] for context, after in scored][1]
-  assert right == tokens.tolist()
+  end = [] if end_of_text else [tokenizer.end_of_text]
+  assert [[*context, *after, *end] for context, after in scored][1] == tokens.tolist()
+  assert {after[-1] == tokenizer.end_of_text for _, after in scored} == {end_of_text}
 
 
 def test_records_of_bytes_numbers_and_lists_are_as_in_json():

@@ -30,7 +30,7 @@ class Scripted(Subject):
     texts = [text for text in self.script if f" {text}\n" in f"{prompt}\n" and text]
     return self.script[max(texts, key=prompt.rfind, default="")]
 
-  def likelihoods(self, prompts):
+  def likelihoods(self, prompts, *, end_of_text=False):
     return [
       Score(float(np.log(self._find(prompt)[text])), len(text.split()), False)
       for prompt, text in prompts

@@ -38,6 +38,11 @@ def test_in_a_chat_an_answer_begins_without_a_space(chat):
   assert chat.likelihoods([(prompt, " 8")]) == chat.likelihoods([(prompt, "8")])
 
 
+def test_in_a_chat_the_end_of_text_is_not_scored(chat):
+  with pytest.raises(UserError, match="end_of_text=true: in a chat the template ends an answer"):
+    chat.likelihoods([(chat.prompt("", [], "4+4?", ""), " 8")], end_of_text=True)
+
+
 def test_a_model_without_a_template_is_no_chat_model(subject):
   with pytest.raises(UserError, match="no chat template"):
     dataclasses.replace(subject, chat=True)
