@@ -135,6 +135,9 @@ class Task:
       raise UserError(f"{self.file}: calibrate is of classification by likelihood alone.")
     if self.kind == "ranking" and self.by != "likelihood":
       raise UserError(f"{self.file}: by: candidates are ranked by their likelihood alone.")
+    for name in ("domain_premise", "end_of_text"):
+      if getattr(self, name) and not (self.by_likelihood or self.kind == "ranking"):
+        raise UserError(f"{self.file}: {name} is of what is chosen by its likelihood alone.")
 
     for name in self.metrics:
       if name not in self.known_metrics:

@@ -75,6 +75,8 @@ def test_the_tasks_of_the_docstring_can_be_read(write_task):
     ({"kind": "ranking", "candidates": "x", "by": "generation"}, "by: candidates are ranked by"),
     ({"kind": "ranking", "candidates": "x", "prediction": "y"}, "the model has to be asked"),
     ({"kind": "ranking", "candidates": "x", "metrics": ["hit@5"]}, "no metric 'hit@5'"),
+    ({"end_of_text": True, "by": "generation"}, "end_of_text is of what is chosen by its likeli"),
+    ({"domain_premise": "x", "kind": "summarization"}, "domain_premise is of what is chosen by"),
   ],
 )
 def test_a_setting_that_cannot_be_is_refused(sentiment, changes, sentence):
