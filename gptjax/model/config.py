@@ -29,16 +29,17 @@ CHOICES = {
   "remat": ("none", "full", "save_attention", "save_qkv", "dots", "offload"),
   "attention": ("auto", "xla", "splash", "cudnn"),
   "dtype": ("float32", "bfloat16"),
-  "label_pooling": ("none", "mean"),
+  "label_pooling": ("none", "mean", "pooler"),
 }
 
 DROPOUTS = ("embed_dropout", "attention_dropout", "residual_dropout", "label_dropout")
 
+LABEL_HEAD = ("num_labels", "label_pooling", "label_bias")
+
 # What a model is fine-tuned for, and how it is initialised, trained and executed.
 NOT_ARCHITECTURE = (
   *DROPOUTS,
-  "num_labels",
-  "label_pooling",
+  *LABEL_HEAD,
   "init_std",
   "residual_init",
   "scan_layers",
@@ -131,8 +132,10 @@ class ModelConfig:
   Labels in the place of tokens:
     num_labels: scores that a head gives each token, instead of logits of the vocabulary; 0 is a
       language model.
-    label_pooling: what the head reads: the token's hidden state ('none'), or the mean over its
-      segment ('mean').
+    label_pooling: what the head reads: the token's hidden state ('none'), the mean over its
+      segment ('mean'), or what the pooler makes of the token's ('pooler', as BERT and RoBERTa
+      classify texts).
+    label_bias: whether the scores have a bias. Decoders of `transformers` classify texts without.
   Training:
     embed_dropout, attention_dropout, residual_dropout, label_dropout: rates, in training only; the
       last is of what the head of the labels reads.
@@ -215,6 +218,7 @@ class ModelConfig:
   shared_expert_dim: int = 0
   num_labels: int = 0
   label_pooling: str = "none"
+  label_bias: bool = True
   embed_dropout: float = 0.0
   attention_dropout: float = 0.0
   residual_dropout: float = 0.0
@@ -305,6 +309,8 @@ class ModelConfig:
       raise UserError("model.num_experts and model.encoder_layers are not known together.")
     if self.encoder_layers and self.num_labels:
       raise UserError("model.num_labels and model.encoder_layers are not known together.")
+    if self.label_pooling == "pooler" and not self.pooler:
+      raise UserError("model.label_pooling='pooler' needs model.pooler, which the model has not.")
     if self.norm_offset and self.norm != "rmsnorm":
       raise UserError("model.norm_offset is of model.norm='rmsnorm' alone.")
     if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
@@ -343,12 +349,13 @@ class ModelConfig:
 
   def differences(self, other: "ModelConfig") -> list[str]:
     """ "model.FIELD=ours, not theirs" for each field of the architecture that is not the same."""
-    theirs = other.architecture
-    return [
-      f"model.{name}={value!r}, not {theirs[name]!r}"
-      for name, value in self.architecture.items()
-      if value != theirs[name]
-    ]
+    return _differences(self.architecture, other.architecture)
+
+  def head_differences(self, other: "ModelConfig") -> list[str]:
+    """As `differences`, of the head of labels."""
+    return _differences(
+      *({name: getattr(one, name) for name in LABEL_HEAD} for one in (self, other))
+    )
 
   @property
   def encoder(self) -> "ModelConfig":
@@ -396,3 +403,11 @@ class ModelConfig:
   @property
   def has_dropout(self) -> bool:
     return any(getattr(self, field) for field in DROPOUTS)
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+  return [
+    f"model.{name}={value!r}, not {theirs[name]!r}"
+    for name, value in ours.items()
+    if value != theirs[name]
+  ]

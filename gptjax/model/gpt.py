@@ -62,7 +62,7 @@ class GPT(Stack):
     has_bias = config.head_bias and not K
     self.head_bias = nnx.Param(jnp.zeros(V), axes=("vocab",)) if has_bias else None
     self.pooler = _square(config, rngs) if config.pooler else None
-    self.label_head = head(K, "labels", True, "float32") if K else None
+    self.label_head = head(K, "labels", config.label_bias, "float32") if K else None
 
   def __call__(self, tokens_BT: jax.Array, **kwargs) -> jax.Array:
     """Logits [B, T, V], float32, of the token after each position, or of the token itself in a
@@ -210,9 +210,11 @@ class GPT(Stack):
   ) -> jax.Array:
     """Hidden states [B, T, D] -> scores of the labels at each token [B, T, K], float32.
 
-    Under label_pooling='mean' all tokens of a segment have the scores of their mean. `key` is of
-    dropout.
+    Under label_pooling='mean' all tokens of a segment have the scores of their mean, under 'pooler'
+    each those of `pooled`. `key` is of dropout.
     """
+    if self.config.label_pooling == "pooler":
+      x_BTD = self.pooled(x_BTD)
     x_BTD = x_BTD.astype(jnp.float32)
     if self.config.label_pooling == "mean":
       if segment_ids_BT is None:
@@ -222,8 +224,9 @@ class GPT(Stack):
     return self.label_head(dropout(x_BTD, self.config.label_dropout, key))
 
   def pooled(self, x_BTD: jax.Array) -> jax.Array:
-    """tanh(x W + b) of the first token of each row [B, D] (Devlin et al. 2019, section 4.1)."""
-    return jnp.tanh(self.pooler(x_BTD[:, 0]))
+    """tanh(x W + b) of each token [B, T, D], of which BERT reads the first (Devlin et al. 2019,
+    section 4.1)."""
+    return jnp.tanh(self.pooler(x_BTD))
 
 
 def _square(config: ModelConfig, rngs: nnx.Rngs) -> Linear:

@@ -52,7 +52,7 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
       cannot see virtual tokens.
   """
   if model.label_head is not None:
-    for name in ("kernel", "bias"):
+    for name in ("kernel", "bias") if model.config.label_bias else ("kernel",):
       _train(model.label_head, name)
   quantize_model(model, config.base)
   match config.method:

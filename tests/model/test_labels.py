@@ -76,6 +76,16 @@ def test_without_pooling_each_token_has_its_own_scores(make_model):
   np.testing.assert_allclose(model.label_logits(x_BTD), expected, atol=1e-5)
 
 
+def test_the_pooler_makes_what_is_scored(make_model):
+  model = make_model(label_pooling="pooler", pooler=True, label_bias=False)
+  x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 16)), jnp.float32)
+  pooled_BTD = jnp.tanh(x_BTD @ model.pooler.kernel[...] + model.pooler.bias[...].reshape(1, 1, 16))
+  expected = pooled_BTD @ model.label_head.kernel[...]
+  np.testing.assert_allclose(model.label_logits(x_BTD), expected, atol=1e-5)
+  with pytest.raises(UserError, match=r"model\.label_pooling='pooler' needs model\.pooler"):
+    make_model(label_pooling="pooler")
+
+
 def test_tokens_are_not_scored(make_model):
   with pytest.raises(UserError, match=r"scores 3 labels \(model\.num_labels\)"):
     make_model()(jnp.zeros((1, 4), jnp.int32))

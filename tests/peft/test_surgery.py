@@ -102,6 +102,16 @@ def test_adapters_are_what_the_filter_finds_and_all_are_sharded(name, tiny_confi
     assert set(described) == {n for n in describe_parameters(config) if n.endswith("bias")}
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_of_labels_is_trained_with_what_it_has(bias, tiny_config, make_model):
+  adapted = adapt(
+    make_model(tiny_config(num_labels=2, label_bias=bias)), preset("ia3"), nnx.Rngs(0)
+  )
+  found = tree.named_leaves(nnx.to_pure_dict(nnx.state(adapted, Adapter)))
+  expected = {"label_head/kernel", "label_head/bias"} if bias else {"label_head/kernel"}
+  assert {name for name in found if "label_head" in name} == expected
+
+
 def test_a_rule_gives_what_it_names_a_rank_of_its_own(make_model):
   targets = (("query", {"rank": 2}), "attention")
   adapted = adapt(make_model(), preset("lora", targets=targets, alpha=8.0), nnx.Rngs(0))
