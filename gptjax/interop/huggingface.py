@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from gptjax.interop import safetensors_files
 from gptjax.interop.families import bert, gpt, llama, t5
 from gptjax.interop.family import Family
 from gptjax.interop.fields import Fields
+from gptjax.interop.labels import fold_bias, read_labels
 from gptjax.interop.load import Importer, export
 from gptjax.interop.safetensors_files import DTYPES, TensorFiles
 from gptjax.model.config import ModelConfig
@@ -47,6 +49,9 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bpe"]
 class HuggingFaceModel:
   """An opened folder: the config and the parameters of our model, to be loaded.
 
+  Attributes:
+    labels: what its head scores; None of a language model.
+
   Raises:
     UserError: there is no such folder, its architecture or one of its fields is unknown, its
       weights are damaged, missing or pickled, or do not fit its config.
@@ -59,7 +64,11 @@ class HuggingFaceModel:
     kind = str(values.get("model_type"))
     if kind not in FAMILIES:
       raise UserError(f"{source}: no model_type {kind!r} is known. {did_you_mean(kind, FAMILIES)}")
-    self.family = FAMILIES[kind]
+    self.family, self.labels = FAMILIES[kind], None
+    (architecture, *_) = values.get("architectures") or [None]
+    if architecture in self.family.label_heads:
+      self.family = self.family.with_label_head(architecture)
+      self.labels = read_labels(values, architecture.rpartition("For")[2], str(source))
     if values.pop("quantization_config", None) is not None:
       raise UserError(
         f"{source}: field 'quantization_config': quantised weights are not read here; convert the "
@@ -134,36 +143,43 @@ def _read_config(path: Path) -> dict[str, Any]:
   return values
 
 
-def find_family(config: ModelConfig, name: str | None = None) -> Family:
+def find_family(config: ModelConfig, name: str | None = None, task: str = "") -> Family:
   """The family that can be a model of this config; the first of them, or the one that is named.
 
+  Args:
+    config: of the model.
+    name: a `model_type`.
+    task: of a model of labels, what `transformers` calls its head.
+
   Raises:
-    UserError: no family can, or the named one cannot; it says what is lacking. Or the model is one
-      of labels, which is written nowhere.
+    UserError: no family can, or the named one cannot; it says what is lacking.
   """
-  if config.num_labels:
+  if config.num_labels and not task:
     raise UserError(
-      f"model.num_labels={config.num_labels}: a head of labels is not written in the format of "
-      "Hugging Face; take --format=gptjax."
+      f"model.num_labels={config.num_labels}: a head of labels is not written with adapters; "
+      "take --format=hf or gptjax."
     )
   if name is not None:
     if name not in FAMILIES:
       raise UserError(f"no family {name!r}. {did_you_mean(name, FAMILIES)}")
-    FAMILIES[name].write_config(config)
-    return FAMILIES[name]
-  lacking = {}
+    family = FAMILIES[name].with_task(task) if task else FAMILIES[name]
+    family.write_config(config)
+    return family
+  found = []
   for family in FAMILIES.values():
     try:
-      lacking[family.model_type] = family.lacks(config)
+      family = family.with_task(task) if task else family
+      found.append((family.lacks(config), family))
     except UserError:
       continue  # Further away than one that only lacks something.
-  nearest = min(lacking, key=lambda name: len(lacking[name]))
-  if lacking[nearest]:
+  lacking, nearest = min(found, key=lambda one: len(one[0]))
+  if lacking:
+    kind = nearest.architecture(config) if task else repr(nearest.model_type)
     raise UserError(
-      f"no family of Hugging Face can be this model; the nearest, {nearest!r}, lacks "
-      f"{'; '.join(lacking[nearest])}."
+      f"no family of Hugging Face can be this model; the nearest, {kind}, lacks "
+      f"{'; '.join(lacking)}."
     )
-  return FAMILIES[nearest]
+  return nearest
 
 
 def save(
@@ -172,14 +188,20 @@ def save(
   params: Mapping[str, Any],
   family: Family,
   dtype: str = "float32",
+  more_fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-  """Writes config.json and the weights into an existing empty folder.
+  """Writes config.json, with the fields that no model says, and the weights into an existing empty
+  folder.
 
   Raises:
-    UserError: the family cannot say what the config is, or the dtype cannot hold a value.
+    UserError: the family cannot say what the config is, a bias of labels has no place there, or the
+      dtype cannot hold a value.
   """
-  fields = family.write_config(config) | {"dtype": dtype}
-  parameters = describe_parameters(config)
+  fields = more_fields | family.write_config(config) | {"dtype": dtype}
+  stored = family.stored(config)
+  if config.label_bias and not stored.label_bias:
+    params = fold_bias(params)
+  config, parameters = stored, describe_parameters(stored)
   strip = family.prefix if fields["architectures"][0].endswith("Model") else ""
   tensors = export(
     family.entries(config), params, parameters, config, family.model_type, DTYPES[dtype]

@@ -78,8 +78,9 @@ class Importer:
   def load(
     self, shardings: Mapping[str, jax.sharding.Sharding], *, progress: bool = False
   ) -> dict[str, Any]:
-    """Returns the parameters, float32, each device's part on that device. Beside the result what
-    this process has of one parameter is in memory, and the tensor that is being read.
+    """Returns the parameters of which there are shardings, float32, each device's part on that
+    device. Beside the result what this process has of one parameter is in memory, and the tensor
+    that is being read.
 
     Raises:
       UserError: a tensor is not one of floats, or a copy of one that the config ties to it is not.
@@ -91,7 +92,7 @@ class Importer:
         )
     loaded = {
       name: self._load_parameter(name, shardings[name])
-      for name in tqdm(self._parameters, "parameters", disable=not progress)
+      for name in tqdm(shardings, "parameters", disable=not progress)
     }
     return traverse_util.unflatten_dict(loaded, sep="/")
 

@@ -43,6 +43,12 @@ class Entry:
     for index in np.ndindex(*info.shape[: self._stacks(info)]):
       yield self.theirs.format(**dict(zip("ie", index, strict=False))), index
 
+  def with_prefix(self, old: str, new: str) -> "Entry":
+    """The entry of a tensor whose name begins otherwise."""
+    if not self.theirs.startswith(old):
+      return self
+    return dataclasses.replace(self, theirs=new + self.theirs.removeprefix(old))
+
   def shape(self, parameters: Mapping[str, ParameterInfo], config: ModelConfig) -> tuple[int, ...]:
     """That of their tensor."""
     flats = [self._flat(parameters[name]) for name in self.ours]

@@ -83,16 +83,19 @@ def verify(
     model = nnx.merge(graphdef, params)
     if model.encoder is not None:
       return model(tokens_BT, encoded=model.encode(tokens_BT))
-    if _has_logits(config):
+    if not config.num_labels and _has_logits(config):
       return model(tokens_BT)
-    return model.hidden(tokens_BT)[0]
+    hidden_BTD, _ = model.hidden(tokens_BT)
+    return model.label_logits(hidden_BTD) if config.num_labels else hidden_BTD
 
-  return {
-    name: compare(
-      np.asarray(run_ours(params, np.asarray([tokens], np.int32)))[0], run_reference(tokens)
-    )
-    for name, tokens in rows.items()
-  }
+  def run(tokens) -> Agreement:
+    ours = np.asarray(run_ours(params, np.asarray([tokens], np.int32)))[0]
+    theirs = run_reference(tokens)
+    if theirs.ndim == 1:  # Of the text, where ours has scores of each token.
+      ours, theirs = ours[0 if config.visibility == "bidirectional" else -1, None], theirs[None]
+    return compare(ours, theirs)
+
+  return {name: run(tokens) for name, tokens in rows.items()}
 
 
 def _has_logits(config: ModelConfig) -> bool:
@@ -102,14 +105,17 @@ def _has_logits(config: ModelConfig) -> bool:
 def _load_reference(
   reference: HuggingFaceModel | GGUFModel,
 ) -> Callable[[Sequence[int]], np.ndarray]:
-  """A function from tokens [T] to logits [T, V], or to hidden states where there are none."""
+  """A function from tokens [T] to logits [T, V], or to hidden states where there are none; of
+  labels [T, K], or [K] of a class that scores texts."""
   try:
     import torch
     import transformers
   except ImportError as error:
     raise UserError(_NEEDS) from error
   config = reference.config
-  if config.encoder_layers:
+  if config.num_labels:
+    auto = getattr(transformers, reference.family.architecture(config))
+  elif config.encoder_layers:
     auto = transformers.AutoModelForSeq2SeqLM
   elif config.visibility == "bidirectional":
     auto = transformers.AutoModelForMaskedLM if _has_logits(config) else transformers.AutoModel
@@ -132,6 +138,8 @@ def _load_reference(
     extra = {"decoder_input_ids": tokens} if config.encoder_layers else {}
     with torch.no_grad():
       out = model(input_ids=tokens, **extra)
-    return (out.logits if hasattr(out, "logits") else out.last_hidden_state)[0].numpy()
+    if "start_logits" in out:
+      return torch.stack([out.start_logits[0], out.end_logits[0]], dim=-1).numpy()
+    return (out.logits if "logits" in out else out.last_hidden_state)[0].numpy()
 
   return run

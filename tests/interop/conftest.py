@@ -25,11 +25,12 @@ LLAMA = {
 }
 
 
-def save_folder(folder, config, params, family=None, dtype="float32"):
+def save_folder(folder, config, params, family=None, dtype="float32", labels=None):
   """Writes a model's folder, with a tokenizer of `VOCAB_SIZE` tokens or fewer."""
   folder.mkdir(exist_ok=True)
-  chosen = huggingface.find_family(config, family)
-  huggingface.save(folder, config, params, chosen, dtype)
+  task, fields = (labels.task, labels.fields) if labels else ("", {})
+  chosen = huggingface.find_family(config, family, task)
+  huggingface.save(folder, config, params, chosen, dtype, fields)
   text = "the quick brown fox jumps over the lazy dog, again and again. " * 9
   tokenizer_lib.train(f"bpe:{VOCAB_SIZE}", [text]).save(folder)
   return folder

@@ -290,8 +290,3 @@ def test_experts_are_not_said_by_a_dense_family(tiny_config):
   assert huggingface.find_family(config).model_type == "mixtral"
   with pytest.raises(UserError, match=r"family 'llama' lacks model\.num_experts=4, not 0"):
     huggingface.find_family(config, "llama")
-
-
-def test_a_head_of_labels_is_not_lost_in_silence(tiny_config):
-  with pytest.raises(UserError, match=r"model\.num_labels=3: a head of labels is not written"):
-    huggingface.find_family(tiny_config(num_labels=3))

@@ -11,6 +11,7 @@ from gptjax.convert import check, convert
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.interop.huggingface import HuggingFaceModel
+from gptjax.interop.labels import Labels
 from gptjax.interop.verify import compare, verify
 from gptjax.model.config import ModelConfig
 from gptjax.pretrained import load_model
@@ -90,6 +91,18 @@ OTHERS = {
     "attention_scale": 1.0,
     "logit_scale": 0.25,
   },
+  "classifier": {"num_labels": 3},
+  "answerer": {
+    "num_labels": 2,
+    "visibility": "bidirectional",
+    "norm_placement": "post",
+    "embed_norm": True,
+    "token_types": 2,
+  },
+}
+LABELS = {
+  "classifier": Labels("classification", ("a", "b", "c")),
+  "answerer": Labels("span", ("LABEL_0", "LABEL_1")),
 }
 
 
@@ -98,7 +111,8 @@ def test_models_without_causal_logits_are_held_against_theirs_too(
   kind, tiny_config, random_params, reference, tmp_path
 ):
   config = tiny_config(vocab_size=VOCAB_SIZE, **OTHERS[kind])
-  folder = save_folder(tmp_path / "model", config, random_params(config))
+  params = random_params(config)
+  folder = save_folder(tmp_path / "model", config, params, labels=LABELS.get(kind))
   model, tokenizer = load_model(f"hf:{folder}")
   for found in verify(model, HuggingFaceModel(str(folder)), tokenizer.encode).values():
     assert found.largest_difference < 1e-4 * found.scale

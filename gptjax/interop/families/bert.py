@@ -7,6 +7,7 @@ from typing import Any
 from gptjax.interop.families.gpt import ACTIVATIONS
 from gptjax.interop.family import Family, always_these
 from gptjax.interop.fields import Fields, Rule, always, choice, fixed, ignored, same, several
+from gptjax.interop.labels import LabelHead
 from gptjax.interop.tensors import Entry, linear, norm, table
 from gptjax.model.config import ModelConfig
 
@@ -109,6 +110,11 @@ BERT = Family(
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
   },
+  label_heads={
+    "BertForSequenceClassification": LabelHead("classifier", pooler="bert.pooler.dense"),
+    "BertForTokenClassification": LabelHead("classifier"),
+    "BertForQuestionAnswering": LabelHead("qa_outputs"),
+  },
 )
 
 ROBERTA = Family(
@@ -132,5 +138,10 @@ ROBERTA = Family(
   copies={
     "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
     "lm_head.decoder.bias": "lm_head.bias",
+  },
+  label_heads={
+    "RobertaForSequenceClassification": LabelHead("classifier.out_proj", pooler="classifier.dense"),
+    "RobertaForTokenClassification": LabelHead("classifier"),
+    "RobertaForQuestionAnswering": LabelHead("qa_outputs"),
   },
 )

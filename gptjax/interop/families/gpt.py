@@ -14,6 +14,7 @@ from gptjax.interop.fields import (
   same,
   several,
 )
+from gptjax.interop.labels import LabelHead
 from gptjax.interop.tensors import Entry, conv1d, linear, norm, table
 from gptjax.model.config import ModelConfig
 
@@ -39,6 +40,16 @@ _SHAPE = (
   same("layer_norm_epsilon", "norm_eps", 1e-5),
   same("initializer_range", "init_std", 0.02),
 )
+
+_SCORE = LabelHead("score", bias=False)
+
+
+def _label_heads(stem: str) -> dict[str, LabelHead]:
+  return {
+    f"{stem}ForSequenceClassification": _SCORE,
+    f"{stem}ForTokenClassification": LabelHead("classifier"),
+    f"{stem}ForQuestionAnswering": LabelHead("qa_outputs"),
+  }
 
 
 def _mlp_dim(theirs: str) -> Rule:
@@ -85,6 +96,7 @@ GPT1 = Family(
   prefix="transformer.",
   ignored=(r"(transformer\.)?h\.\d+\.attn\.bias", r"(transformer\.)?position_ids"),
   copies={"lm_head.weight": "transformer.tokens_embed.weight"},
+  label_heads={"OpenAIGPTForSequenceClassification": _SCORE},
 )
 
 GPT2 = Family(
@@ -113,6 +125,7 @@ GPT2 = Family(
   prefix="transformer.",
   ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
   copies={"lm_head.weight": "transformer.wte.weight"},
+  label_heads=_label_heads("GPT2"),
 )
 
 
@@ -173,6 +186,7 @@ GPT_NEO = Family(
   prefix="transformer.",
   ignored=(r"(transformer\.)?h\.\d+\.attn\.attention\.(masked_)?bias",),
   copies={"lm_head.weight": "transformer.wte.weight"},
+  label_heads=_label_heads("GPTNeo"),
 )
 
 GPT_NEOX = Family(
@@ -220,6 +234,7 @@ GPT_NEOX = Family(
   prefix="gpt_neox.",
   ignored=(r"(gpt_neox\.)?layers\.\d+\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)",),
   copies={"embed_out.weight": "gpt_neox.embed_in.weight"},
+  label_heads=_label_heads("GPTNeoX"),
 )
 
 GPT_J = Family(
@@ -258,4 +273,8 @@ GPT_J = Family(
   ),
   prefix="transformer.",
   ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_bias|bias|embed_positions)",),
+  label_heads={
+    "GPTJForSequenceClassification": _SCORE,
+    "GPTJForQuestionAnswering": LabelHead("qa_outputs"),
+  },
 )

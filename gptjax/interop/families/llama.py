@@ -20,6 +20,7 @@ from gptjax.interop.fields import (
   several,
   write_rope,
 )
+from gptjax.interop.labels import LabelHead
 from gptjax.interop.tensors import Entry, linear, norm, table
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -86,6 +87,18 @@ _COMMON: Mapping[str, Any] = {
   "ignored": (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
   "copies": {"lm_head.weight": "model.embed_tokens.weight"},
 }
+
+
+def _label_heads(stem: str, question_answering: str | None = None) -> dict[str, LabelHead]:
+  """`question_answering`: the prefix of the class for it, of a family that has one."""
+  heads = {
+    f"{stem}ForSequenceClassification": LabelHead("score", bias=False),
+    f"{stem}ForTokenClassification": LabelHead("score"),
+  }
+  if question_answering:
+    qa_outputs = LabelHead("qa_outputs", prefix=question_answering)
+    heads[f"{stem}ForQuestionAnswering"] = qa_outputs
+  return heads
 
 
 def _layers(
@@ -157,6 +170,7 @@ LLAMA = Family(
     ignored("pretraining_tp", "is_llama_config"),
   ),
   always_these(*_LLAMA),
+  label_heads=_label_heads("Llama", "transformer."),
   **_COMMON,
 )
 
@@ -165,6 +179,7 @@ MISTRAL = Family(
   lambda config: "MistralForCausalLM",
   (*_shape(), _SWIGLU, _UNTIED, _one_window(4096), _DEFAULT_ROPE),
   always_these(*_LLAMA),
+  label_heads=_label_heads("Mistral", "model."),
   **_COMMON,
 )
 
@@ -181,6 +196,7 @@ QWEN2 = Family(
     fixed("use_mrope", False),
   ),
   always_these(*_LLAMA),
+  label_heads=_label_heads("Qwen2", "transformer."),
   **_COMMON,
 )
 
@@ -197,6 +213,7 @@ QWEN3 = Family(
     _DEFAULT_ROPE,
   ),
   always_these(*_LLAMA),
+  label_heads=_label_heads("Qwen3", "transformer."),
   **_COMMON,
 )
 
@@ -254,6 +271,7 @@ GEMMA2 = Family(
   lambda config: "Gemma2ForCausalLM",
   (*_GEMMA, *_soft_caps(50.0, 30.0), _layers(4096, _every_other), _DEFAULT_ROPE),
   always_these(*_OUTSIDE, *_attention("model."), *_GEMMA_NORMS, *_DENSE),
+  label_heads=_label_heads("Gemma2"),
   **_COMMON,
 )
 
@@ -303,6 +321,7 @@ GEMMA3 = Family(
     _gemma3_rope(),
   ),
   always_these(*_OUTSIDE, *_attention("model."), *_GEMMA_NORMS, *_DENSE),
+  label_heads={"Gemma3TextForSequenceClassification": LabelHead("score", bias=False)},
   **_COMMON,
 )
 
@@ -332,6 +351,7 @@ MIXTRAL = Family(
     *linear("model.layers.{i}.block_sparse_moe.experts.{e}.w3", "blocks/mlp/up"),
     *linear("model.layers.{i}.block_sparse_moe.experts.{e}.w2", "blocks/mlp/down"),
   ),
+  label_heads=_label_heads("Mixtral", "model."),
   **_COMMON,
 )
 
@@ -367,5 +387,6 @@ GPT_OSS = Family(
     Entry("model.layers.{i}.mlp.experts.down_proj", ("blocks/mlp/down/kernel",)),
     Entry("model.layers.{i}.mlp.experts.down_proj_bias", ("blocks/mlp/down/bias",)),
   ),
+  label_heads=_label_heads("GptOss"),
   **_COMMON,
 )
