@@ -7,6 +7,14 @@ MODEL is a folder of Hugging Face's files, an id of its Hub, a .gguf file, or th
 a run. `--format=gptjax` writes what --checkpoint and init_from take; `hf` writes config.json,
 safetensors and the tokenizer, which `transformers` loads. `--verify` runs both and compares.
 
+A head of labels, as configs/finetune.py trains one, is written for the classes
+...ForSequenceClassification, ...ForTokenClassification or ...ForQuestionAnswering, with the names
+of the labels, and read from them. Decoders score a text without a bias there: one that was trained
+goes into the bias of the last norm where there is one (GPT-2), otherwise fine-tune with
+--config.model.label_bias=false (Llama). BERT and RoBERTa score what their pooler makes of a text:
+--config.model.label_pooling=pooler. What is scored is the last token that is not padding, here
+always end_of_text, which `transformers` does not append to a text by itself.
+
 Adapters go both ways too: `--format=peft` writes those that a run trained as a folder of the `peft`
 library, and `--adapter` merges such a folder into its base, MODEL, before that is written.
 """
@@ -33,6 +41,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.family import Family
+from gptjax.interop.labels import Labels
 from gptjax.interop.safetensors_files import DTYPES
 from gptjax.interop.verify import verify
 from gptjax.model.config import ModelConfig
@@ -44,6 +53,7 @@ from gptjax.peft.surgery import merge, put_on
 from gptjax.pretrained import (
   CHECKPOINTS,
   TOKENIZER,
+  labels_of,
   load_checkpoint,
   load_model,
   open_foreign,
@@ -104,8 +114,10 @@ def _model_of(
   source: str, to: str, family: str | None, dtype: str, adapter: Path | None
 ) -> Callable[[Path], None]:
   """Loads a model, merged with an adapter; returns what writes it into a folder."""
+  labels = labels_of(source)
   if to == "hf" or adapter is not None:
-    chosen = _find_family(source, read_model_config(source), family)
+    task = labels.task if labels else ""
+    chosen = _find_family(source, read_model_config(source), family, task)
   model, tokenizer = load_model(source)
   if adapter is not None:
     model = merge(put_on(model, *adapter_files.read(adapter, model.config, chosen)))
@@ -115,10 +127,11 @@ def _model_of(
 
   def write(folder: Path) -> None:
     if to == "gptjax":
-      _save_run(folder, model, tokenizer)
+      _save_run(folder, model, tokenizer, labels)
       return
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    huggingface.save(folder, model.config, params, chosen, dtype)
+    fields = labels.fields | _padding(tokenizer) if labels else {}
+    huggingface.save(folder, model.config, params, chosen, dtype, fields)
     _save_tokenizer(folder, tokenizer)
 
   return write
@@ -138,17 +151,26 @@ def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
   return lambda folder: adapter_files.write(folder, model_config, peft, adapters, chosen, base)
 
 
-def _find_family(source: str, config: ModelConfig, family: str | None) -> Family:
+def _padding(tokenizer: Tokenizer) -> dict[str, int]:
+  """The field without which `transformers` scores one text at a time. A text ends in end_of_text,
+  which would not be found were it the padding too."""
+  pad = tokenizer.specials.get(tokenizer.roles.get("pad_token"))
+  return {} if pad in (None, tokenizer.end_of_text) else {"pad_token_id": pad}
+
+
+def _find_family(source: str, config: ModelConfig, family: str | None, task: str = "") -> Family:
   """The one that is named, that of the source's files, or the first that can be the model."""
   foreign = None if family else open_foreign(source)
   if isinstance(foreign, huggingface.HuggingFaceModel):
     family = foreign.family.model_type
-  return huggingface.find_family(config, family)
+  return huggingface.find_family(config, family, task)
 
 
-def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | None) -> None:
   """Writes what `pretrained.load_model` reads: a work directory whose run is at step 0."""
   values: dict[str, Any] = {"model": vars(model.config), "tokenizer": tokenizer.spec}
+  if labels:
+    values |= {"objective": labels.objective, "data": {"labels": labels.names}}
   (folder / config_lib.CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
   tokenizer.save(folder / TOKENIZER)
   with Checkpoints(folder / CHECKPOINTS, keep=1) as checkpoints:

@@ -28,7 +28,7 @@ from gptjax.peft.adalora import allocate_ranks
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.quantized import quantize_params
 from gptjax.peft.surgery import describe_adapters, without
-from gptjax.pretrained import read_model_config, tokenizer_of
+from gptjax.pretrained import labels_of, read_model_config, tokenizer_of
 from gptjax.step import TrainState
 
 # The tokenizer of the model that a run starts from.
@@ -303,7 +303,10 @@ def _settle_labels(config: Any) -> None:
     return
   if config.objective in ("classification", "multi_label", "tagging"):
     if not config.data.labels:
-      config.data.labels = find_labels(read_options(config))
+      found = find_labels(read_options(config))
+      known = labels_of(config.init_from) if config.init_from else None
+      # In the order of a head that is kept.
+      config.data.labels = known.names if known and {*known.names} == {*found} else found
     count = len(config.data.labels)
   else:
     count = {"regression": 1, "span": 2}[config.objective]

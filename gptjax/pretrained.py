@@ -4,7 +4,8 @@ A checkpoint is named by the work directory of a run, by hf:FOLDER or hf:ORG/NAM
 by gguf:FILE.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from gptjax.data.tokenizer import Tokenizer, open_saved
 from gptjax.errors import UserError
 from gptjax.interop.gguf import GGUFModel
 from gptjax.interop.huggingface import HuggingFaceModel
+from gptjax.interop.labels import Labels, number_labels
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, describe_parameters
 from gptjax.peft.config import PeftConfig
@@ -102,6 +104,17 @@ def read_model_config(checkpoint: epath.PathLike) -> ModelConfig:
   return ModelConfig.from_config(config_lib.open_saved(epath.Path(checkpoint)).model)
 
 
+def labels_of(checkpoint: epath.PathLike) -> Labels | None:
+  """What a checkpoint's head of labels scores; None if it has none, UserError without a model."""
+  foreign = open_foreign(checkpoint)
+  if foreign is not None:
+    return foreign.labels if isinstance(foreign, HuggingFaceModel) else None
+  config = config_lib.open_saved(epath.Path(checkpoint))
+  if not (count := config.model.get("num_labels")):
+    return None
+  return Labels(config.objective, tuple(config.data.labels) or number_labels(count))
+
+
 def tokenizer_of(checkpoint: epath.PathLike) -> str:
   """The spec of a checkpoint's tokenizer; UserError if there is none."""
   if not checkpoint:
@@ -111,7 +124,10 @@ def tokenizer_of(checkpoint: epath.PathLike) -> str:
 
 
 def load_params_into(
-  checkpoint: epath.PathLike, config: ModelConfig, abstract: Mapping[str, Any]
+  checkpoint: epath.PathLike,
+  config: ModelConfig,
+  abstract: Mapping[str, Any],
+  labels: Sequence[str] = (),
 ) -> tuple[dict[str, Any], str]:
   """The parameters of a checkpoint, each where `abstract` puts it, and a report of what was found.
 
@@ -119,6 +135,8 @@ def load_params_into(
     checkpoint: as of `load_model`.
     config: of the model that they are for.
     abstract: its parameters as `jax.ShapeDtypeStruct`s with shardings.
+    labels: what its head of labels scores, if they have names. A head of another library's files
+      that is of others is left out, as is one that reads something else.
 
   Raises:
     UserError: the weights do not fit the model.
@@ -140,10 +158,30 @@ def load_params_into(
       "Choose the preset model=init_from to take the checkpoint's."
     )
   flat = traverse_util.flatten_dict(abstract, sep="/")
-  # A head of labels is new.
-  shardings = {name: leaf.sharding for name, leaf in flat.items() if name in foreign.parameters}
+  if missing := set(flat) - {*foreign.parameters, *LABEL_HEAD}:
+    raise UserError(f"init_from={checkpoint} lacks {min(missing)!r} of the model of this config.")
+  new_head = _differences_of_heads(config, labels, foreign) if config.num_labels else []
+  own = set(foreign.parameters) - set(LABEL_HEAD if new_head else ())
+  shardings = {name: leaf.sharding for name, leaf in flat.items() if name in own}
   loaded = foreign.load(shardings, progress=jax.process_index() == 0)
-  return loaded, f"{checkpoint}: all {len(shardings)} parameters"
+  new = f"; the head of labels is new ({'; '.join(new_head)})" if new_head else ""
+  return loaded, f"{checkpoint}: all {len(shardings)} parameters{new}"
+
+
+def _differences_of_heads(
+  config: ModelConfig, labels: Sequence[str], foreign: HuggingFaceModel | GGUFModel
+) -> list[str]:
+  """Why the head of labels of another library's files is not that of a config."""
+  theirs = foreign.config
+  if not theirs.label_bias:  # A bias that is new is 0.
+    theirs = dataclasses.replace(theirs, label_bias=config.label_bias)
+  differences = config.head_differences(theirs)
+  if differences or not labels:
+    return differences
+  names = foreign.labels.names
+  if names in (tuple(labels), number_labels(len(names))):
+    return []
+  return [f"data.labels={','.join(labels)}, not {','.join(names)}"]
 
 
 def load_base(

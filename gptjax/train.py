@@ -223,7 +223,8 @@ def init_or_restore(
     return restored[0], None
   state = step_lib.init_state(plan.model, optimizer, plan.config.seed, abstract)
   if plan.config.init_from:
-    loaded, report = load_params_into(plan.config.init_from, plan.model, abstract.params)
+    labels = plan.config.data.labels
+    loaded, report = load_params_into(plan.config.init_from, plan.model, abstract.params, labels)
     if jax.process_index() == 0:
       print(f"init_from {report}")
     state = step_lib.replace_params(state, loaded)

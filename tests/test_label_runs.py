@@ -1,5 +1,6 @@
 """Runs that learn labels: what stops them, what they make, and that kills do not matter."""
 
+import dataclasses
 import json
 import os
 import random
@@ -10,19 +11,31 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from gptjax import config as config_lib
+from gptjax.convert import convert
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.evals.subject import Subject
 from gptjax.evaluate import evaluate
 from gptjax.generate import generate
 from gptjax.interop import huggingface
+from gptjax.interop.huggingface import HuggingFaceModel
+from gptjax.interop.labels import Labels
 from gptjax.metrics import read_metrics
-from gptjax.pretrained import load_checkpoint, load_model
+from gptjax.model.gpt import describe_parameters
+from gptjax.plan import make_plan
+from gptjax.pretrained import (
+  labels_of,
+  load_checkpoint,
+  load_model,
+  load_params_into,
+  on_one_device,
+)
 from gptjax.train import train
 from tests.test_train import ROOT
 
@@ -47,6 +60,16 @@ SMALL = {
   "log.tensorboard": False,
   "eval.patience": 2,
   "checkpoint.keep": 1,
+}
+
+
+# Of a model that is not made here.
+START = {
+  "tokenizer": "init_from",
+  "model.num_layers": 0,
+  "model.embed_dim": 0,
+  "model.num_heads": 0,
+  "model.mlp_dim": 0,
 }
 
 
@@ -142,6 +165,123 @@ def test_a_model_of_labels_writes_no_text(finished):
     generate(model, tokenizer, ["yes"], max_tokens=1)
 
 
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("exported") / "model"
+  convert(str(finished[0]), folder, to="hf")
+  return folder
+
+
+@nnx.jit
+def score(model, tokens):
+  return model.label_logits(model.hidden(tokens)[0])
+
+
+def logits_of(checkpoint):
+  model, tokenizer = load_model(checkpoint)
+  tokens = [*tokenizer.encode("YES no"), tokenizer.end_of_text]
+  return np.asarray(score(model, np.array([tokens], np.int32)))
+
+
+def test_its_labels_survive_the_files_of_transformers(finished, exported, tmp_path):
+  labels = Labels("classification", ("loud", "quiet"))
+  convert(f"hf:{exported}", tmp_path / "run", to="gptjax")
+  convert(str(tmp_path / "run"), tmp_path / "again", to="hf")
+  expected = logits_of(finished[0])
+  assert labels_of(finished[0]) == labels_of(f"hf:{tmp_path / 'again'}") == labels
+  for checkpoint in (f"hf:{exported}", tmp_path / "run"):
+    np.testing.assert_allclose(logits_of(checkpoint), expected, atol=1e-4)
+  config = config_lib.open_saved(tmp_path / "run")
+  subject = Subject(*load_model(tmp_path / "run"))
+  with pytest.raises(UserError, match="is no run, which would say what the labels are"):
+    evaluate(subject, ["labels:x.jsonl"], config=config)
+  first, again = (
+    json.loads((x / "config.json").read_text()) for x in (exported, tmp_path / "again")
+  )
+  assert first == again
+
+
+def test_padding_is_told_where_it_does_not_end_a_text(exported, tmp_path):
+  specials = tokenizers.load(str(exported)).specials
+  path = tmp_path / "source" / "tokenizer_config.json"
+  shutil.copytree(exported, path.parent)
+  settings = json.loads(path.read_text())
+  for pad, told in (("<|fim_prefix|>", specials["<|fim_prefix|>"]), (settings["eos_token"], None)):
+    path.write_text(json.dumps(settings | {"pad_token": pad}))
+    convert(f"hf:{path.parent}", tmp_path / pad, to="hf")
+    assert json.loads((tmp_path / pad / "config.json").read_text()).get("pad_token_id") == told
+
+
+@pytest.mark.parametrize(
+  ("fields", "changes", "wanted", "new"),
+  [
+    ({}, {}, ("loud", "quiet"), ""),
+    ({"id2label": {"0": "quiet", "1": "loud"}}, {}, ("quiet", "loud"), ""),
+    ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, {}, ("loud", "quiet"), ""),
+    ({"id2label": {"0": "a", "1": "b"}}, {}, ("loud", "quiet"), "data.labels=loud,quiet, not a,b"),
+    (
+      {},
+      {"data.labels": "quiet,loud"},
+      ("quiet", "loud"),
+      "data.labels=quiet,loud, not loud,quiet",
+    ),
+    (
+      {},
+      {"model.label_pooling": "mean"},
+      ("loud", "quiet"),
+      "model.label_pooling='mean', not 'none'",
+    ),
+    ({}, {"data.labels": "loud,quiet,x"}, ("loud", "quiet", "x"), "model.num_labels=3, not 2"),
+  ],
+)
+def test_a_head_is_kept_where_it_is_of_the_same_labels(
+  records, exported, tmp_path, fields, changes, wanted, new
+):
+  folder = tmp_path / "model"
+  shutil.copytree(exported, folder)
+  config = json.loads((folder / "config.json").read_text()) | fields
+  (folder / "config.json").write_text(json.dumps(config))
+  plan = make_plan(
+    load(records, "task=classification", **START | {"init_from": f"hf:{folder}"} | changes)
+  )
+  assert tuple(plan.config.data.labels) == wanted
+  abstract = plan.abstract_state(plan.make_optimizer(plan.run_length)).params
+  loaded, report = load_params_into(plan.config.init_from, plan.model, abstract, wanted)
+  # Its bias went into that of the last norm, and a new one is 0.
+  assert loaded.get("label_head", {}).keys() == ({"kernel"} if not new else set())
+  assert report.endswith(f"; the head of labels is new ({new})" if new else " parameters")
+
+
+def test_what_scores_labels_is_not_taken_for_what_writes(exported, tmp_path):
+  config = HuggingFaceModel(str(exported)).config
+  plain = dataclasses.replace(config, num_labels=0, tied_head=False)
+  fields = json.loads((exported / "config.json").read_text()) | {"tie_word_embeddings": False}
+  shutil.copytree(exported, tmp_path / "model")
+  (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(UserError, match="lacks 'head/kernel' of the model of this config"):
+    load_params_into(f"hf:{tmp_path / 'model'}", plain, on_device(plain))
+
+
+def test_the_head_of_a_vocabulary_is_left_out(tiny_config, random_params, tmp_path):
+  base = tiny_config(tied_head=False)
+  huggingface.save(tmp_path, base, random_params(base), huggingface.find_family(base))
+  config = dataclasses.replace(base, num_labels=2)
+  loaded, report = load_params_into(f"hf:{tmp_path}", config, on_device(config))
+  assert "head" not in loaded
+  assert "label_head" not in loaded
+  assert report.endswith("; the head of labels is new (model.num_labels=2, not 0)")
+
+
+def on_device(config):
+  described = describe_parameters(config)
+  shardings = on_one_device(described)
+  abstract = {
+    name: jax.ShapeDtypeStruct(info.shape, np.float32, sharding=shardings[name])
+    for name, info in described.items()
+  }
+  return traverse_util.unflatten_dict(abstract, sep="/")
+
+
 @pytest.mark.parametrize("method", ["lora", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_adapters_are_trained_with_a_new_head(
   method, records, tiny_config, random_params, tmp_path
@@ -150,17 +290,12 @@ def test_adapters_are_trained_with_a_new_head(
   tokenizers.train("bpe:260", ["yes"]).save(tmp_path / "base")
   family = huggingface.find_family(base)
   huggingface.save(tmp_path / "base", base, random_params(base), family)
-  source = {
+  source = START | {
     "init_from": f"hf:{tmp_path / 'base'}",
-    "tokenizer": "init_from",
     "total_epochs": 1.0,
     "optim.freeze_layers": 0,
     "optim.unfreeze_every_epochs": 0,
     "r_drop": 0.0,
-    "model.num_layers": 0,
-    "model.embed_dim": 0,
-    "model.num_heads": 0,
-    "model.mlp_dim": 0,
   }
   config = load(records, f"task=classification,peft={method}", **source)
   result = train(config, tmp_path / "run")
