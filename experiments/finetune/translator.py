@@ -22,7 +22,7 @@ def get_config(arg: str | None = None):
       "model.mlp_dim": 704,
       "model.residual_dropout": 0.1,
       "model.dtype": "bfloat16",
-      "total_epochs": 12.0,
+      "total_epochs": 6.0,
       "batch_size": 16,
       "sequence_length": 256,
       "optim.schedule": "wsd",
