@@ -359,8 +359,12 @@ class _Retention:
 
 def is_better(metric: str, value: float, other: float) -> bool:
   """Whether a value of a metric ('val/NAME') beats another."""
-  lower = metric.removeprefix("val/") in _LOWER_IS_BETTER
-  return value < other if lower else value > other
+  return value < other if lower_is_better(metric) else value > other
+
+
+def lower_is_better(metric: str) -> bool:
+  """Of a metric ('val/NAME')."""
+  return metric.removeprefix("val/") in _LOWER_IS_BETTER
 
 
 def _best_step(metric: str, scores: Mapping[int, float]) -> int | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as config_lib
+from gptjax.checkpoint import lower_is_better
 from gptjax.config import RunLength
 from gptjax.errors import UserError, did_you_mean
 
@@ -52,6 +53,7 @@ def run(overrides: Mapping[str, str]) -> int:
     sweep.trials,
     sampler=search and (lambda number: study.make_sampler(search.sampler, search.seed, number)),
     pruner=search and study.make_pruner(search.pruner, first_validation(sweep.base)),
+    lower_is_better=lower_is_better(sweep.metric),
     grace_seconds=FLAGS.grace_seconds,
   )
   states = runner.Worker(sweep, queue, workdir, slots).run(retry_failed=FLAGS.retry_failed)

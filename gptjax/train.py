@@ -147,9 +147,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         if writes and sample_every and (last or due(sample_every, done)):
           log.interrupt()
           write_samples(writer, done, plan, state, frozen, dataset)
-      result = history.last
+      result = history.result
       if takes_best and history.best:
-        result = history.best
         writer.message(f"the best of the run is step {result['step']}, which is what it has made")
       conclude(writer, config, dataset, result, workdir)
   return without_step(result)

@@ -32,12 +32,9 @@ def known_metrics(config: Any) -> tuple[str, ...]:
 
 def check(config: Any) -> None:
   """Refuses a metric that the validation does not tell, or a library of one that is missing."""
-  best, known = config.checkpoint.best_metric, known_metrics(config)
-  if best and best not in known:
-    raise UserError(
-      f"checkpoint.best_metric: no metric {best!r} of objective={config.objective!r} and "
-      f"data.format={config.data.format!r}. {did_you_mean(best, known)}"
-    )
+  best = config.checkpoint.best_metric
+  if best:
+    check_metric("checkpoint.best_metric", best, config)
   if not best and (config.eval.patience or config.checkpoint.final == "best"):
     raise UserError("eval.patience and checkpoint.final='best' need checkpoint.best_metric.")
   if config.checkpoint.final not in ("best", "newest"):
@@ -46,6 +43,16 @@ def check(config: Any) -> None:
     raise UserError(f"eval.patience={config.eval.patience} is negative; 0 never stops early.")
   if config.objective in labels.LIBRARIES:
     scores.need(labels.LIBRARIES[config.objective])
+
+
+def check_metric(key: str, metric: str, config: Any) -> None:
+  """Refuses a metric that the validation of a config does not tell; UserError names the key."""
+  known = known_metrics(config)
+  if metric not in known:
+    raise UserError(
+      f"{key}: no metric {metric!r} of objective={config.objective!r} and "
+      f"data.format={config.data.format!r}. {did_you_mean(metric, known)}"
+    )
 
 
 def make_evaluate(plan: Plan, dataset: Dataset) -> Callable[[TrainState, Any], dict[str, float]]:
@@ -94,19 +101,26 @@ class History:
   """The validations of a run, oldest first, each with its `step`.
 
   metric: what tells the best of them. patience: how many in a row may fail to be better than the
-  best before; 0 is any number.
+  best before; 0 is any number. final: which of them the run has made, the 'best' or the 'newest'.
   """
 
   lines: list[Mapping[str, Any]]
   metric: str
   patience: int
+  final: str = "newest"
+
+  @classmethod
+  def start(cls, config: Any) -> "History":
+    """That of a run which has not validated yet."""
+    return cls([], config.checkpoint.best_metric, config.eval.patience, config.checkpoint.final)
 
   @classmethod
   def read(cls, workdir: epath.PathLike, config: Any, last_step: int) -> "History":
     """Those that metrics.jsonl has up to a step."""
     lines = [line for line in read_metrics(workdir) if "val/loss" in line]
-    lines = [line for line in lines if line["step"] <= last_step]
-    return cls(lines, config.checkpoint.best_metric, config.eval.patience)
+    history = cls.start(config)
+    history.lines += [line for line in lines if line["step"] <= last_step]
+    return history
 
   def add(self, step: int, validation: Mapping[str, float]) -> None:
     self.lines.append({"step": step, **validation})
@@ -126,6 +140,11 @@ class History:
     """The first of the best after a step; empty if there is none."""
     index = self._best_index
     return {} if index is None else self.lines[index]
+
+  @property
+  def result(self) -> Mapping[str, Any]:
+    """That of what the run has made; empty if there is none."""
+    return (self.best if self.final == "best" else {}) or self.last
 
   @property
   def exhausted(self) -> bool:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import types
 
@@ -41,11 +42,19 @@ def test_the_best_is_the_first_of_the_highest_or_of_the_lowest():
   assert history([0.1]).best == {}
 
 
+@pytest.mark.parametrize(("final", "step"), [("best", 20), ("newest", 30)])
+def test_the_result_is_of_what_the_run_has_made(final, step):
+  assert dataclasses.replace(history([0.9, 0.5, 0.7, 0.6]), final=final).result["step"] == step
+  # Not finite but at the start: there is no best, so it is the last one.
+  assert dataclasses.replace(history([0.9, None]), final=final).result["step"] == 10
+  assert History([], "val/accuracy", 2, final).result == {}
+
+
 def test_only_validations_up_to_the_step_count(tmp_path):
   lines = [{"step": 1, "loss": 3.0}, *history([0.1, 0.2, 0.3]).lines]
   (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
   config = types.SimpleNamespace(
-    checkpoint=types.SimpleNamespace(best_metric="val/accuracy"),
+    checkpoint=types.SimpleNamespace(best_metric="val/accuracy", final="best"),
     eval=types.SimpleNamespace(patience=1),
   )
   assert [line["step"] for line in History.read(tmp_path, config, 10).lines] == [0, 10]

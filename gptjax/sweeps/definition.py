@@ -7,7 +7,9 @@ A sweep file is Python: a docstring (the question), `base()`, which returns a co
 
 or `search(trial)`, which takes an Optuna trial and returns overrides, with its options in `SEARCH`.
 Overrides are {dotted key: value}; a value may be a mapping of further keys. BASELINE names the arm
-that others are compared with (the first one), METRIC a validation metric.
+that others are compared with (the first one). METRIC is what they are compared by: any metric that
+the validation of every arm tells. Without it that is checkpoint.best_metric where checkpoint.final
+is 'best' or the validation does not tell bits per byte, else val/bits_per_byte.
 """
 
 import dataclasses
@@ -19,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import config as config_lib
+from gptjax import validation
 from gptjax.data.options import read_options
 from gptjax.errors import UserError, did_you_mean
 from gptjax.plan import Plan, make_plan
-from gptjax.validation import VALIDATION_METRICS
 
 Overrides = Mapping[str, Any]
 Axis = Mapping[str, Overrides] | Iterable[tuple[str, Overrides]]
@@ -94,7 +96,7 @@ class Sweep:
     if self.suggest is None:
       return self.trials[key]
     trial = make_trial(self.base, key, self.suggest(optuna_trial))
-    check(trial)
+    validation.check_metric(f"arm {key!r}: METRIC", self.metric, check(trial).config)
     return trial
 
 
@@ -146,11 +148,6 @@ def load(path: str, overrides: Overrides, sample: Callable[[], Any]) -> Sweep:
     module = config_lib.run_file(path)
     if not hasattr(module, "base") or hasattr(module, "sweep") == hasattr(module, "search"):
       raise UserError("a sweep file has base(), and one of sweep() and search(trial).")
-    metric = getattr(module, "METRIC", "val/bits_per_byte")
-    if metric not in VALIDATION_METRICS:
-      raise UserError(
-        f"METRIC: no metric {metric!r}. {did_you_mean(str(metric), VALIDATION_METRICS)}"
-      )
     base = module.base().copy_and_resolve_references()
     for key, value in overrides.items():
       config_lib.override(base, key, value)
@@ -169,10 +166,21 @@ def load(path: str, overrides: Overrides, sample: Callable[[], Any]) -> Sweep:
     baseline = getattr(module, "BASELINE", arms[0])
     if baseline not in arms:
       raise UserError(f"BASELINE: no arm {baseline!r}. {did_you_mean(str(baseline), arms)}")
+    metric = str(getattr(module, "METRIC", default_metric(next(iter(plans.values())).config)))
+    for arm, plan in plans.items():
+      validation.check_metric(f"arm {arm!r}: METRIC", metric, plan.config)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
   question = (module.__doc__ or "").strip()
   return Sweep(Path(path), question, base, baseline, metric, trials, plans, search, suggest)
+
+
+def default_metric(config: Any) -> str:
+  """What arms are compared by where the file says no METRIC; `config` is that of a plan."""
+  best, usual = config.checkpoint.best_metric, "val/bits_per_byte"
+  if config.checkpoint.final == "best" or usual not in validation.known_metrics(config):
+    return best or "val/loss"
+  return usual
 
 
 def make_trial(base: Any, arm: str, overrides: Overrides) -> Trial:
@@ -194,6 +202,7 @@ def check(trial: Trial) -> Plan:
     plan = make_plan(config)
     plan.make_optimizer(plan.run_length)
     read_options(config)
+    validation.check(config)
   except UserError as error:
     raise UserError(f"arm {trial.arm!r}: {error}") from None
   return plan

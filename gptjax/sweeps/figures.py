@@ -36,13 +36,13 @@ def png(figure: Figure) -> bytes:
 
 
 def learning_curves(
-  arms: Mapping[str, Sequence[Curve]], budgets: Sequence[str], label: str
+  arms: Mapping[str, Sequence[Curve]], budgets: Sequence[str], label: str, *, lower_is_better: bool
 ) -> bytes:
   """Draws the mean over seeds of each arm, a panel a budget. PNG bytes.
 
   The band is one standard deviation to both sides, from the least to the greatest of two seeds, and
   none of one. The legend has the best arm on top. What lies before a quarter of the longest run
-  is cut off where it is higher than what follows.
+  is cut off where it is beyond what follows.
 
   Args:
     arms: {arm: one curve a run}.
@@ -52,7 +52,8 @@ def learning_curves(
   figure = Figure(figsize=(10, 4.6), layout="constrained")
   panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
   looks = dict(zip(arms, itertools.product(STYLES, COLORS), strict=False))
-  order = sorted(arms, key=lambda arm: np.mean([values[-1] for _, values in arms[arm]]))
+  ends = {arm: np.mean([values[-1] for _, values in runs]) for arm, runs in arms.items()}
+  order = sorted(arms, key=ends.get, reverse=not lower_is_better)
   for axes, budget in zip(panels, budgets, strict=True):
     longest = max(curve[budget][-1] for runs in arms.values() for curve, _ in runs)
     shown = []
@@ -109,7 +110,13 @@ def differences(rows: Sequence[tuple[str, float, float, float, str]], label: str
   return png(figure)
 
 
-def slices(trials: Sequence[Mapping[str, Any]], values: Sequence[float], label: str) -> bytes:
+def slices(
+  trials: Sequence[Mapping[str, Any]],
+  values: Sequence[float],
+  label: str,
+  *,
+  lower_is_better: bool,
+) -> bytes:
   """Draws the value of each trial against each key of its settings, a panel a key. PNG bytes."""
   keys = list(dict.fromkeys(key for trial in trials for key in trial))
   columns = min(len(keys), 3)
@@ -124,7 +131,7 @@ def slices(trials: Sequence[Mapping[str, Any]], values: Sequence[float], label: 
     x, ticks, log = scale([trials[i][key] for i in has])
     y = [values[i] for i in has]
     dots = axes.scatter(x, y, c=has, cmap="cividis", vmin=0, vmax=max(len(trials) - 1, 1))
-    best = int(np.argmin(y))
+    best = int(np.argmin(y) if lower_is_better else np.argmax(y))
     axes.plot(x[best], y[best], "o", ms=13, mfc="none", mec=COLORS[1], mew=2)
     axes.set_xscale("log" if log else "linear")
     if ticks:
@@ -137,7 +144,13 @@ def slices(trials: Sequence[Mapping[str, Any]], values: Sequence[float], label: 
   return png(figure)
 
 
-def parallel(trials: Sequence[Mapping[str, Any]], values: Sequence[float], label: str) -> bytes:
+def parallel(
+  trials: Sequence[Mapping[str, Any]],
+  values: Sequence[float],
+  label: str,
+  *,
+  lower_is_better: bool,
+) -> bytes:
   """Draws each trial as a line through its settings, a gap where it has none. PNG bytes."""
   keys = list(dict.fromkeys(key for trial in trials for key in trial))
   figure = Figure(figsize=(10, 4.8), layout="constrained")
@@ -162,7 +175,7 @@ def parallel(trials: Sequence[Mapping[str, Any]], values: Sequence[float], label
         zorder=9,
         bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "linewidth": 0},
       )
-  order = np.argsort(values)[::-1]  # The best is drawn last.
+  order = np.argsort(values)[:: -1 if lower_is_better else 1]  # The best is drawn last.
   lines = LineCollection(
     [np.column_stack([np.arange(len(keys)), heights[i]]) for i in order],
     array=np.asarray(values)[order],

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import chips
+from gptjax.checkpoint import lower_is_better
 from gptjax.metrics import read_metrics
 from gptjax.sweeps.definition import Sweep
 from gptjax.sweeps.devices import Host
@@ -47,6 +48,8 @@ def preview(sweep: Sweep, workdir: Path, host: Host, parallel: int) -> str:
   lines.append(
     f"seconds are an estimate: {rate:.3g} FLOP/s a trial, {rule}; no compilation counted"
   )
+  better = "lower" if lower_is_better(sweep.metric) else "higher"
+  lines.append(f"compared by {sweep.metric}, {better} is better")
   return "\n".join(lines)
 
 

@@ -3,12 +3,13 @@
 Arms are compared at equal steps, tokens, FLOPs and training seconds, each time by
 `statistics.verdict`. A run that did not finish or diverged is listed and left out, never dropped
 in silence. A running sweep may be reported on: it is only read.
+
+What counts of a run is what it had made by then: its last validation, or with checkpoint.final=best
+its best. One that stopped early (eval.patience) counts beyond its end with what it had made there.
 """
 
-import base64
 import csv
 import dataclasses
-import html
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,18 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.checkpoint import lower_is_better
 from gptjax.config import CONFIG_FILE, flatten
 from gptjax.errors import UserError
 from gptjax.metrics import read_metrics
 from gptjax.sweeps import figures, statistics
+from gptjax.sweeps.page import Page
 from gptjax.sweeps.statistics import Comparison, Verdict
+from gptjax.validation import History
 
 BUDGETS = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "training seconds"}
-LABELS = {
-  "val/bits_per_byte": "validation bits per byte",
-  "val/loss": "validation loss (nats a token)",
-  "val/perplexity": "validation perplexity",
-}
 # What decides which tokens step i trains on; and `data.*`, but for where they are cached.
 DATA_KEYS = ("seed", "tokenizer", "batch_size", "sequence_length")
 _BEST_TRIALS = 10
@@ -37,18 +36,15 @@ _LEAST_BLOCKS = 4
 # An arm that was given less than this share of the steps or tokens of the baseline is not compared
 # with it there.
 _LEAST_SHARE = 0.75
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;display:block;overflow-x:auto}img{max-width:100%}
-th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
-p{white-space:pre-line}strong{font-size:1.2rem}"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
   """A trial. why: it is left out; empty if it counts.
 
-  config: flat. lines: of validation. values: of the sweep's metric; budgets: arrays of the same
-  length, rising, by the names that every line has.
+  config: flat. lines: of validation. values: of the sweep's metric, of what the run had made;
+  budgets: arrays of the same length, rising, by the names that every line has. exhausted: its
+  patience was at its end.
   """
 
   folder: Path
@@ -61,10 +57,15 @@ class Run:
   lines: Sequence[Mapping[str, Any]]
   values: np.ndarray
   budgets: Mapping[str, np.ndarray]
+  exhausted: bool
 
   def at(self, budget: str, amount: float) -> float:
-    """The metric at an amount of a budget, linear between evaluations."""
+    """The metric at an amount of a budget, linear between evaluations; the last beyond them."""
     return float(np.interp(amount, self.budgets[budget], self.values))
+
+  def reach(self, budget: str) -> float:
+    """Up to which amount of a budget the run counts."""
+    return math.inf if self.exhausted else self.budgets[budget][-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,23 @@ class Sweep:
     return [run for run in self.runs if not run.why]
 
   @property
+  def of_tokens(self) -> bool:
+    """Whether the metric is a mean over tokens, so that it depends on the tokenizer."""
+    labels = any(run.config.get("data.format") == "labels" for run in self.runs)
+    return self.metric in ("val/loss", "val/perplexity") and not labels
+
+  @property
   def label(self) -> str:
-    return LABELS.get(self.metric, self.metric)
+    unit = " (nats a token)" if self.metric == "val/loss" and self.of_tokens else ""
+    return f"validation {self.metric.removeprefix('val/').replace('_', ' ')}{unit}"
+
+  @property
+  def lower_is_better(self) -> bool:
+    return lower_is_better(self.metric)
+
+  @property
+  def direction(self) -> str:
+    return f"{'lower' if self.lower_is_better else 'higher'} is better"
 
   def arms(self) -> dict[str, dict[int, Run]]:
     """{arm: {seed: run}} of the finished ones, the baseline first."""
@@ -125,7 +141,16 @@ def _load_run(folder: Path, metric: str) -> Run:
   state, why, lines = trial["state"], "", []
   if state in ("done", "pruned"):  # The file of a running trial may end in half a line.
     lines = [line for line in read_metrics(folder) if metric in line]
-  gone = [line["step"] for line in lines if line[metric] is None]
+  config = flatten(trial["config"])
+  best, final = (config.get(f"checkpoint.{key}", "") for key in ("best_metric", "final"))
+  history, values = History([], best, config.get("eval.patience", 0), final), []
+  for line in lines:
+    history.add(line["step"], line)
+    values.append(history.result[metric])
+  # Until it has learnt something a metric may have no value, as a correlation with a constant.
+  first = next((i for i, value in enumerate(values) if value is not None), 0)
+  known, values = lines[first:], values[first:]
+  gone = [line["step"] for line, value in zip(known, values, strict=True) if value is None]
   if state != "done":
     why = ": ".join(filter(None, (state, trial["error"])))
   elif not lines:
@@ -134,14 +159,12 @@ def _load_run(folder: Path, metric: str) -> Run:
     why = f"failed: diverged, {metric} is not finite at step {gone[0]}"
   # Seconds are a mean a step times the steps, which may once in a while go back by a hair.
   budgets = {
-    name: np.maximum.accumulate([float(line[name]) for line in lines])
+    name: np.maximum.accumulate([float(line[name]) for line in known])
     for name in BUDGETS
-    if lines and all(line.get(name) is not None for line in lines)
+    if known and all(line.get(name) is not None for line in known)
   }
-  values = np.array([math.nan if line[metric] is None else line[metric] for line in lines], float)
-  config = flatten(trial["config"])
   about = folder, trial["arm"], trial["seed"], state, why, trial["overrides"]
-  return Run(*about, config, lines, values, budgets)
+  return Run(*about, config, lines, np.array(values, float), budgets, history.exhausted)
 
 
 def _read_json(path: Path, otherwise: str) -> Any:
@@ -179,13 +202,15 @@ def make_table(sweep: Sweep, budget: str) -> Table | str:
     return f"Left out: {len(unknown)} of {len(runs)} runs did not record it, {first} for one."
 
   def end(arm: str, budget: str) -> float:
-    return min(run.budgets[budget][-1] for run in arms[arm].values())
+    return min(run.reach(budget) for run in arms[arm].values())
 
   # An arm is short by what it was given, not because it is fast.
   given = "tokens" if budget in ("flops", "seconds") and "tokens" in runs[0].budgets else budget
-  short = [a for a in arms if end(a, given) < _LEAST_SHARE * end(sweep.baseline, given)]
-  amount = min(end(arm, budget) for arm in arms if arm not in short)
+  went = min(run.budgets[given][-1] for run in arms[sweep.baseline].values())
+  short = [arm for arm in arms if end(arm, given) < _LEAST_SHARE * went]
   arms = {arm: of_arm for arm, of_arm in arms.items() if arm not in short}
+  furthest = max(run.budgets[budget][-1] for of_arm in arms.values() for run in of_arm.values())
+  amount = min(furthest, *(end(arm, budget) for arm in arms))
   if amount <= 0 or (short and len(arms) == 1):
     return "Left out: no other arm goes as far as the baseline."
   values = {
@@ -194,7 +219,8 @@ def make_table(sweep: Sweep, budget: str) -> Table | str:
   }
   paired = {arm: pairs_with(of_arm, arms[sweep.baseline]) for arm, of_arm in arms.items()}
   compared = statistics.compare_arms(values, sweep.baseline, paired=paired)
-  verdict = statistics.verdict(values, sweep.baseline, paired=paired)
+  lower = sweep.lower_is_better
+  verdict = statistics.verdict(values, sweep.baseline, paired=paired, lower_is_better=lower)
   return Table(budget, float(amount), short, compared, verdict)
 
 
@@ -232,53 +258,17 @@ def rows(table: Table) -> list[dict[str, Any]]:
   return found
 
 
-def first_crossing(x: np.ndarray, values: np.ndarray, target: float) -> float | None:
-  """Where values first fall to the target, linear between points; None if they do not."""
+def first_crossing(
+  x: np.ndarray, values: np.ndarray, target: float, *, lower_is_better: bool
+) -> float | None:
+  """Where values first come to the target, linear between points; None if they do not."""
+  if not lower_is_better:
+    values, target = -values, -target
   below = np.flatnonzero(values <= target)
   if not len(below) or below[0] == 0:
     return float(x[0]) if len(below) else None
   i = below[0]
   return float(np.interp(target, values[[i, i - 1]], x[[i, i - 1]]))
-
-
-class Page:
-  """A report that grows as Markdown, with its pictures beside it, and as one page of HTML."""
-
-  def __init__(self, workdir: Path, title: str):
-    self._workdir, self._title = workdir, title
-    self._markdown: list[str] = []
-    self._html: list[str] = []
-    self.text(title, "h1")
-
-  def text(self, text: str, tag: str = "p") -> None:
-    before, after = {"h1": ("# ", ""), "h2": ("## ", ""), "strong": ("**", "**")}.get(tag, ("", ""))
-    self._markdown.append(f"{before}{text}{after}")
-    self._html.append(f"<{tag}>{html.escape(text)}</{tag}>")
-
-  def table(self, header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    lines = [
-      f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in row)} |"
-      for row in (header, ["---"] * len(header), *cells)
-    ]
-    self._markdown.append("\n".join(lines))
-    tagged = [("th", header), *(("td", row) for row in cells)]
-    body = ["".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) for tag, row in tagged]
-    self._html.append(f"<table><tr>{'</tr><tr>'.join(body)}</tr></table>")
-
-  def image(self, name: str, alt: str, png: bytes) -> None:
-    (self._workdir / name).write_bytes(png)
-    data = base64.b64encode(png).decode()
-    self._markdown.append(f"![{alt}]({name})")
-    self._html.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
-
-  def write(self) -> None:
-    """Writes report.md and report.html, and prints the former."""
-    markdown = "\n\n".join(filter(None, self._markdown)) + "\n"
-    (self._workdir / "report.md").write_text(markdown)
-    head = f"<meta charset=utf-8><title>{html.escape(self._title)}</title><style>{_STYLE}</style>"
-    page = f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(self._html)}</body>"
-    (self._workdir / "report.html").write_text(page + "</html>\n")
-    print(markdown)
 
 
 def report(workdir: str) -> bool:
@@ -328,7 +318,7 @@ def _report_verdict(sweep: Sweep, page: Page) -> None:
   page.text("Verdict", "h2")
   page.text(main.verdict.sentence, "strong")
   page.text(
-    f"{sweep.label[0].upper()}{sweep.label[1:]}, smaller is better, at {main.amount:,.6g} "
+    f"{sweep.label[0].upper()}{sweep.label[1:]}, {sweep.direction}, at {main.amount:,.6g} "
     f"{BUDGETS[main.budget]}. Arms that share a seed's data with the baseline are tested in pairs; "
     "p is corrected by Holm over the arms, but not for looking at several budgets; intervals are "
     "each for itself. Seeds to resolve: at 80 % power, if the difference seen is the true one."
@@ -367,19 +357,22 @@ def _report_verdict(sweep: Sweep, page: Page) -> None:
     )
   _report_reach(sweep, page)
   page.text("Curves", "h2")
+  lower = sweep.lower_is_better
   shown = [name for name in ("tokens", "seconds") if isinstance(made[name], Table)]
-  ranked = sorted(arms, key=lambda arm: np.mean([run.values[-1] for run in arms[arm].values()]))
+  ends = {arm: np.mean([run.values[-1] for run in arms[arm].values()]) for arm in arms}
+  ranked = sorted(arms, key=ends.get, reverse=not lower)
   drawn = {*ranked[:_DRAWN_ARMS], sweep.baseline}
   if len(drawn) < len(arms):
-    page.text(f"The {_DRAWN_ARMS} arms with the lowest ends, and the baseline.")
+    page.text(f"The {_DRAWN_ARMS} arms with the best ends, and the baseline.")
   curves = {
     arm: [(run.budgets, run.values) for run in arms[arm].values()] for arm in arms if arm in drawn
   }
-  picture = figures.learning_curves(curves, shown or [main.budget], sweep.label)
+  shown = shown or [main.budget]
+  picture = figures.learning_curves(curves, shown, sweep.label, lower_is_better=lower)
   page.image("curves.png", sweep.label, picture)
   intervals = [
     (row["arm"], row["difference"], row["low"], row["high"], row["verdict"])
-    for row in sorted(rows(main), key=lambda row: row["mean"])
+    for row in sorted(rows(main), key=lambda row: row["mean"], reverse=not lower)
     if row["low"] is not None
   ]
   if intervals:
@@ -412,6 +405,16 @@ def _show(table: Table, page: Page) -> None:
 
 def _cautions(sweep: Sweep) -> list[str]:
   found = []
+  if any(run.config.get("checkpoint.final") == "best" for run in sweep.finished):
+    found.append(
+      "Runs with checkpoint.final=best count with their best validation up to each point, which "
+      "flatters them, the more the more often they validate."
+    )
+  if stopped := sum(run.exhausted for run in sweep.finished):
+    found.append(
+      f"{stopped} of {len(sweep.finished)} runs stopped early (eval.patience); beyond their end "
+      "they count as they ended."
+    )
   for arm in dict.fromkeys(run.arm for run in sweep.runs):
     of_arm = [run for run in sweep.runs if run.arm == arm]
     lost = [run for run in of_arm if run.why and run.state != "running"]
@@ -427,14 +430,14 @@ def _cautions(sweep: Sweep) -> list[str]:
     differing = [k for k in {*config} | {*reference} if config.get(k) != reference.get(k)]
     if data := sorted(k for k in differing if k.startswith("data.") and k != "data.cache_dir"):
       found.append(f"Caution: {arm} differs in {', '.join(data)}; is its validation text the same?")
-    if "tokenizer" in differing and sweep.metric != "val/bits_per_byte":
+    if "tokenizer" in differing and sweep.of_tokens:
       found.append(f"Caution: {arm} has another tokenizer, so {sweep.metric} is not comparable.")
   return found
 
 
 def _report_reach(sweep: Sweep, page: Page) -> None:
   """What each arm spends until the baseline's last value, in parts of what the baseline spent."""
-  arms, known = sweep.arms(), [*BUDGETS][1:]
+  arms, known, lower = sweep.arms(), [*BUDGETS][1:], sweep.lower_is_better
   known = [name for name in known if all(name in run.budgets for run in sweep.finished)]
   if not known:
     return
@@ -445,7 +448,10 @@ def _report_reach(sweep: Sweep, page: Page) -> None:
   for arm, of_arm in arms.items():
     cells.append([arm])
     for name in known:
-      found = [first_crossing(run.budgets[name], run.values, target) for run in of_arm.values()]
+      found = [
+        first_crossing(run.budgets[name], run.values, target, lower_is_better=lower)
+        for run in of_arm.values()
+      ]
       there = [x for x in found if x is not None]
       if len(there) < len(found):
         cells[-1].append(f"not reached ({len(there)} of {len(found)} seeds did)")
@@ -461,7 +467,8 @@ def _report_reach(sweep: Sweep, page: Page) -> None:
 
 
 def _report_search(sweep: Sweep, page: Page) -> None:
-  ranked = sorted(sweep.finished, key=lambda run: run.values[-1])
+  lower = sweep.lower_is_better
+  ranked = sorted(sweep.finished, key=lambda run: run.values[-1], reverse=not lower)
   keys = list(dict.fromkeys(key for run in ranked for key in run.overrides if key != "seed"))
   results = [
     {"trial": run.arm, "seed": run.seed, sweep.metric: float(run.values[-1])}
@@ -471,8 +478,8 @@ def _report_search(sweep: Sweep, page: Page) -> None:
   _write_csv(sweep.workdir / "report.csv", results)
   page.text("Best trials", "h2")
   page.text(
-    f"{len(ranked)} of {len(sweep.runs)} trials ran to their end. By {sweep.label}, smaller is "
-    "better. The best of many is partly luck: run it as an arm, with seeds of its own."
+    f"{len(ranked)} of {len(sweep.runs)} trials ran to their end. By {sweep.label}, "
+    f"{sweep.direction}. The best of many is partly luck: run it as an arm, with seeds of its own."
   )
   cells = [[*map(str, result.values())] for result in results[:_BEST_TRIALS]]
   page.table([*results[0]], [[*row[:2], f"{float(row[2]):.4f}", *row[3:]] for row in cells])
@@ -481,8 +488,9 @@ def _report_search(sweep: Sweep, page: Page) -> None:
     ranked.sort(key=lambda run: run.arm)
     settings = [{k: v for k, v in run.overrides.items() if k in varied} for run in ranked]
     values = [float(run.values[-1]) for run in ranked]
-    page.image("slices.png", "slices", figures.slices(settings, values, sweep.label))
-    page.image("parallel.png", "settings", figures.parallel(settings, values, sweep.label))
+    for name, draw in (("slices", figures.slices), ("parallel", figures.parallel)):
+      picture = draw(settings, values, sweep.label, lower_is_better=lower)
+      page.image(f"{name}.png", name, picture)
 
 
 def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

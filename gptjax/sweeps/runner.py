@@ -31,6 +31,7 @@ from gptjax.metrics import read_metrics
 from gptjax.sweeps.definition import Sweep, Trial, changed_keys
 from gptjax.sweeps.devices import Slot, on_cores
 from gptjax.sweeps.study import Claim, Study
+from gptjax.validation import History
 
 _POLL_SECONDS = 0.2
 _ERROR_LINES = 10
@@ -50,7 +51,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_unchanged(sweep: Sweep, workdir: Path) -> None:
-  """Refuses to mix runs of two configs in one arm; UserError names the arm and the keys."""
+  """Refuses to mix runs of two configs in one arm, or two metrics in one search.
+
+  Raises:
+    UserError: names the arm and the keys, or the metrics.
+  """
+  about = workdir / "sweep.json"
+  if sweep.search and about.exists():
+    metric = json.loads(about.read_text())["metric"]
+    if metric != sweep.metric:
+      raise UserError(
+        f"{workdir}: its trials were judged by {metric}, METRIC is {sweep.metric}; give --workdir "
+        "another folder."
+      )
   for trial in filter(None, sweep.trials.values()):
     path = workdir / "trials" / trial.folder / "trial.json"
     if not path.exists():
@@ -67,7 +80,8 @@ class Job:
   """A trial that this worker has claimed.
 
   process: None while another process holds the folder. ending: why it was told to stop, 'pruned',
-  'given back' or 'lost' (to another worker); None while it may go on.
+  'given back' or 'lost' (to another worker); None while it may go on. value: of what it has made
+  until now. exhausted: its patience is at its end, so that it stops early.
   """
 
   claim: Claim
@@ -84,6 +98,7 @@ class Job:
   loss: float | None = None
   value: float | None = None
   validated: int = 0
+  exhausted: bool = False
   ending: str | None = None
   state: str = "waiting"
   seconds: float = 0.0
@@ -225,27 +240,29 @@ class Worker:
     except ValueError:  # A line that is just being written.
       return
     job.metrics_size = size
+    metric, history = self._sweep.metric, History.start(job.trial.config)
     for line in lines:
       job.step = line["step"]
       job.loss = line.get("loss", job.loss)
-      if self._sweep.metric not in line:
+      if metric not in line:
         continue
-      job.value = line[self._sweep.metric]
+      history.add(line["step"], line)
       if line["step"] <= job.validated:
         continue
-      job.validated = line["step"]
-      value = float("nan") if job.value is None else job.value
+      job.validated, value = line["step"], history.result[metric]
+      value = float("nan") if value is None else value
       if self._study.should_prune(job.claim, value, job.validated) and job.step != job.total:
         job.stop("pruned")
+    job.value, job.exhausted = history.result.get(metric), history.exhausted
 
   def _finish(self, job: Job) -> None:
     code = job.process.returncode if job.process else None
-    complete = code == 0 and (job.ending is None if job.total is None else self._is_last(job))
+    complete = code == 0 and (job.exhausted or self._is_last(job))
     error = None
     if complete and job.value is not None:
       job.state = "done"
     elif complete:
-      job.state, error = "failed", f"{self._sweep.metric} is not finite at the last step."
+      job.state, error = "failed", f"{self._sweep.metric} is not finite in the end."
     elif job.ending is not None:
       job.state = job.ending
     else:
@@ -267,6 +284,8 @@ class Worker:
       self._console.print(f"{error}\n  see {job.folder / 'log.txt'}")
 
   def _is_last(self, job: Job) -> bool:
+    if job.total is None:
+      return job.ending is None
     return job.validated == job.step == job.total
 
   def _last_lines(self, job: Job, code: int) -> str:

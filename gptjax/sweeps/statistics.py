@@ -1,4 +1,4 @@
-"""Whether arms differ beyond the noise between seeds: tests, intervals, power. Smaller is better.
+"""Whether arms differ beyond the noise between seeds: tests, intervals, power.
 
 Two arms are compared by Welch's t-test (Welch 1947) or, where a seed gives both the same data in
 the same order, by a t-test of their differences, seed by seed. Several arms against one baseline
@@ -200,18 +200,20 @@ def compare_arms(
   return found
 
 
-def verdict(values: Values, baseline: str, *, paired: Mapping[str, bool]) -> Verdict:
+def verdict(
+  values: Values, baseline: str, *, paired: Mapping[str, bool], lower_is_better: bool
+) -> Verdict:
   """Names a winner only if one is beyond the noise.
 
-  The arm with the smallest mean wins if Holm's p of its difference to the baseline is below 0.05;
-  the baseline wins if it has the smallest mean and every arm is worse by the same rule. So all arms
+  The arm with the best mean wins if Holm's p of its difference to the baseline is below 0.05;
+  the baseline wins if it has the best mean and every arm is worse by the same rule. So all arms
   being equal, the chance of a winner is at most 5 %. Arms that do not differ from the winner (the
   same tests against it, Holm over them) are tied with it.
   """
   compared = compare_arms(values, baseline, paired=paired)
-  words = {arm.arm: _word(arm) for arm in compared}
+  words = {arm.arm: _word(arm, lower_is_better) for arm in compared}
   others = [arm for arm in compared if arm.versus is not None]
-  best = min(compared, key=lambda arm: arm.mean)
+  best = (min if lower_is_better else max)(compared, key=lambda arm: arm.mean)
   if not others:
     return Verdict(None, (), words, "No winner: there is no arm to compare with the baseline.")
   if best.versus is None and all(words[arm.arm] == "worse" for arm in others):
@@ -231,10 +233,11 @@ def verdict(values: Values, baseline: str, *, paired: Mapping[str, bool]) -> Ver
   }
   corrected = _holm_of(rivals)
   tied = tuple(arm for arm in rivals if corrected.get(arm, 1) >= ALPHA)
-  versus = best.versus
+  versus, place = best.versus, "below" if lower_is_better else "above"
+  low, high = sorted(map(abs, (versus.low, versus.high)))
   sentence = (
-    f"Winner: {best.arm}, {abs(versus.difference):.4g} below {baseline} "
-    f"[{-versus.high:.4g}, {-versus.low:.4g}], p = {best.p_holm:.2g}."
+    f"Winner: {best.arm}, {abs(versus.difference):.4g} {place} {baseline} [{low:.4g}, {high:.4g}], "
+    f"p = {best.p_holm:.2g}."
   )
   if tied:
     sentence += f" Not told from it: {', '.join(tied)}."
@@ -327,11 +330,11 @@ def _holm_of(differences: Mapping[str, Difference]) -> dict[str, float]:
   return dict(zip(tested, holm(list(tested.values())), strict=True))
 
 
-def _word(arm: Comparison) -> str:
+def _word(arm: Comparison, lower_is_better: bool) -> str:
   if arm.versus is None:
     return "baseline"
   if arm.p_holm is None:
     return "not testable"
   if not arm.significant:
     return "inside the noise"
-  return "better" if arm.versus.difference < 0 else "worse"
+  return "better" if (arm.versus.difference < 0) == lower_is_better else "worse"

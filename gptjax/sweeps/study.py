@@ -69,6 +69,7 @@ class Study:
     keys: of all trials of the sweep.
     sampler: makes the sampler of a search for the number of the trial among the keys.
     pruner: of a search.
+    lower_is_better: of the values of the trials.
     grace_seconds: how old a running trial's heartbeat is when its worker is held for dead.
   """
 
@@ -81,6 +82,7 @@ class Study:
     *,
     sampler: Any = None,
     pruner: Any = None,
+    lower_is_better: bool = True,
     grace_seconds: float = 120.0,
   ):
     self._lock_file = workdir / ".lock"
@@ -92,7 +94,7 @@ class Study:
       self._study = optuna.create_study(
         storage=self._storage,
         study_name=name,
-        direction="minimize",
+        direction="minimize" if lower_is_better else "maximize",
         pruner=pruner or optuna.pruners.NopPruner(),
         load_if_exists=True,
       )

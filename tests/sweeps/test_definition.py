@@ -100,7 +100,21 @@ def test_a_search_makes_its_trials_as_they_are_suggested(read):
       r"arm 'a' has different overrides by seed",
     ),
     ("BASELINE = 'c'" + ARMS, r"BASELINE: no arm 'c'"),
-    ("METRIC = 'val/los'" + ARMS, r"METRIC: no metric 'val/los'\. Did you mean 'val/loss'"),
+    (
+      "METRIC = 'val/los'" + ARMS,
+      r"METRIC: no metric 'val/los' of objective='next_token' .* Did you mean 'val/loss'",
+    ),
+    (
+      "METRIC = 'val/accuracy'" + SEARCH,
+      r"arm 'search': METRIC: no metric 'val/accuracy' of objective='next_token'",
+    ),
+    (
+      "METRIC = 'val/bits_per_byte'\n"
+      "prefix = {'objective': 'prefix', 'model.visibility': 'prefix'}\n"
+      "def sweep(): yield 'a', {}; yield 'b', prefix",
+      r"arm 'b': METRIC: no metric 'val/bits_per_byte' of objective='prefix'",
+    ),
+    ("def sweep(): yield 'a', {'eval.patience': -1}", r"arm 'a': eval\.patience=-1 is negative"),
     ("SEARCH = {'sampler': 'tpee'}" + SEARCH, r"SEARCH\['sampler'\]: no sampler 'tpee'. Did you"),
     ("SEARCH = {'prunner': 'none'}" + SEARCH, r"SEARCH: no key 'prunner'\. Did you mean 'pruner'"),
     ("SEARCH = {'trials': 0}" + SEARCH, r"SEARCH\['trials'\]=0 is not a whole number"),
@@ -110,6 +124,50 @@ def test_a_search_makes_its_trials_as_they_are_suggested(read):
 def test_what_cannot_be_run_is_refused_before_anything_starts(read, text, sentence):
   with pytest.raises(UserError, match=rf"sweep\.py: .*{sentence}"):
     read(text)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+  """The base of a fine-tuning of which the training file has two labels."""
+  path = tmp_path / "train.jsonl"
+  path.write_text('{"text": "a", "label": "yes"}\n{"text": "b", "label": "no"}\n')
+  small = {"tokenizer": "bytes", "data.path": str(path), "data.validation_path": str(path)}
+  argument = "task=classification,model=debug"
+  return f"""
+from gptjax import config
+from gptjax.sweeps.definition import cross, seeds
+
+def base():
+  return config.load("{ROOT}/configs/finetune.py:{argument}", {small})
+"""
+
+
+@pytest.mark.parametrize(
+  ("metric", "overrides", "found"),
+  [
+    ("", {}, "val/accuracy"),  # That of the checkpoint, since the best one is what a run makes.
+    ("", {"checkpoint.best_metric": "val/mcc"}, "val/mcc"),
+    ("", {"checkpoint.final": "newest"}, "val/accuracy"),
+    ("", {"checkpoint.final": "newest", "checkpoint.best_metric": ""}, "val/loss"),
+    ("METRIC = 'val/f1_macro'", {}, "val/f1_macro"),
+  ],
+)
+def test_a_metric_of_labels_is_one_that_the_validation_tells(
+  metric, overrides, found, read, labelled
+):
+  arms = "\ndef sweep(): return seeds(2)"
+  assert read(metric + arms, overrides, base=labelled).metric == found
+
+
+def test_a_metric_of_another_objective_is_refused(read, labelled):
+  sentence = r"METRIC: no metric 'val/spearman' of objective='classification'"
+  with pytest.raises(UserError, match=sentence):
+    read("METRIC = 'val/spearman'\ndef sweep(): return seeds(2)", base=labelled)
+
+
+def test_text_is_compared_by_bits_per_byte_unless_the_best_checkpoint_is_made(read):
+  assert read(ARMS).metric == "val/bits_per_byte"
+  assert read(ARMS, {"checkpoint.final": "best"}).metric == "val/loss"
 
 
 def test_a_file_that_is_not_there_is_named():

@@ -35,16 +35,19 @@ def test_the_band_is_the_range_of_two_seeds_and_one_sigma_of_three():
   assert mean.tolist() == [0, 1.5, 2.25]
 
 
-def test_learning_curves_name_axes_and_list_the_best_first(monkeypatch):
+@pytest.mark.parametrize("lower_is_better", [True, False])
+def test_learning_curves_name_axes_and_list_the_best_first(lower_is_better, monkeypatch):
   drawn = capture(monkeypatch)
   arms = {
     "last": [curve(9, 3, 3)],
     "top": [curve(9, 2, 1), curve(9, 2, 1.2)],
     "mid": [curve(9, 2, 2)],
   }
-  figures.learning_curves(arms, ["tokens", "seconds"], "validation loss (nats a token)")
+  label = "validation loss (nats a token)"
+  figures.learning_curves(arms, ["tokens", "seconds"], label, lower_is_better=lower_is_better)
   tokens, seconds = drawn[0].axes
-  assert [text.get_text() for text in seconds.get_legend().get_texts()] == ["top", "mid", "last"]
+  order = ["top", "mid", "last"] if lower_is_better else ["last", "mid", "top"]
+  assert [text.get_text() for text in seconds.get_legend().get_texts()] == order
   assert tokens.get_xlabel() == "training tokens"
   assert seconds.get_xlabel().endswith("(s)")
   assert tokens.get_ylabel() == "validation loss (nats a token)"
@@ -55,7 +58,8 @@ def test_learning_curves_name_axes_and_list_the_best_first(monkeypatch):
 
 def test_more_arms_than_colors_differ_by_style(monkeypatch):
   drawn = capture(monkeypatch)
-  figures.learning_curves({f"arm {i}": [curve(2, 1 + i)] for i in range(20)}, ["tokens"], "loss")
+  arms = {f"arm {i}": [curve(2, 1 + i)] for i in range(20)}
+  figures.learning_curves(arms, ["tokens"], "loss", lower_is_better=True)
   looks = {(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines}
   assert len(looks) == 20
 
@@ -94,22 +98,28 @@ TRIALS = [
 ]
 
 
-def test_slices_have_a_panel_a_key_and_ring_the_best(monkeypatch):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_slices_have_a_panel_a_key_and_ring_the_best(sign, monkeypatch):
   drawn = capture(monkeypatch)
-  figures.slices(TRIALS, [3.0, 1.0, 2.0], "loss")
+  values = [sign * 3.0, sign * 1.0, sign * 2.0]
+  figures.slices(TRIALS, values, "loss", lower_is_better=sign > 0)
   panels = drawn[0].axes[:3]
   assert [axes.get_xlabel() for axes in panels] == ["lr", "name", "tied"]
   assert [axes.get_xscale() for axes in panels] == ["log", "linear", "linear"]
   assert [label.get_text() for label in panels[1].get_xticklabels()] == ["adamw", "lion", "muon"]
-  assert panels[0].lines[0].get_xydata().tolist() == [[1e-2, 1.0]]
-  assert panels[2].lines[0].get_xydata().tolist() == [[0, 2.0]]  # Of those that have the key.
+  assert panels[0].lines[0].get_xydata().tolist() == [[1e-2, sign * 1.0]]
+  assert panels[2].lines[0].get_xydata().tolist() == [
+    [0, sign * 2.0]
+  ]  # Of those that have the key.
 
 
-def test_parallel_coordinates_draw_the_best_last(monkeypatch):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_parallel_coordinates_draw_the_best_last(sign, monkeypatch):
   drawn = capture(monkeypatch)
-  figures.parallel(TRIALS, [3.0, 1.0, 2.0], "loss")
+  values = [sign * 3.0, sign * 1.0, sign * 2.0]
+  figures.parallel(TRIALS, values, "loss", lower_is_better=sign > 0)
   lines = drawn[0].axes[0].collections[0]
-  assert lines.get_array().tolist() == [3.0, 2.0, 1.0]
+  assert lines.get_array().tolist() == [sign * 3.0, sign * 2.0, sign * 1.0]
   assert lines.get_linewidths()[-1] == max(lines.get_linewidths())
   heights = lines.get_segments()[-1]
   assert heights[0].tolist() == pytest.approx([0, 2 / 3])  # 1e-2 on a log axis from 1e-4 to 1e-1.
@@ -119,9 +129,9 @@ def test_pictures_are_1200_pixels_wide_and_not_blank():
   N = np.geomspace(1e6, 1e8, 4)
   law = lambda N, D: 2 + 400 / N**0.34 + 400 / D**0.28  # noqa: E731
   for png in (
-    figures.learning_curves({"a": [curve(3, 2, 1)]}, ["tokens"], "loss"),
-    figures.slices(TRIALS, [3.0, 1.0, 2.0], "loss"),
-    figures.parallel(TRIALS[:1], [3.0], "loss"),
+    figures.learning_curves({"a": [curve(3, 2, 1)]}, ["tokens"], "loss", lower_is_better=True),
+    figures.slices(TRIALS, [3.0, 1.0, 2.0], "loss", lower_is_better=True),
+    figures.parallel(TRIALS[:1], [3.0], "loss", lower_is_better=True),
     figures.differences([("a", 0.1, 0.0, 0.2, "worse")], "difference"),
     figures.scaling(N, 20 * N, law(N, 20 * N), 120 * N**2, law, 6.0, []),
   ):

@@ -161,10 +161,9 @@ def test_seeds_that_do_not_reach_the_baseline_are_counted(tmp_path, capsys):
 
 def test_the_first_crossing():
   x, y = np.array([0.0, 10, 20, 30, 40]), np.array([5.0, 3, 2, 4, 1])
-  assert report.first_crossing(x, y, 2.5) == 15
-  assert report.first_crossing(x, y, 2) == 20
-  assert report.first_crossing(x, y, 6) == 0
-  assert report.first_crossing(x, y, 0.5) is None
+  for target, expected in ((2.5, 15), (2, 20), (6, 0), (0.5, None)):
+    assert report.first_crossing(x, y, target, lower_is_better=True) == expected
+    assert report.first_crossing(x, 5 - y, 5 - target, lower_is_better=False) == expected
 
 
 def test_a_short_arm_is_left_out_where_it_would_cut_the_others(tmp_path, capsys):
@@ -289,6 +288,93 @@ def test_one_seed_an_arm_is_drawn_but_has_no_winner(tmp_path, capsys):
   assert not (tmp_path / "differences.png").exists()
 
 
+def accuracies(*values, seconds=1.0):
+  """Validations of a classification, a step each."""
+  return [
+    {"step": step, "tokens": 100 * step, "seconds": seconds * step, "val/loss": 1.0}
+    | {"val/accuracy": value}
+    for step, value in enumerate(values)
+  ]
+
+
+def final(which, patience=0):
+  return {
+    "checkpoint": {"final": which, "best_metric": "val/accuracy"},
+    "eval": {"patience": patience},
+    "data": BASE["data"] | {"format": "labels"},
+  }
+
+
+def test_of_accuracies_the_higher_is_better(tmp_path, capsys):
+  write_sweep(tmp_path, metric="val/accuracy")
+  for seed, noise in enumerate(NOISE):
+    config = final("newest") | {"tokenizer": "words"}
+    write_trial(tmp_path, "old", seed, accuracies(0.5, 0.55, 0.6 + noise), **final("newest"))
+    write_trial(tmp_path, "new", seed, accuracies(0.5, 0.7, 0.9 - noise), **config)
+    write_trial(tmp_path, "bad", seed, accuracies(0.5, 0.4, 0.3 - noise), **final("newest"))
+  report.report(str(tmp_path))
+  out = capsys.readouterr().out
+  assert "**Winner: new, 0.3 above old [0." in out
+  assert "Validation accuracy, higher is better, at 2 steps." in out
+  assert "not comparable" not in out  # An example is right or wrong, whatever its tokens.
+  rows = tables(out)["At equal steps: 2"]
+  assert [(row[0], row[2], row[3], row[7]) for row in rows[1:]] == [
+    ("old", "0.6000", "0.0100", "baseline"),
+    ("bad", "0.3000", "0.0100", "worse"),
+    ("new", "0.9000", "0.0100", "winner"),
+  ]
+  reach = {row[0]: row[1] for row in tables(out)["To reach the baseline's 0.6000"]}
+  assert reach["new"] == "0.250 (50)"
+  assert reach["bad"].startswith("not reached")
+
+
+@pytest.mark.parametrize(("which", "mean"), [("best", 0.8), ("newest", 0.7)])
+def test_a_run_counts_with_what_it_has_made(which, mean, tmp_path, capsys):
+  write_sweep(tmp_path, metric="val/accuracy")
+  for seed, noise in enumerate(NOISE):
+    # What the model was before, and a value that is not finite, are not the best.
+    write_trial(tmp_path, "old", seed, accuracies(0.9, 0.6, 0.8 + noise, 0.7), **final(which))
+  report.report(str(tmp_path))
+  out = capsys.readouterr().out
+  assert float(tables(out)["At equal steps: 3"][1][2]) == pytest.approx(mean)
+  assert ("count with their best validation up to each point" in out) == (which == "best")
+
+
+def test_a_metric_without_a_value_at_the_start_is_not_divergence(tmp_path):
+  write_sweep(tmp_path, metric="val/accuracy")
+  write_trial(tmp_path, "old", 0, accuracies(None, None, 0.6, 0.7), **final("newest"))
+  write_trial(tmp_path, "old", 1, accuracies(0.5, 0.8, None, 0.7), **final("best"))
+  write_trial(tmp_path, "old", 2, accuracies(0.5, 0.8, None, 0.7), **final("newest"))
+  write_trial(tmp_path, "old", 3, accuracies(None, None), **final("best"))
+  runs = report.load_sweep(str(tmp_path)).runs
+  whys = ["", "", "failed: diverged, val/accuracy is not finite at step 2"]
+  assert [run.why for run in runs[:3]] == whys
+  assert runs[3].why.startswith("failed: diverged")
+  assert [run.values[-1] for run in runs[:2]] == [0.7, 0.8]
+  assert runs[0].budgets["step"].tolist() == [2, 3]
+
+
+def test_a_run_that_stopped_early_keeps_its_value_and_cuts_no_other(tmp_path, capsys):
+  write_sweep(tmp_path, metric="val/accuracy")
+  for seed, noise in enumerate(NOISE):
+    early = accuracies(0.5, 0.6 + noise, 0.55, 0.5)
+    late = accuracies(0.5, *(0.5 + step / 100 - noise for step in range(1, 41)))
+    write_trial(tmp_path, "old", seed, early, **final("best", patience=2))
+    write_trial(tmp_path, "new", seed, late, **final("best", patience=2))
+  report.report(str(tmp_path))
+  out = capsys.readouterr().out
+  rows = tables(out)["At equal steps: 40"]
+  assert [row[2] for row in rows[1:]] == ["0.6000", "0.9000"]
+  assert "3 of 6 runs stopped early (eval.patience)" in out
+  assert "since they end much sooner" not in out
+  assert "**Winner: new" in out
+  # Nobody goes on from the step that the last of them stopped at.
+  for folder in (tmp_path / "trials").glob("new-*"):
+    write_lines(folder, accuracies(0.5, 0.7, 0.9, 0.8, 0.8))
+  report.report(str(tmp_path))
+  assert "At equal steps: 4" in tables(capsys.readouterr().out)
+
+
 def write_search(root, *, key="optim.learning_rate"):
   write_sweep(root, search={"sampler": "tpe"}, baseline="trial-0000")
   for number in range(12):
@@ -314,6 +400,17 @@ def test_a_search_ranks_its_trials_and_draws_them(tmp_path, capsys):
   assert (tmp_path / "report.html").read_text().count("data:image/png") == 2
   for name in ("slices.png", "parallel.png"):
     assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_search_for_accuracy_ranks_the_highest_first(tmp_path, capsys):
+  write_sweep(tmp_path, search={"sampler": "tpe"}, metric="val/accuracy", baseline="trial-0000")
+  for number, value in enumerate((0.6, 0.9, 0.7)):
+    rates = {"optim.learning_rate": 0.1 / (1 + number)}
+    write_trial(tmp_path, f"trial-000{number}", 0, accuracies(0.5, value), overrides=rates)
+  assert report.report(str(tmp_path))
+  out = capsys.readouterr().out
+  assert [row[2] for row in tables(out)["Best trials"][1:]] == ["0.9000", "0.7000", "0.6000"]
+  assert "By validation accuracy, higher is better." in out
 
 
 def test_what_is_no_sweep_or_has_too_little_is_refused_by_name(tmp_path, capsys):

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,13 @@ TRAINING = textwrap.dedent("""
     file.write(json.dumps([cores, os.environ["JAX_COMPILATION_CACHE_DIR"]]) + "\\n")
   if does == "fail" and not (folder / "repaired").exists():
     sys.exit("out of luck")
-  step, value = (3 if does == "stop" else 4), (None if does == "diverge" else 1.5)
+  step = {"stop": 3, "stop early": 0}.get(does, 4)
+  value = None if does == "diverge" else 1.5
   with (folder / "metrics.jsonl").open("w") as file:
     file.write(json.dumps({"step": step, "loss": 2.0}) + "\\n")
+    if does == "stop early":
+      for step, value in ((0, 3.0), (1, 1.25), (2, 1.75)):
+        file.write(json.dumps({"step": step, "val/bits_per_byte": value}) + "\\n")
     if step == 4:
       file.write(json.dumps({"step": 4, "val/bits_per_byte": value}) + "\\n")
 """)
@@ -42,7 +47,7 @@ TRAINING = textwrap.dedent("""
 def start(tmp_path):
   """Returns a function that runs a sweep with an arm for each thing a training can do."""
 
-  def make(*does, slots=None, **options):
+  def make(*does, slots=None, final="newest", **options):
     path = tmp_path / "sweep.py"
     path.write_text(
       textwrap.dedent(f"""
@@ -50,7 +55,9 @@ def start(tmp_path):
 
         def base():
           return config.load("{ROOT}/configs/pretrain.py:model=debug,data=stdlib",
-                             {{"total_steps": 4, "batch_size": 8}})
+                             {{"total_steps": 4, "batch_size": 8, "eval.patience": 1,
+                              "checkpoint.best_metric": "val/bits_per_byte",
+                              "checkpoint.final": "{final}"}})
 
         def sweep():
           for does in {does}:
@@ -95,6 +102,31 @@ def test_a_failing_trial_is_told_and_the_rest_goes_on(start, tmp_path, capsys):
   assert "out of luck" in printed
   assert "succeed seed 0: done at step 4, val/bits_per_byte 1.5000" in printed
   assert json.loads((tmp_path / "sweep.json").read_text())["baseline"] == "fail"
+
+
+@pytest.mark.parametrize(("final", "value"), [("best", 1.25), ("newest", 1.75)])
+def test_a_trial_that_stops_early_is_done_with_what_it_has_made(
+  final, value, start, tmp_path, monkeypatch, capsys
+):
+  finished, finish = [], Study.finish
+  monkeypatch.setattr(
+    Study, "finish", lambda self, *end: finished.append(end[1:]) or finish(self, *end)
+  )
+  assert start("stop early", final=final) == {"stop-early-seed0": "done"}
+  assert finished == [("done", value)]
+  assert f"stop early seed 0: done at step 2, val/bits_per_byte {value:.4f}" in (
+    capsys.readouterr().out
+  )
+  assert trial(tmp_path, "stop-early")["state"] == "done"
+
+
+def test_a_search_is_not_gone_on_with_by_another_metric(start, tmp_path):
+  start("succeed")
+  sweep = types.SimpleNamespace(search=object(), metric="val/loss", trials={})
+  with pytest.raises(UserError, match=r"judged by val/bits_per_byte, METRIC is val/loss; give --w"):
+    check_unchanged(sweep, tmp_path)
+  sweep.search = None  # Arms are only compared when they are reported on.
+  check_unchanged(sweep, tmp_path)
 
 
 def test_started_again_it_runs_only_what_is_new_or_told_to_retry(start, tmp_path):

@@ -15,9 +15,10 @@ def arms(*samples):
   return {"abcdefgh"[i]: dict(enumerate(map(float, x))) for i, x in enumerate(samples)}
 
 
-def judge(*samples, paired=False):
+def judge(*samples, paired=False, lower_is_better=True):
   values = arms(*samples)
-  return verdict(values, "a", paired=dict.fromkeys(values, paired))
+  paired = dict.fromkeys(values, paired)
+  return verdict(values, "a", paired=paired, lower_is_better=lower_is_better)
 
 
 def at_most(rate, sweeps=SWEEPS):
@@ -235,6 +236,17 @@ def test_a_clear_winner_and_those_that_tie_with_it():
   assert found.sentence.endswith("Not told from it: c.")
 
 
+def test_where_higher_is_better_the_verdict_is_that_of_the_negated_values():
+  spread = np.array([-0.01, 0.0, 0.01, 0.004])
+  samples = 2 + spread, 1 + spread, 1.001 + spread[::-1], 1.5 + spread, 3 + spread
+  for chosen in (samples, samples[3:], samples[:1], (samples[1], *samples[3:])):
+    low = judge(*chosen)
+    high = judge(*(-sample for sample in chosen), lower_is_better=False)
+    assert (high.winner, high.tied, high.words) == (low.winner, low.tied, low.words)
+    assert high.sentence == low.sentence.replace("below", "above")
+  assert judge(*samples, lower_is_better=False).winner == "e"
+
+
 def test_an_arm_of_one_seed_ties_with_the_winner():
   assert judge([2.0, 2.01, 1.99], [1.0, 1.01, 0.99], [1.2]).tied == ("c",)
 
@@ -260,7 +272,7 @@ def test_the_baseline_wins_only_if_all_are_worse():
 def test_the_best_mean_does_not_win_by_seeds_that_the_baseline_lacks():
   # In the seeds of both the arm is worse.
   base, arm = {0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.1, 1: 2.1, 2: 3.1001, 3: -99.0}
-  found = verdict({"a": base, "b": arm}, "a", paired={"b": True})
+  found = verdict({"a": base, "b": arm}, "a", paired={"b": True}, lower_is_better=True)
   assert found.winner is None
   assert found.words["b"] == "worse"
 

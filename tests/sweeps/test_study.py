@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.errors import UserError
-from gptjax.sweeps.study import Study, make_sampler
+from gptjax.sweeps.study import Study, make_pruner, make_sampler
 
 ROOT = Path(__file__).parents[2]
 KEYS = tuple(f"key-{number}" for number in range(6))
@@ -139,6 +139,18 @@ def test_a_search_suggests_the_same_again_for_a_trial_that_was_given_back(join):
   again = study.claim()
   assert again.key == "trial-1"
   assert again.trial.suggest_float("x", 0, 1) == values[1]
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False])
+def test_the_pruner_stops_the_trials_of_worse_values(lower_is_better, tmp_path):
+  keys, pruner = [f"trial-{number}" for number in range(5)], make_pruner("halving", 1)
+  study = Study("", "study", tmp_path, keys, pruner=pruner, lower_is_better=lower_is_better)
+  study.enqueue_missing()
+  claims = [study.claim() for _ in keys]
+  for claim in claims[:3]:
+    study.should_prune(claim, 0.5, 1)
+  assert study.should_prune(claims[3], 0.2, 1) != lower_is_better
+  assert study.should_prune(claims[4], 0.8, 1) == lower_is_better
 
 
 def test_a_storage_that_is_none_is_refused(tmp_path):
