@@ -149,9 +149,16 @@ class Study:
           self._storage.set_trial_user_attr(trial_id, "duplicate_of", first)
           self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
           continue
+        study = self._study
         if self._sampler is not None:
-          self._study.sampler = self._sampler(self._keys[key])
-        claim = Claim(key, trial_id, optuna.Trial(self._study, trial_id), float("-inf"))
+          # A study caches the trials that it has shown to a sampler; a new one sees all that ended.
+          study = optuna.load_study(
+            study_name=study.study_name,
+            storage=self._storage,
+            sampler=self._sampler(self._keys[key]),
+            pruner=study.pruner,
+          )
+        claim = Claim(key, trial_id, optuna.Trial(study, trial_id), float("-inf"))
         if self.beat(claim):
           return claim
     return None

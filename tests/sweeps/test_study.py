@@ -142,6 +142,22 @@ def test_a_search_suggests_the_same_again_for_a_trial_that_was_given_back(join):
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
+def test_a_search_goes_where_values_are_better(lower_is_better, tmp_path):
+  keys = [f"trial-{number}" for number in range(20)]
+  sampler = lambda number: make_sampler("tpe", 0, number)  # noqa: E731
+  study = Study(
+    "journal", "study", tmp_path, keys, sampler=sampler, lower_is_better=lower_is_better
+  )
+  study.enqueue_missing()
+  suggested = []
+  while claim := study.claim():
+    suggested.append(claim.trial.suggest_float("x", 0, 1))
+    study.finish(claim, "done", suggested[-1])
+  late = suggested[10:]  # The first ten are drawn at random.
+  assert max(late) < 0.5 if lower_is_better else min(late) > 0.5
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False])
 def test_the_pruner_stops_the_trials_of_worse_values(lower_is_better, tmp_path):
   keys, pruner = [f"trial-{number}" for number in range(5)], make_pruner("halving", 1)
   study = Study("", "study", tmp_path, keys, pruner=pruner, lower_is_better=lower_is_better)
