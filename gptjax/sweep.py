@@ -6,10 +6,11 @@
     python -m gptjax.sweep compare RUN_A RUN_B [--exact]
     python -m gptjax.sweep scaling WORKDIR
 
-gptjax/sweeps/definition.py says what a sweep file is. Each trial is a `gptjax.train` in a process
-and a work directory of its own. Stopped, killed or started again on other hosts that share the work
-directory, the sweep goes on with what is missing; each trial is run once. The study lives in
-WORKDIR/study.db; where hosts share a network file system use --storage=journal, or a database:
+gptjax/sweeps/definition.py says what a sweep file is; its arms are compared by any metric that the
+validation tells, as mean and deviation over their seeds. Each trial is a `gptjax.train` in a
+process and a work directory of its own. Stopped, killed or started again on other hosts that share
+the work directory, the sweep goes on with what is missing; each trial is run once. The study lives
+in WORKDIR/study.db; where hosts share a network file system use --storage=journal, or a database:
 --storage=postgresql://USER@HOST/DATABASE. The exit status is 1 unless every trial is done or
 pruned, and of `compare` if the runs differ.
 """

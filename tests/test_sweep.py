@@ -186,6 +186,7 @@ def test_a_dry_run_adds_the_trials_up(sweep, tmp_path):
   total = re.search(r"total: 6 trials, ([\d.]+e\+\d+) FLOPs", printed)
   assert float(total[1]) == pytest.approx(9 * short, rel=0.01)
   assert "seconds are an estimate" in printed
+  assert "compared by val/bits_per_byte, lower is better" in printed
   assert "of a matrix product's rate on cpu" in printed
   # What was measured is preferred to what is guessed.
   folder = tmp_path / "run/trials/x"

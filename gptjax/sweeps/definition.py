@@ -10,6 +10,20 @@ Overrides are {dotted key: value}; a value may be a mapping of further keys. BAS
 that others are compared with (the first one). METRIC is what they are compared by: any metric that
 the validation of every arm tells. Without it that is checkpoint.best_metric where checkpoint.final
 is 'best' or the validation does not tell bits per byte, else val/bits_per_byte.
+
+So the mean and deviation over the seeds of a fine-tuning are those of a sweep such as
+
+    from gptjax import config
+    from gptjax.sweeps.definition import cross, seeds
+
+    def base():
+      paths = {"data.path": "PATH/train.jsonl", "data.validation_path": "PATH/validation.jsonl"}
+      changes = paths | {"init_from": "hf:FOLDER", "eval.patience": 2}
+      return config.load("configs/finetune.py:task=classification", changes)
+
+    def sweep():
+      rates = {f"rate {rate}": {"optim.learning_rate": rate} for rate in (3e-5, 1e-4)}
+      return cross(rates, seeds(5))
 """
 
 import dataclasses

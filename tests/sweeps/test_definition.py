@@ -7,6 +7,7 @@ import pytest
 
 from gptjax import config as config_lib
 from gptjax.errors import UserError
+from gptjax.sweeps import definition
 from gptjax.sweeps.definition import changed_keys, cross, load, seeds
 from gptjax.sweeps.study import sample_trial
 
@@ -157,6 +158,20 @@ def test_a_metric_of_labels_is_one_that_the_validation_tells(
 ):
   arms = "\ndef sweep(): return seeds(2)"
   assert read(metric + arms, overrides, base=labelled).metric == found
+
+
+def test_the_example_of_the_docstring_can_be_started(read, tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  for name in ("train", "validation"):
+    (tmp_path / f"{name}.jsonl").write_text(
+      '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
+    )
+  example = textwrap.dedent(definition.__doc__[definition.__doc__.index("    from gptjax") :])
+  model = {"num_layers": 1, "embed_dim": 8, "num_heads": 1, "mlp_dim": 8}
+  changes = {"init_from": "", "tokenizer": "bytes"}
+  changes |= {f"model.{key}": value for key, value in model.items()}
+  sweep = read("", changes, base=example.replace("PATH", str(tmp_path)))
+  assert (len(sweep.trials), sweep.metric) == (10, "val/accuracy")
 
 
 def test_a_metric_of_another_objective_is_refused(read, labelled):
