@@ -42,8 +42,10 @@ def preview(sweep: Sweep, workdir: Path, host: Host, parallel: int) -> str:
     total += flops * trials[arm]
     lines.append(f"{row} {flops:>12.3g} {flops / rate:>9.0f}")
   seconds = total / rate / min(parallel, len(sweep.trials))
+  left_out = any(plan.run_length is None for plan in sweep.plans.values())
   lines.append(
     f"total: {len(sweep.trials)} trials, {total:.3g} FLOPs, {seconds:.0f} s with {parallel} at once"
+    + ", without runs given in epochs" * left_out
   )
   lines.append(
     f"seconds are an estimate: {rate:.3g} FLOP/s a trial, {rule}; no compilation counted"
