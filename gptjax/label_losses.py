@@ -67,9 +67,15 @@ class LabelLoss:
     return -((1 - smoothing) * wanted_BT + smoothing * logp_BTK.mean(-1))
 
 
+def answer_candidates(batch: Batch) -> jax.Array:
+  """bool [B, T]: of what an answer may be made, the second text without its end_of_text."""
+  second_BT = batch.token_types == 1
+  return second_BT & jnp.pad(second_BT[:, 1:], ((0, 0), (0, 1)))
+
+
 def _span_loss(logits_BTK: jax.Array, batch: Batch) -> jax.Array:
   """That of a token's segment, [B, T]."""
-  candidate_BS = batch.token_types == 1
+  candidate_BS = answer_candidates(batch)
   segments_BT = batch.segment_ids
   among_BTS = same_segment(segments_BT, segments_BT) & candidate_BS[:, None, :]
   logits_BKS = logits_BTK.swapaxes(1, 2)

@@ -59,17 +59,18 @@ def test_a_number_has_the_squared_error():
 
 
 def test_a_span_is_chosen_among_the_context_of_its_own_segment():
-  types = np.array([[0, 1, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]], np.int32)
-  values = np.zeros((2, 6, 2), np.float32)
-  for row, first, last in ((0, 2, 3), (0, 5, 5), (1, 1, 2)):
+  segments = np.array([[1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]], np.int32)
+  types = np.array([[0, 1, 1, 1, 0, 1, 1], [0, 0, 1, 1, 1, 0, 0]], np.int32)
+  ends = np.array([[0, 0, 0, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0, 0]])
+  answers = ((0, [1, 2], 1, 2, 1.0), (0, [5], 5, 5, 0.5), (1, [2, 3], 3, 3, 2.0))
+  values, weights = np.zeros((2, 7, 2), np.float32), np.zeros((2, 7), np.float32)
+  for row, places, first, last, weight in answers:
     values[row, first, 0] = values[row, last, 1] = 1
-  batch, logits = make_batch(token_types=types, values=values), scores(2)
+    weights[row, places[-1] + 1] = weight
+  batch = make_batch(segment_ids=segments, token_types=types, values=values, weights=weights)
+  logits = np.random.default_rng(1).normal(size=(2, 7, 2)).astype(np.float32)
   expected = 0.0
-  for row, places, first, last, weight in (
-    (0, [1, 2, 3], 2, 3, 1.0),
-    (0, [5], 5, 5, 0.5),
-    (1, [1, 2], 1, 2, 2.0),
-  ):
+  for row, places, first, last, weight in answers:
     for column, place in ((0, first), (1, last)):
       of = logits[row, places, column]
       expected += weight / 2 * (np.log(np.exp(of).sum()) - logits[row, place, column])
@@ -77,7 +78,7 @@ def test_a_span_is_chosen_among_the_context_of_its_own_segment():
   assert float(loss) == pytest.approx(expected, rel=1e-5)
   # Nothing is learnt of what cannot be an answer.
   assert np.isfinite(gradient).all()
-  assert not np.asarray(gradient)[types == 0].any()
+  assert not np.asarray(gradient)[(types == 0) | (ends == 1)].any()
 
 
 def test_the_divergence_is_the_two_kullback_leibler_divergences():

@@ -21,7 +21,8 @@ class Example:
   Attributes:
     name: where it comes from, FILE:LINE.
     tokens: int32 [n].
-    second: where among them the second text starts and stops; (0, 0) without one.
+    second: where among them the second text starts and stops, its end_of_text included, as BERT
+      has it; (0, 0) without one.
     targets: (place among the tokens, index of its label, or 0) where the loss counts.
     values: (place among the tokens, column, value) of the values that are not 0.
   """
@@ -144,8 +145,7 @@ class LabelEncoder:
     tokens, second = [*self._start, *first], (0, 0)
     for other in others:
       tokens += [*self._between, *other]
-      # BERT's second [SEP] is of the second text too, but is never an answer.
-      second = (len(tokens) - len(other), len(tokens) + (objective != "span"))
+      second = (len(tokens) - len(other), len(tokens) + 1)
     tokens.append(self._tokenizer.end_of_text)
     place = len(tokens) - 1 if self._options.label_at == "last" else 0
     targets, values = ((place, 0),), ()
@@ -161,7 +161,7 @@ class LabelEncoder:
       case "span":
         start, stop = (second[0] + place for place in self._answer(pieces))
         values = ((start, 0, 1.0), (stop - 1, 1, 1.0))
-        if not start < stop <= second[1]:
+        if not start < stop < second[1]:
           targets = ()
     return Example(record.name, np.array(tokens, np.int32), second, targets, values)
 

@@ -8,6 +8,7 @@ import numpy as np
 from gptjax.data.batch import Batch
 from gptjax.evals import scores
 from gptjax.evals.scores import Measure
+from gptjax.label_losses import answer_candidates
 
 # What `LabelOutputs.measures` knows of each objective.
 METRICS = {
@@ -53,9 +54,10 @@ class LabelOutputs:
           self.golds.append(batch.targets[row, words])
           self.predicted.append(logits_BTK[row, words].argmax(-1))
       case "span":
+        may_answer_BT = np.asarray(answer_candidates(batch))
         for row, place in examples:
           inside = batch.segment_ids[row] == batch.segment_ids[row, place]
-          candidates = np.flatnonzero(inside & (batch.token_types[row] == 1))
+          candidates = np.flatnonzero(inside & may_answer_BT[row])
           candidates = candidates[np.argsort(batch.positions[row, candidates])]
           self.golds.append(tuple(batch.values[row, candidates].argmax(0)))
           self.predicted.append(best_span(logits_BTK[row, candidates]))

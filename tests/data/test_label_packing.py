@@ -82,7 +82,7 @@ def test_a_row_has_its_labels_where_the_contract_of_its_objective_says(pack, obj
   assert row.weights.dtype == np.float32
   if objective == "span":
     assert row.inputs.tolist() == [*b"q", END, *b"abcd", END, *[0] * 5]
-    assert row.token_types.tolist() == [0, 0, 1, 1, 1, 1, *[0] * 6]
+    assert row.token_types.tolist() == [0, 0, 1, 1, 1, 1, 1, *[0] * 5]
     assert row.values.shape == (12, 2)
   else:
     assert row.token_types is None
