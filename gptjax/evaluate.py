@@ -79,7 +79,7 @@ def evaluate(
       path = name.removeprefix(_LABELS)
       if config is None or "format" not in config.get("data", ()):  # As of a model converted.
         raise UserError(f"{name}: --checkpoint is no run, which would say what the labels are.")
-      prepared.append(label_task.prepare(path, config, subject, seed=seed))
+      prepared.append(label_task.prepare(path, config, subject, seed=seed, limit=limit))
       names.append(name)
     else:
       task = load_task(name)

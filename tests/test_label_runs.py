@@ -157,6 +157,10 @@ def test_it_is_evaluated_as_it_was_validated(finished, records):
     assert prediction["target"] == lines[number - 1]["label"]
   right = sum(one["target"] == one["prediction"] for one in found.predictions)
   assert right / len(lines) == found.metrics["accuracy"].value
+  options = {"resamples": 10, "limit": 5, "config": config_lib.open_saved(workdir)}
+  (few,) = evaluate(subject, [path], **options)
+  assert len(few.predictions) == 5 < len(lines)
+  assert all(one in found.predictions for one in few.predictions)
 
 
 def test_a_model_of_labels_writes_no_text(finished):

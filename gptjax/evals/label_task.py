@@ -17,11 +17,13 @@ from gptjax.data.label_encoding import Examples, LabelEncoder
 from gptjax.data.label_packing import PackedExamples
 from gptjax.data.labels import LabelledTexts
 from gptjax.data.options import DataOptions, read_options
+from gptjax.data.sources import Subset
 from gptjax.errors import UserError
 from gptjax.evals import scores
 from gptjax.evals.answers import Result
 from gptjax.evals.labels import LIBRARIES, METRICS, LabelOutputs
 from gptjax.evals.subject import Subject
+from gptjax.evals.task import choose
 from gptjax.label_losses import LabelLoss
 
 
@@ -35,14 +37,17 @@ class LabelledRecords:
   seed: int
 
 
-def prepare(path: str, config: Any, subject: Subject, *, seed: int = 0) -> LabelledRecords:
+def prepare(
+  path: str, config: Any, subject: Subject, *, seed: int = 0, limit: int = 0
+) -> LabelledRecords:
   """Reads JSON lines with the keys and the labels that a run was trained with.
 
   Args:
     path: the records.
     config: of the run.
     subject: its model and tokenizer.
-    seed: of the bootstrap.
+    seed: of the bootstrap, and of `limit`.
+    limit: how many lines to take; 0 is all.
 
   Raises:
     UserError: the model writes text, or a record cannot be read.
@@ -54,7 +59,9 @@ def prepare(path: str, config: Any, subject: Subject, *, seed: int = 0) -> Label
   if subject.max_length is not None:
     options = dataclasses.replace(options, sequence_length=subject.max_length)
   text_key = next(iter(options.parts.values())).text_key
-  texts = LabelledTexts(files.open_jsonl(path, "", "error"), text_key, options)
+  lines = files.open_jsonl(path, "", "error")
+  chosen = Subset(lines, np.array(choose([*range(len(lines))], limit, seed)))
+  texts = LabelledTexts(chosen, text_key, options)
   examples = LabelEncoder(subject.tokenizer, options).encode(texts, progress=subject.progress)
   return LabelledRecords(path, options, examples, seed)
 
