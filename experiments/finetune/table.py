@@ -1,13 +1,14 @@
-"""Tables of what `run.py` and `baselines.py` measured, and results.jsonl without its details.
+"""Tables of what `run.py` and `baselines.py` measured.
 
     python -m experiments.finetune.table --runs=runs/finetune
 
-prints Markdown, and keeps every run's figures in experiments/finetune/results.jsonl.
+prints Markdown, and keeps every run's figures and its command in experiments/finetune/results.jsonl
+and commands.txt, where $DATA has the folders that `python -m experiments.datasets NAME` prints and
+$RUNS is that of the runs.
 """
 
 import collections
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.finetune.tasks import FULL, LORA, TASKS
+from experiments.finetune.tasks import FULL, LORA, TASKS, Task
+from gptjax.host import cache_root
 
 FOLDER = Path(__file__).parent
 FLAGS = flags.FLAGS
@@ -45,13 +47,11 @@ def row(cells: Sequence[Any]) -> str:
 
 
 def results_table(name: str, results: Results) -> list[str]:
-  """The methods of a task, those that are not trained first."""
   metrics = TASKS[name].metrics or ("val/loss",)
   cost = ("seeds", "trained", *COSTS.values())
   heads = ["", *(metric.removeprefix("val/").replace("_", " ") for metric in metrics), *cost]
   lines = [row(heads), row(["---"] * len(heads))]
-  methods = [f"{shots} shots" for shots in TASKS[name].prompted] + [*TASKS[name].methods]
-  for method in methods:
+  for method in methods_of(TASKS[name]):
     if (name, method) not in results:
       continue
     runs = results[name, method]
@@ -106,14 +106,26 @@ def baselines_table(data: str) -> list[str]:
   return lines
 
 
+def place(run: dict[str, Any]) -> tuple[int, int, int]:
+  """In the order of tasks.py."""
+  methods = methods_of(TASKS[run["task"]])
+  return [*TASKS].index(run["task"]), methods.index(run["method"]), run["seed"]
+
+
+def methods_of(task: Task) -> list[str]:
+  """Those that are not trained first."""
+  return [*(f"{shots} shots" for shots in task.prompted), *task.methods]
+
+
 def main(_: list[str]) -> None:
   text = (Path(FLAGS.runs) / "results.jsonl").read_text()
-  found = [json.loads(line) for line in text.splitlines()]
-  kept = []
-  for one in found:
-    # Paths of the machine that it ran on are no result.
-    kept.append({name: value for name, value in one.items() if name != "command"})
-  (FOLDER / "results.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in kept))
+  # Where they lie on the machine that it ran on is no result.
+  for folder, name in ((cache_root() / "datasets", "$DATA"), (FLAGS.runs, "$RUNS")):
+    text = text.replace(str(folder), name)
+  found = sorted(map(json.loads, text.splitlines()), key=place)
+  commands = [" ".join(one.pop("command")) for one in found]
+  (FOLDER / "commands.txt").write_text("".join(f"{command}\n" for command in commands))
+  (FOLDER / "results.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in found))
   results = group(found)
   print("\n".join(summary(results)))
   for name, task in TASKS.items():
@@ -122,8 +134,6 @@ def main(_: list[str]) -> None:
     print(f"\n### {name}: {task.model} on {task.data}\n")
     print("\n".join(baselines_table(task.data)), end="\n\n")
     print("\n".join(results_table(name, results)))
-    first = next(runs[0] for (of, _), runs in results.items() if of == name)
-    print(f"\n    {shlex.join(first['command'])}")
 
 
 if __name__ == "__main__":
