@@ -8,6 +8,7 @@ $RUNS is that of the runs.
 """
 
 import collections
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,8 +48,10 @@ def row(cells: Sequence[Any]) -> str:
 
 
 def results_table(name: str, results: Results) -> list[str]:
+  """The methods of a task, with the steps of `steps.py` where it has them."""
   metrics = TASKS[name].metrics or ("val/loss",)
-  cost = ("seeds", "trained", *COSTS.values())
+  ratios = step_ratios() if name == "peft" else {}
+  cost = ["seeds", "trained", "share", *COSTS.values(), *(["a step"] if ratios else [])]
   heads = ["", *(metric.removeprefix("val/").replace("_", " ") for metric in metrics), *cost]
   lines = [row(heads), row(["---"] * len(heads))]
   for method in methods_of(TASKS[name]):
@@ -56,12 +59,25 @@ def results_table(name: str, results: Results) -> list[str]:
       continue
     runs = results[name, method]
     cells = [spread([value_of(run, metric) for run in runs]) for metric in metrics]
-    costs = [
-      spread([run[cost] for run in runs if cost in run], 0) if cost in runs[-1] else ""
-      for cost in COSTS
-    ]
-    lines.append(row([method, *cells, len(runs), f"{runs[0].get('trained', 0):,}", *costs]))
+    cells += [str(len(runs)), *([""] * 2)]
+    if "trained" in runs[0]:
+      trained, parameters = runs[0]["trained"], runs[0]["parameters"]
+      cells[-2:] = [f"{trained:,}", f"{trained / parameters:.2%}"]
+    for key in COSTS:
+      known = [run[key] for run in runs if key in run]
+      cells.append(spread(known, 0) if known else "")
+    lines.append(row([method, *cells, *([ratios.get(method, "")] if ratios else [])]))
   return lines
+
+
+def step_ratios() -> dict[str, str]:
+  """Of each method of `peft`, how long its step is beside LoRA's."""
+  path = FOLDER / "steps.csv"
+  if not path.exists():
+    return {}
+  with path.open(newline="") as file:
+    found = {one["method"]: f"{float(one['ratio']):.2f}" for one in csv.DictReader(file)}
+  return {LORA: "1.00", **found}
 
 
 def value_of(run: dict[str, Any], metric: str) -> float:
