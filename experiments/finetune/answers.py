@@ -37,8 +37,10 @@ def ask(checkpoint: str, asked: list[str]) -> list[str]:
   found = generate(
     model, tokenizer, prompts, max_tokens=MAX_TOKENS, sampling=Sampling(temperature=0)
   )
+  # A cut may go through a character.
   return [
-    one.completion.strip() + ("" if one.finish_reason == "stop" else " [...]") for one in found
+    one.completion.strip().rstrip("\ufffd") + ("" if one.finish_reason == "stop" else " [...]")
+    for one in found
   ]
 
 
@@ -51,13 +53,14 @@ def main(_: list[str]) -> None:
   for method in (LORA, FULL):
     answers[method] = ask(str(runs / f"{method}-{SEEDS[0]}" / "run"), asked)
   lines = ["# Answers to instructions that nothing was trained on", ""]
-  for index, record in enumerate(records):
-    lines += [f"## {' '.join(asked[index].split())}", ""]
-    said = {name: texts[index] for name, texts in answers.items()}
-    for name, text in {"of the data": record["output"], **said}.items():
-      lines += [f"**{name}**", "", *(f"> {line}".rstrip() for line in text.splitlines()), ""]
+  for index, question in enumerate(asked):
+    lines += [f"## {' '.join(question.split())}", ""]
+    for name, texts in answers.items():
+      said = (f"> {line}".rstrip() for line in texts[index].splitlines())
+      lines += [f"**{name}**", "", *said, ""]
   (Path(__file__).parent / "answers.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("runs", "runs/finetune", "The folder that run.py wrote to.")
   app.run(main)
