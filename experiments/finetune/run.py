@@ -138,7 +138,8 @@ def do(name: str, method: str, seed: int) -> dict[str, Any]:
     result |= {"command": ["python", *command], **run(command, folder / "train.txt")}
     result |= training_figures(checkpoint, folder / "train.txt")
   if task.test:
-    command = evaluation_command(task, checkpoint, shots, seed, folder / "test")
+    # What is trained is judged by the same examples whatever its seed.
+    command = evaluation_command(task, checkpoint, shots, seed if shots else 0, folder / "test")
     measured = run(command, folder / "test.txt")
     (of_task,) = json.loads((folder / "test/results.json").read_text())["tasks"].values()
     result["test"] = {metric: of_task["metrics"][metric] for metric in task.metrics}
