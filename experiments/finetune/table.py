@@ -10,6 +10,7 @@ $RUNS is that of the runs.
 import collections
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,18 @@ def methods_of(task: Task) -> list[str]:
   return [*(f"{shots} shots" for shots in task.prompted), *task.methods]
 
 
+def quote(argument: str) -> str:
+  """For a shell, in which $DATA and $RUNS still are what they are."""
+  return f'"{argument}"' if re.search(r"[^\w$=:,./-]", argument) else argument
+
+
 def main(_: list[str]) -> None:
   text = (Path(FLAGS.runs) / "results.jsonl").read_text()
   # Where they lie on the machine that it ran on is no result.
   for folder, name in ((cache_root() / "datasets", "$DATA"), (FLAGS.runs, "$RUNS")):
     text = text.replace(str(folder), name)
   found = sorted(map(json.loads, text.splitlines()), key=place)
-  commands = [" ".join(one.pop("command")) for one in found]
+  commands = [" ".join(map(quote, one.pop("command"))) for one in found]
   (FOLDER / "commands.txt").write_text("".join(f"{command}\n" for command in commands))
   (FOLDER / "results.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in found))
   results = group(found)
