@@ -83,6 +83,7 @@ def sweep(tmp_path):
   return definition.load(str(path), {}, sample_trial)
 
 
+@pytest.mark.slow
 def test_the_arm_of_higher_accuracy_is_the_better_one(sweep, compiled_once, tmp_path, capsys):
   workdir = tmp_path / "run"
   workdir.mkdir()
