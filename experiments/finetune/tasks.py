@@ -146,6 +146,22 @@ TASKS = {
     methods=_SMOLLM2,
     prompted=(0, 2),
   ),
+  "functions": Task(
+    data="stdlib_code",
+    model=SMOLLM2,
+    config="configs/finetune.py:task=prompt",
+    test="",
+    metrics=(),
+    overrides=_WRITING
+    | {
+      "batch_size": 4,
+      "sequence_length": 256,
+      "data.prompt": "code.jinja",
+      "data.answer": "{{ completion }}",
+      "data.overlong": "drop",
+    },
+    methods=_SMOLLM2,
+  ),
   "translation": Task(
     data="libreoffice_en_zh",
     model=SMOLLM2,
