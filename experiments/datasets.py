@@ -18,8 +18,8 @@ from pathlib import Path
 from experiments import recipes, splits
 from experiments.packages import NpmPackage, Package, SourceDistribution, Wheel
 from experiments.recipes import RECIPES
+from gptjax.devices.hosts import cache_root
 from gptjax.errors import UserError, did_you_mean
-from gptjax.host import cache_root
 
 # Articles of the newspaper are not told apart, so a number of lines makes a document.
 _PARAGRAPHS = 200

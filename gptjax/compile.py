@@ -33,7 +33,7 @@ from gptjax.compiler.gpu import find_gpus, is_name
 from gptjax.compiler.report import Report, Work, compile_report, to_text
 from gptjax.compiler.topology import Slice, Target, find_slice
 from gptjax.errors import UserError
-from gptjax.plan import Plan, make_plan
+from gptjax.training.setup import Plan, make_plan
 
 FLAGS = flags.FLAGS
 

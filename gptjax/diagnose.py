@@ -20,11 +20,11 @@ from absl import flags
 from etils import epath
 
 from gptjax import config as config_lib
+from gptjax.devices.hosts import prepare_cpu
 from gptjax.diagnosis import coordinates, learning_rate, noise_scale, spikes
 from gptjax.errors import UserError, did_you_mean
-from gptjax.host import prepare_cpu
-from gptjax.plan import make_plan
-from gptjax.train import make_workdir, open_data
+from gptjax.training.loop import make_workdir, open_data
+from gptjax.training.setup import make_plan
 
 FLAGS = flags.FLAGS
 WORDS = ("coordinates", "learning_rate", "noise_scale", "spikes")

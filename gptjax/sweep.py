@@ -22,9 +22,9 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as config_lib
-from gptjax.checkpoint import lower_is_better
 from gptjax.config import RunLength
 from gptjax.errors import UserError, did_you_mean
+from gptjax.training.checkpoints import lower_is_better
 
 FLAGS = flags.FLAGS
 

@@ -11,7 +11,7 @@ XLA_FLAGS = (
 )
 _inherited = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = " ".join(filter(None, (_inherited, *XLA_FLAGS)))
-os.environ["NPROC"] = "16"  # As `gptjax.host.prepare_cpu` does.
+os.environ["NPROC"] = "16"  # As `gptjax.devices.hosts.prepare_cpu` does.
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -20,7 +20,7 @@ from flax import nnx, traverse_util  # noqa: E402
 
 from gptjax.model.config import ModelConfig  # noqa: E402
 from gptjax.model.gpt import describe_parameters  # noqa: E402
-from gptjax.step import model_graph  # noqa: E402
+from gptjax.training.step import model_graph  # noqa: E402
 
 assert jax.device_count() >= 1  # Starts the backend, which reads the flags.
 # The programs that tests start are to see the machine as users do.

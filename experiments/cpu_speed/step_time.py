@@ -31,11 +31,12 @@ def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarr
   import jax.numpy as jnp
 
   from gptjax import config as config_lib
-  from gptjax import host, sharding
   from gptjax.data.batch import Batch
+  from gptjax.devices import hosts as host
+  from gptjax.devices import sharding
   from gptjax.model import layers as layers_lib
-  from gptjax.plan import make_plan
-  from gptjax.step import init_state
+  from gptjax.training.setup import make_plan
+  from gptjax.training.step import init_state
 
   layers, width, heads, vocab, batch_size, length = shape
   config = config_lib.load(

@@ -20,9 +20,9 @@ from gptjax import config as config_lib
 from gptjax.data import pipeline
 from gptjax.data.batch import Batch
 from gptjax.errors import UserError
-from gptjax.metrics import Sums
-from gptjax.pretrained import load_checkpoint
-from gptjax.step import make_eval_step
+from gptjax.training.metrics import Sums
+from gptjax.training.pretrained import load_checkpoint
+from gptjax.training.step import make_eval_step
 
 
 def guessed_only(

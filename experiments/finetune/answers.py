@@ -15,9 +15,9 @@ from experiments.datasets import fetch
 from experiments.finetune.run import SEEDS, checkpoint_of
 from experiments.finetune.tasks import FULL, LORA, SMOLLM2
 from gptjax.data.chat import ChatTemplate
-from gptjax.generate import generate
+from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
-from gptjax.pretrained import load_model
+from gptjax.training.pretrained import load_model
 
 FLAGS = flags.FLAGS
 QUESTIONS = 3

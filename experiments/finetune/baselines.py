@@ -28,7 +28,8 @@ from absl import app, flags
 from experiments import datasets
 from experiments.splits import SPLITS
 from gptjax.errors import UserError
-from gptjax.evals import scores, task
+from gptjax.evals import task
+from gptjax.objectives import scores
 
 SETS = [
   "vader_movies",

@@ -29,7 +29,7 @@ from experiments.finetune.tasks import (
   TESTS,
   Task,
 )
-from gptjax.metrics import read_metrics
+from gptjax.training.metrics import read_metrics
 
 FLAGS = flags.FLAGS
 SEEDS = (0, 1, 2)

@@ -20,12 +20,12 @@ from absl import app, flags
 from experiments.finetune.run import training_config
 from experiments.finetune.tasks import LORA, TASKS
 from gptjax import config as config_lib
-from gptjax import sharding
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import RunLength
-from gptjax.host import prepare_cpu
-from gptjax.plan import make_plan
-from gptjax.train import init_or_restore, open_data
+from gptjax.devices import sharding
+from gptjax.devices.hosts import prepare_cpu
+from gptjax.training.checkpoints import Checkpoints
+from gptjax.training.loop import init_or_restore, open_data
+from gptjax.training.setup import make_plan
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent

@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.finetune.tasks import FULL, LORA, TASKS, Task
-from gptjax.host import cache_root
+from gptjax.devices.hosts import cache_root
 
 FOLDER = Path(__file__).parent
 FLAGS = flags.FLAGS

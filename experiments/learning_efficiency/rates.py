@@ -18,9 +18,9 @@ import sys
 from configs.parts import optim
 from experiments.learning_efficiency import sweep as english
 from gptjax.config import override
-from gptjax.metrics import read_metrics
 from gptjax.sweeps.definition import cross, seeds
 from gptjax.sweeps.report import load_sweep
+from gptjax.training.metrics import read_metrics
 
 RATES = {
   "adamw": (5e-4, 1e-3, 2e-3, 3e-3, 6e-3),

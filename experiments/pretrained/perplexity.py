@@ -15,7 +15,7 @@ import transformers
 from flax import nnx
 
 from experiments import datasets
-from gptjax.pretrained import load_model
+from gptjax.training.pretrained import load_model
 
 WINDOW = 512
 MAX_WINDOWS = 8

@@ -13,7 +13,7 @@ from experiments import datasets
 from experiments.pretrained.perplexity import MAX_WINDOWS, WINDOW, texts
 from gptjax.peft.config import BASES
 from gptjax.peft.quantized import quantize_model
-from gptjax.pretrained import load_model
+from gptjax.training.pretrained import load_model
 
 
 def main() -> None:

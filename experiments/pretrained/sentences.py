@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from experiments import datasets
-from gptjax.pretrained import load_model
+from gptjax.training.pretrained import load_model
 
 QUERIES = {
   "A man is playing the guitar on stage.": "Someone performs music for an audience.",

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from experiments.scaling.sweep import WIDTHS, arm, base
-from gptjax.metrics import read_metrics
 from gptjax.sweeps import report, scaling
 from gptjax.sweeps.definition import make_trial
-from gptjax.train import train
+from gptjax.training.loop import train
+from gptjax.training.metrics import read_metrics
 
 
 def width_of(parameters: float) -> int:

@@ -19,8 +19,8 @@ Result and cost: README.md.
 """
 
 from experiments import prose
-from gptjax.plan import make_plan
 from gptjax.sweeps.definition import make_trial
+from gptjax.training.setup import make_plan
 
 # FLOPs of a run -> widths, around the best.
 WIDTHS = {

@@ -11,14 +11,14 @@ from flax import nnx, traverse_util
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from gptjax import sharding
 from gptjax.compiler.report import Report, Work, compile_report
 from gptjax.compiler.topology import Target
+from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.inference.decode import Decoding, append
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT, ParameterInfo
-from gptjax.plan import Plan, make_plan, tree_bytes
+from gptjax.training.setup import Plan, make_plan, tree_bytes
 
 FLOP_RULE = "2 N + 4 L H Q K per token, K = keys that the last position of the context sees"
 GREEDY = Sampling(temperature=0)

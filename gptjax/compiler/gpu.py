@@ -18,12 +18,12 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from gptjax.chips import Chip, find_chip
 from gptjax.compiler.hlo import Collective, Instruction, Program, parse_shapes
 from gptjax.compiler.report import Costs, read_costs
 from gptjax.compiler.topology import Target
+from gptjax.devices.chips import Chip, find_chip
 from gptjax.errors import UserError
-from gptjax.plan import Plan
+from gptjax.training.setup import Plan
 
 GPUS_PER_NODE = 8
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 
-from gptjax import chips
 from gptjax.compiler.estimate import KERNEL_EFFICIENCY, Estimate, estimate
 from gptjax.compiler.flops import count_flops
 from gptjax.compiler.hlo import Collective, Program
 from gptjax.compiler.topology import Slice, Target
+from gptjax.devices import chips
 from gptjax.errors import UserError
-from gptjax.plan import Plan
+from gptjax.training.setup import Plan
 
 # In the compiler's sentences about what does not fit.
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from gptjax import config as config_lib
 from gptjax.compiler.topology import Slice
+from gptjax.devices.hosts import cache_root
+from gptjax.devices.sharding import MAX_RING
 from gptjax.errors import UserError
-from gptjax.host import cache_root
-from gptjax.plan import make_plan, tree_bytes
-from gptjax.sharding import MAX_RING
+from gptjax.training.setup import make_plan, tree_bytes
 
 Overrides = dict[str, Any]
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import jax
 from jax.experimental import topologies
 
-from gptjax.chips import Chip, find_chip
+from gptjax.devices.chips import Chip, find_chip
 from gptjax.errors import UserError, did_you_mean
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from gptjax import host
 from gptjax.data.sources import Source, documents
+from gptjax.devices import hosts as host
 from gptjax.errors import UserError
 
 _FORMAT = 1

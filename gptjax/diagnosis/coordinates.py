@@ -21,13 +21,13 @@ from etils import epath
 from flax import nnx
 
 from gptjax import config as config_lib
-from gptjax import sharding
-from gptjax import step as step_lib
 from gptjax.data.batch import Batch
 from gptjax.data.pipeline import Dataset
+from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.model.figures import Figures, root_mean_square
-from gptjax.plan import Plan, make_plan
+from gptjax.training import step as step_lib
+from gptjax.training.setup import Plan, make_plan
 
 # The branches and the residual stream of each layer, the final hidden state, the logits.
 QUANTITIES = ("attention", "mlp", "residual", "hidden", "logits")

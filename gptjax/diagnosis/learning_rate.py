@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gptjax import sharding
-from gptjax import step as step_lib
 from gptjax.data.pipeline import Dataset
+from gptjax.devices import sharding
 from gptjax.errors import UserError
-from gptjax.plan import Plan
+from gptjax.training import step as step_lib
+from gptjax.training.setup import Plan
 
 # Nats, at least, that the moving average has to be above its best for the test to end.
 RISE = 0.2

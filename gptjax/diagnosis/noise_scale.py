@@ -19,12 +19,12 @@ from flax import nnx
 from scipy import stats
 
 from gptjax import config as config_lib
-from gptjax import objectives
 from gptjax.data import pipeline
 from gptjax.data.batch import Batch
 from gptjax.data.pipeline import Dataset
 from gptjax.errors import UserError
-from gptjax.pretrained import load_checkpoint
+from gptjax.objectives import objectives
+from gptjax.training.pretrained import load_checkpoint
 
 MIN_BATCHES = 4
 

@@ -11,11 +11,11 @@ from etils import epath
 from flax import nnx
 
 from gptjax import config as config_lib
-from gptjax import step as step_lib
 from gptjax.data import pipeline
 from gptjax.errors import UserError
-from gptjax.metrics import read_metrics
-from gptjax.pretrained import load_checkpoint
+from gptjax.training import step as step_lib
+from gptjax.training.metrics import read_metrics
+from gptjax.training.pretrained import load_checkpoint
 
 # Logged steps before the first one that can be judged.
 MIN_BEFORE = 10

@@ -18,11 +18,12 @@ import numpy as np
 from gptjax.data import files
 from gptjax.data.prompts import Example, Template
 from gptjax.errors import UserError
-from gptjax.evals import sandbox, scores
-from gptjax.evals.scores import Measure, Metric
+from gptjax.evals import sandbox
 from gptjax.evals.subject import Prompt, Subject
 from gptjax.evals.task import Task, choose, choose_shots, evaluated_examples
 from gptjax.inference.sampling import Sampling
+from gptjax.objectives import scores
+from gptjax.objectives.scores import Measure, Metric
 
 # What stands in the place of a text that says nothing (Zhao et al. 2021, section 5).
 CONTENT_FREE = ("N/A", "[MASK]", "")

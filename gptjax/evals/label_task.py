@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from gptjax import step
 from gptjax.data import files
 from gptjax.data.batch import Batch
 from gptjax.data.label_encoding import Examples, LabelEncoder
@@ -19,12 +18,13 @@ from gptjax.data.labels import LabelledTexts
 from gptjax.data.options import DataOptions, read_options
 from gptjax.data.sources import Subset
 from gptjax.errors import UserError
-from gptjax.evals import scores
 from gptjax.evals.answers import Result
-from gptjax.evals.labels import LIBRARIES, METRICS, LabelOutputs
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import choose
-from gptjax.label_losses import LabelLoss
+from gptjax.objectives import scores
+from gptjax.objectives.label_losses import LabelLoss
+from gptjax.objectives.label_outputs import LIBRARIES, METRICS, LabelOutputs
+from gptjax.training import step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from tqdm import tqdm
 from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer, start_of
 from gptjax.errors import UserError
-from gptjax.generate import generate
 from gptjax.inference import score as scoring
+from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.score import Score
 from gptjax.model.gpt import GPT

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gptjax.devices.sharding import constrain
 from gptjax.inference.sampling import Sampling, choose, penalise_repetition
 from gptjax.model.gpt import GPT
 from gptjax.model.stack import Cache, Encoded
-from gptjax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax import sharding
+from gptjax.devices import sharding
+from gptjax.devices.sharding import constrain
 from gptjax.errors import UserError
 from gptjax.model import kernels
 from gptjax.model.config import ModelConfig
@@ -20,7 +21,6 @@ from gptjax.model.figures import Figures
 from gptjax.model.kernels import LANES
 from gptjax.model.layers import Linear, Mix, RMSNorm, dropout, soft_cap
 from gptjax.model.positions import rotate
-from gptjax.sharding import constrain
 
 # Far below any logit, and finite: a row with nothing to see becomes uniform instead of NaN.
 MASKED = -1e30

@@ -8,13 +8,13 @@ import functools
 import jax
 from flax import nnx
 
+from gptjax.devices.sharding import constrain
 from gptjax.model.attention import Attention, Mask
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import FeedForward
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.layers import LayerNorm, Mix, RMSNorm, dropout
 from gptjax.model.moe import MixtureOfExperts
-from gptjax.sharding import constrain
 
 # Keys and values, each [B, S, K, H].
 KeysAndValues = tuple[jax.Array, jax.Array]

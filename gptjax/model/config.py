@@ -145,7 +145,7 @@ class ModelConfig:
   Transfer of hyper-parameters from a small model to a large one:
     parametrization: 'standard'; 'mup', across widths (Yang et al. 2022, arXiv:2203.03466, table 8);
       or 'completep', across widths and depths (Dey et al. 2025, arXiv:2505.01618, table 1). The
-      optimizer's side is in `gptjax.transfer`. Heads are added with width, not widened.
+      optimizer's side is in `gptjax.optim.transfer`. Heads are added with width, not widened.
     base_embed_dim, base_num_layers: the small model, at which the parametrizations are one.
   Execution, without influence on what is computed:
     scan_layers: one compiled layer scanned over the stack, or a compiled copy of each layer.

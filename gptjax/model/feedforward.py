@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax.devices.sharding import constrain
 from gptjax.model.config import ModelConfig
 from gptjax.model.layers import Linear
-from gptjax.sharding import constrain
 
 ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gptjax.devices.sharding import constrain
 from gptjax.errors import UserError
 from gptjax.model.attention import same_segment
 from gptjax.model.block import make_norm
@@ -18,7 +19,6 @@ from gptjax.model.feedforward import activate
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.layers import Embedding, LayerNorm, Linear, dropout, soft_cap
 from gptjax.model.stack import Cache, Encoded, Stack
-from gptjax.sharding import constrain
 
 
 class HeadTransform(nnx.Module):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from gptjax import sharding
+from gptjax.devices import sharding
 
 # Mosaic works in rows of this many lanes.
 LANES = 128

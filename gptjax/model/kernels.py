@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import NamedSharding
 
-from gptjax import sharding
+from gptjax.devices import sharding
 
 # Mosaic works in rows of this many lanes; a block of scores has sides that are multiples of it.
 LANES = 128

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax import sharding
+from gptjax.devices import sharding
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

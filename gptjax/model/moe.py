@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax import sharding
+from gptjax.devices import sharding
+from gptjax.devices.sharding import constrain
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import GATED, FeedForward, activate
 from gptjax.model.figures import Routing
 from gptjax.model.grouped import grouped_product
 from gptjax.model.layers import Linear
-from gptjax.sharding import constrain
 
 _AXES = {
   "gate": ("experts", "embed", "mlp"),

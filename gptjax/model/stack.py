@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax import sharding
+from gptjax.devices import sharding
 from gptjax.model.attention import Mask, choose_kernel, make_mask, same_segment
 from gptjax.model.block import Block, KeysAndValues, make_norm
 from gptjax.model.config import ModelConfig

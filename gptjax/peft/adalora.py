@@ -20,7 +20,7 @@ from gptjax import tree
 from gptjax.config import RunLength
 from gptjax.errors import UserError
 from gptjax.model.gpt import ParameterInfo
-from gptjax.optim import Optimizer
+from gptjax.optim.optimizer import Optimizer
 from gptjax.peft.config import DURATIONS
 
 # Both betas of section 4.

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gptjax.devices.sharding import constrain
 from gptjax.errors import UserError
 from gptjax.model.attention import Attention, Mask
 from gptjax.model.gpt import GPT
 from gptjax.model.positions import rope_frequencies, rotate
 from gptjax.peft.layers import Adapter, adopt
-from gptjax.sharding import constrain
 
 
 class PrefixAttention(Attention):

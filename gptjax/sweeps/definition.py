@@ -35,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import config as config_lib
-from gptjax import validation
 from gptjax.data.options import read_options
 from gptjax.errors import UserError, did_you_mean
-from gptjax.plan import Plan, make_plan
+from gptjax.training import validation
+from gptjax.training.setup import Plan, make_plan
 
 Overrides = Mapping[str, Any]
 Axis = Mapping[str, Overrides] | Iterable[tuple[str, Overrides]]

@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from gptjax import chips
-from gptjax.checkpoint import lower_is_better
-from gptjax.metrics import read_metrics
+from gptjax.devices import chips
 from gptjax.sweeps.definition import Sweep
 from gptjax.sweeps.devices import Host
+from gptjax.training.checkpoints import lower_is_better
+from gptjax.training.metrics import read_metrics
 
 _MFU = 0.4
 _MATMUL_SHARE = 0.5

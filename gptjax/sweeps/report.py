@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.checkpoint import lower_is_better
 from gptjax.config import CONFIG_FILE, flatten
 from gptjax.errors import UserError
-from gptjax.metrics import read_metrics
 from gptjax.sweeps import figures, statistics
 from gptjax.sweeps.page import Page
 from gptjax.sweeps.statistics import Comparison, Verdict
-from gptjax.validation import History
+from gptjax.training.checkpoints import lower_is_better
+from gptjax.training.metrics import read_metrics
+from gptjax.training.validation import History
 
 BUDGETS = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "training seconds"}
 # What decides which tokens step i trains on; and `data.*`, but for where they are cached.

@@ -27,11 +27,11 @@ from rich.table import Table
 from gptjax import config as config_lib
 from gptjax.config import RunLength
 from gptjax.errors import UserError
-from gptjax.metrics import read_metrics
 from gptjax.sweeps.definition import Sweep, Trial, changed_keys
 from gptjax.sweeps.devices import Slot, on_cores
 from gptjax.sweeps.study import Claim, Study
-from gptjax.validation import History
+from gptjax.training.metrics import read_metrics
+from gptjax.training.validation import History
 
 _POLL_SECONDS = 0.2
 _ERROR_LINES = 10

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from gptjax.chips import find_chip
 from gptjax.compiler.estimate import KERNEL_EFFICIENCY, estimate, kernel_flops, visited_fraction
 from gptjax.compiler.hlo import Kernel, Program
 from gptjax.compiler.topology import GENERATIONS, Slice
-from gptjax.sharding import ring_of_box
+from gptjax.devices.chips import find_chip
+from gptjax.devices.sharding import ring_of_box
 
 V5E = GENERATIONS["v5e"]
 

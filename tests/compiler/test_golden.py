@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from gptjax import config as config_lib
-from gptjax import losses, sharding
 from gptjax.compile import compile_training
 from gptjax.compiler.hlo import Program, shape_bytes
 from gptjax.compiler.topology import find_slice
-from gptjax.plan import make_plan
+from gptjax.devices import sharding
+from gptjax.objectives import cross_entropy as losses
+from gptjax.training.setup import make_plan
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,

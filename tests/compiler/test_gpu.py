@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import chips
 from gptjax.compile import find_target
 from gptjax.compiler import gpu
 from gptjax.compiler.gpu import MODELS, Gpus, is_name, parse_name
 from gptjax.compiler.hlo import Program
 from gptjax.compiler.report import read_costs
+from gptjax.devices import chips
 from gptjax.errors import UserError
 
 ROOT = Path(__file__).parents[2]

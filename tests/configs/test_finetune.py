@@ -5,10 +5,10 @@ import pytest
 from gptjax import config as config_lib
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
-from gptjax.generate import chat_prompts
+from gptjax.inference.generate import chat_prompts
 from gptjax.interop import huggingface
-from gptjax.metrics import read_metrics
-from gptjax.train import train
+from gptjax.training.loop import train
+from gptjax.training.metrics import read_metrics
 
 FINETUNE = "configs/finetune.py"
 

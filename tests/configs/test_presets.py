@@ -6,11 +6,11 @@ import pytest
 
 from configs.parts import data, mesh, models, optim
 from gptjax import config as config_lib
-from gptjax import sharding
 from gptjax.config import RunLength
+from gptjax.devices import sharding
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import count_parameters, describe_parameters
-from gptjax.plan import make_plan
+from gptjax.training.setup import make_plan
 
 # What the model cards and reference implementations count.
 PUBLISHED = {

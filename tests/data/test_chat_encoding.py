@@ -14,7 +14,7 @@ from gptjax.data.chat_packing import PackedConversations
 from gptjax.data.conversations import Conversation, Conversations
 from gptjax.data.sources import Records
 from gptjax.errors import UserError
-from gptjax.show import text_of
+from gptjax.training.show import text_of
 from tests.data.test_chat import (
   ANSWER,
   CHATML,

@@ -17,7 +17,7 @@ from gptjax.evals import answers
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
 from gptjax.inference.score import Score, encode_pair
-from gptjax.show import describe_row
+from gptjax.training.show import describe_row
 from tests.data.test_chat_encoding import spaced  # noqa: F401
 
 ANSWER = Template("data.answer", " {{ label }}")

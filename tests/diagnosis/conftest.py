@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax import config as config_lib
-from gptjax.train import train
+from gptjax.training.loop import train
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

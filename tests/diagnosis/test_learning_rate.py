@@ -6,7 +6,7 @@ import pytest
 from gptjax.data import pipeline
 from gptjax.diagnosis import learning_rate
 from gptjax.errors import UserError
-from gptjax.plan import make_plan
+from gptjax.training.setup import make_plan
 
 
 def test_it_ends_when_half_of_the_descent_is_lost():

@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax import objectives
 from gptjax.data import pipeline
 from gptjax.diagnosis import noise_scale
 from gptjax.errors import UserError
-from gptjax.pretrained import load_checkpoint
+from gptjax.objectives import objectives
+from gptjax.training.pretrained import load_checkpoint
 
 # Tokens of the micro-batches: unequal, so that a mean of means would be another.
 WEIGHTS = np.tile([4.0, 16.0, 64.0], 8)

@@ -9,7 +9,7 @@ import pytest
 from gptjax.data import pipeline
 from gptjax.diagnosis import spikes
 from gptjax.errors import UserError
-from gptjax.pretrained import load_checkpoint
+from gptjax.training.pretrained import load_checkpoint
 
 
 def lines(losses):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from gptjax.errors import UserError
+from gptjax.evals.evaluate import harness_rows
 from gptjax.evals.subject import Subject
-from gptjax.evaluate import harness_rows
 from gptjax.inference.score import encode_pair, rolling_windows
 
 DOCUMENTS = [

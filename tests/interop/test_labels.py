@@ -11,7 +11,7 @@ from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.labels import Labels, read_labels
-from gptjax.step import model_graph
+from gptjax.training.step import model_graph
 from tests.interop.conftest import save_folder
 
 V, K, LENGTH = 32, 3, 6

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gptjax import sharding, tree
+from gptjax import tree
+from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.interop import safetensors_files
 from gptjax.interop.families.llama import LLAMA as LLAMA_FAMILY

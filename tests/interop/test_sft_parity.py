@@ -12,13 +12,14 @@ import pytest
 
 from configs.parts import optim as presets
 from gptjax import config as config_lib
-from gptjax import optim, tree
-from gptjax import step as step_lib
+from gptjax import tree
 from gptjax.data.pipeline import open_dataset
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.gpt import describe_parameters
+from gptjax.optim import optimizer as optim
 from gptjax.peft import huggingface
 from gptjax.peft.surgery import describe_adapters
+from gptjax.training import step as step_lib
 from tests.data.conftest import write_tokenizer  # noqa: F401
 
 LLAMA = {

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from configs.parts.models import MODELS
-from gptjax.convert import check, convert
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
+from gptjax.interop.convert import check, convert
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.labels import Labels
 from gptjax.interop.verify import compare, verify
 from gptjax.model.config import ModelConfig
-from gptjax.pretrained import load_model
+from gptjax.training.pretrained import load_model
 from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 
 SMALL = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "max_positions": 16}

@@ -11,7 +11,7 @@ from gptjax.errors import UserError
 from gptjax.model.config import CHOICES
 from gptjax.model.figures import Figures
 from gptjax.model.gpt import GPT, count_parameters, describe_parameters
-from gptjax.step import model_graph
+from gptjax.training.step import model_graph
 
 POSITIONS = CHOICES["position"]
 T = 8

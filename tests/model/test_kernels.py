@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax import objectives, sharding, tree
+from gptjax import tree
 from gptjax.data.batch import Batch
+from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.model import kernels
 from gptjax.model.attention import attend, choose_kernel, make_mask
 from gptjax.model.gpt import GPT, describe_parameters
-from gptjax.step import model_graph
+from gptjax.objectives import objectives
+from gptjax.training.step import model_graph
 
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
 B, T, N = 2, 384, 4

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax import objectives
 from gptjax.data.batch import Batch
 from gptjax.errors import UserError
-from gptjax.label_losses import LabelLoss
 from gptjax.model.gpt import GPT, describe_parameters
-from gptjax.step import model_graph
+from gptjax.objectives import objectives
+from gptjax.objectives.label_losses import LabelLoss
+from gptjax.training.step import model_graph
 
 K = 3
 

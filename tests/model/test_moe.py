@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax import sharding
+from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import activate
@@ -236,7 +236,8 @@ def test_experts_that_the_mesh_does_not_divide_are_refused():
 EIGHT = """
 import jax, numpy as np
 from flax import nnx
-from gptjax import objectives, sharding
+from gptjax.objectives import objectives
+from gptjax.devices import sharding
 from gptjax.data.batch import Batch
 from gptjax.model.config import ModelConfig
 from gptjax.model.figures import Routing

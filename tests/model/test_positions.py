@@ -5,13 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax.model.positions import (
-  AttentionBias,
-  alibi_slopes,
-  rope_frequencies,
-  rotate,
-  t5_bucket,
-)
+from gptjax.model.positions import AttentionBias, alibi_slopes, rope_frequencies, rotate, t5_bucket
 
 # --- Rotary ------------------------------------------------------------------------------------
 

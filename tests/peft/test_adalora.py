@@ -10,9 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.parts import optim as optim_presets
-from gptjax import optim
 from gptjax.config import RunLength
 from gptjax.errors import UserError
+from gptjax.optim import optimizer as optim
 from gptjax.peft.adalora import allocate_ranks
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.surgery import describe_adapters

@@ -14,7 +14,7 @@ from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.peft import huggingface
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.surgery import initial_adapters, put_on
-from gptjax.step import model_graph
+from gptjax.training.step import model_graph
 
 V = 32
 LLAMA = {

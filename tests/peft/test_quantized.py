@@ -8,17 +8,18 @@ import pytest
 from flax import nnx
 
 from configs.parts.peft import DEFAULTS, PEFT
-from gptjax import sharding, tree
-from gptjax.checkpoint import checksum, restore_params
+from gptjax import tree
+from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, describe_parameters
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
 from gptjax.peft.quantized import NF4, QuantizedKernel, quantize, quantize_params
 from gptjax.peft.surgery import abstract_model, adapt, merge, unmerge
-from gptjax.plan import dry_run, make_plan
-from gptjax.pretrained import load_checkpoint, load_model, load_params_into
-from gptjax.train import train
+from gptjax.training.checkpoints import checksum, restore_params
+from gptjax.training.loop import train
+from gptjax.training.pretrained import load_checkpoint, load_model, load_params_into
+from gptjax.training.setup import dry_run, make_plan
 from tests.peft.conftest import TOKENS
 from tests.peft.test_runs import logged, make_config  # noqa: F401
 

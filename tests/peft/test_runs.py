@@ -11,12 +11,12 @@ from flax import nnx
 from gptjax import config as config_lib
 from gptjax import tree
 from gptjax.errors import UserError
-from gptjax.generate import generate
+from gptjax.inference.generate import generate
 from gptjax.model.gpt import GPT
 from gptjax.peft.layers import Adapter
-from gptjax.plan import dry_run, make_plan
-from gptjax.pretrained import load_checkpoint, load_model
-from gptjax.train import train
+from gptjax.training.loop import train
+from gptjax.training.pretrained import load_checkpoint, load_model
+from gptjax.training.setup import dry_run, make_plan
 from tests.interop.conftest import LLAMA, save_folder
 
 SMALL = {
@@ -61,7 +61,7 @@ def lora(make_config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("lora")
   printed = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr("gptjax.metrics.Writer.message", lambda _, text: printed.append(text))
+    patch.setattr("gptjax.training.metrics.Writer.message", lambda _, text: printed.append(text))
     train(make_config("lora"), workdir)
   return workdir, printed
 

@@ -8,7 +8,7 @@ from flax import nnx
 from configs.parts.peft import DEFAULTS, PEFT
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
-from gptjax.generate import generate
+from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter

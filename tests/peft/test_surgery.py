@@ -13,16 +13,18 @@ from ml_collections import ConfigDict
 
 from configs.parts import optim as optim_presets
 from configs.parts.peft import DEFAULTS, PEFT
-from gptjax import optim, sharding, tree
-from gptjax import step as step_lib
+from gptjax import tree
 from gptjax.config import RunLength
 from gptjax.data.batch import Batch
+from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, describe_parameters
+from gptjax.optim import optimizer as optim
 from gptjax.peft.adalora import allocate_ranks
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
 from gptjax.peft.surgery import adapt, describe_adapters, merge, unmerge, without
+from gptjax.training import step as step_lib
 
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
 

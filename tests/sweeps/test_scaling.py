@@ -7,9 +7,9 @@ import pytest
 from configs import pretrain
 from gptjax import config as config_lib
 from gptjax.errors import UserError
-from gptjax.plan import make_plan
 from gptjax.sweeps import scaling
 from gptjax.sweeps.scaling import Law, fit_law
+from gptjax.training.setup import make_plan
 
 # Hoffmann et al. 2022, appendix D.
 PAPER = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)

@@ -1,0 +1,360 @@
+"""The training step: its state, born sharded, and the pure functions that are compiled."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, traverse_util
+from jax.sharding import Mesh
+
+from gptjax import tree
+from gptjax.data.batch import Batch
+from gptjax.devices import sharding
+from gptjax.model.config import ModelConfig
+from gptjax.model.figures import Figures, Routing
+from gptjax.model.gpt import GPT, ParameterInfo
+from gptjax.objectives import objectives
+from gptjax.objectives.label_losses import LabelLoss
+from gptjax.optim.optimizer import Optimizer
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.surgery import abstract_model, initial_adapters
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a checkpoint holds.
+
+  step: int32, updates done or skipped, which is the index of the next batch. skipped: int32, how
+  many of them were not finite. params: those that are trained, nested dict of float32. ema: their
+  moving average, or None. base_checksum: uint32, `checkpoint.checksum` of the model that adapters
+  were put on; None where there are none.
+  """
+
+  step: jax.Array
+  skipped: jax.Array
+  params: Any
+  opt_state: optax.OptState
+  ema: Any
+  base_checksum: jax.Array | None = None
+
+
+def make_state(model_config: ModelConfig, optimizer: Optimizer, seed: int, ema: bool) -> TrainState:
+  """The state at step 0. Meant for `jax.eval_shape`, or for `jax.jit` with output shardings."""
+  params = nnx.to_pure_dict(nnx.state(GPT(model_config, nnx.Rngs(seed)), nnx.Param))
+  return _start(params, optimizer, ema)
+
+
+def make_adapter_state(
+  model_config: ModelConfig,
+  peft: PeftConfig,
+  optimizer: Optimizer,
+  seed: int,
+  ema: bool,
+  base: Mapping[str, Any],
+  base_checksum: jax.Array,
+) -> TrainState:
+  """As `make_state`, of the adapters of a model alone; `base` are the model's parameters."""
+  params = initial_adapters(model_config, peft, base, seed)
+  state = _start(params, optimizer, ema)
+  return dataclasses.replace(state, base_checksum=base_checksum)
+
+
+def _start(params: Any, optimizer: Optimizer, ema: bool) -> TrainState:
+  return TrainState(
+    step=jnp.int32(0),
+    skipped=jnp.int32(0),
+    params=params,
+    opt_state=optimizer.init(params),
+    # A copy, since two outputs of one buffer could not both be donated to the step.
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+  )
+
+
+def model_graph(model_config: ModelConfig, peft: PeftConfig | None = None) -> nnx.GraphDef:
+  """The static part of a model; `nnx.merge(graph, params)` is the model, and with adapters
+  `nnx.merge(graph, params, frozen)`."""
+  return nnx.graphdef(abstract_model(model_config, peft))
+
+
+def abstract_state(
+  model_config: ModelConfig,
+  optimizer: Optimizer,
+  parameters: Mapping[str, ParameterInfo],
+  mesh: Mesh,
+  *,
+  ema: bool,
+  peft: PeftConfig | None = None,
+) -> TrainState:
+  """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
+
+  What an optimizer keeps for a parameter, in its shape, is sharded as the parameter is.
+  """
+
+  def make() -> TrainState:
+    if peft is None:
+      return make_state(model_config, optimizer, 0, ema)
+    base = nnx.to_pure_dict(nnx.state(GPT(model_config, nnx.Rngs(0)), nnx.Param))
+    return make_adapter_state(model_config, peft, optimizer, 0, ema, base, jnp.uint32(0))
+
+  shapes = jax.eval_shape(make)
+  shardings = sharding.parameter_shardings(parameters, mesh)
+
+  def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    parts = name.split("/")
+    for start in range(len(parts)):
+      parameter = "/".join(parts[start:])
+      if parameter in shardings and parameters[parameter].shape == leaf.shape:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[parameter])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+  return tree.map_named(place, shapes)
+
+
+def init_state(
+  model_config: ModelConfig, optimizer: Optimizer, seed: int, abstract: TrainState
+) -> TrainState:
+  """Makes the state of step 0, each array on the devices that will hold it."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  make = jax.jit(make_state, static_argnums=(0, 1, 2, 3), out_shardings=shardings)
+  return make(model_config, optimizer, seed, abstract.ema is not None)
+
+
+def init_adapter_state(
+  model_config: ModelConfig,
+  peft: PeftConfig,
+  optimizer: Optimizer,
+  seed: int,
+  abstract: TrainState,
+  base: Mapping[str, Any],
+  base_checksum: int,
+) -> TrainState:
+  """As `init_state`, of the adapters alone."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  ema = abstract.ema is not None
+  make = jax.jit(
+    lambda base: make_adapter_state(
+      model_config, peft, optimizer, seed, ema, base, jnp.uint32(base_checksum)
+    ),
+    out_shardings=shardings,
+  )
+  return make(base)
+
+
+def replace_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:
+  """Puts loaded parameters in the place of the initial ones, and starts their average from them."""
+  flat = traverse_util.flatten_dict(state.params) | traverse_util.flatten_dict(loaded)
+  params = traverse_util.unflatten_dict(flat)
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+  return dataclasses.replace(state, params=params, ema=ema)
+
+
+def _make_gradients(
+  graph: nnx.GraphDef,
+  *,
+  seed: int,
+  grad_accumulation: int,
+  dropout: bool,
+  factors: Mapping[str, Any],
+  observe: bool = False,
+) -> Callable[..., tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
+  """Returns (state, batch, frozen) -> (metrics, gradient, figures).
+
+  `frozen` are the parameters of the model that are not in the state, and have no gradient.
+
+  The metrics are the loss without what the `factors` of `objectives.target_loss` add to it, the
+  weight of the batch, and what the routers of a mixture of experts tell. The loss is the mean over
+  the valid tokens of the whole global batch: each micro-batch is divided by that one count, so
+  their gradients add up to the gradient of the whole. Randomness is a function of (seed, step). The
+  figures, [L] each, are none unless `observe`.
+  """
+
+  def loss(params, micro: Batch, key, weight, frozen):
+    model = nnx.merge(graph, params, frozen or {})
+    figures = Figures() if observe else None
+    routing = Routing() if model.config.num_experts else None
+    sums = objectives.target_loss(model, micro, key, figures=figures, routing=routing, **factors)
+    share = micro.weights.sum() / weight
+    told = {f"router/{name}": x * share for name, x in (routing or {}).items()}
+    return sums.total / weight, ({"loss": sums.cross_entropy / weight} | told, dict(figures or {}))
+
+  def gradients(state: TrainState, batch: Batch, frozen: Any):
+    batch = sharding.balance_time(batch)
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+    tokens = batch.weights.sum()
+    weight = jnp.maximum(tokens, 1)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def add(carry, micro_and_key):
+      (_, told), grads = value_and_grad(state.params, *micro_and_key, weight, frozen)
+      return jax.tree.map(jnp.add, carry, grads), told
+
+    if grad_accumulation == 1:
+      (_, (metrics, figures)), grads = value_and_grad(state.params, batch, key, weight, frozen)
+    else:
+      keys = None if key is None else jax.random.split(key, grad_accumulation)
+      zero = jax.tree.map(jnp.zeros_like, state.params)
+      micro_batches = _micro_batches(batch, grad_accumulation)
+      grads, (metrics, figures) = jax.lax.scan(add, zero, (micro_batches, keys))
+      metrics = {name: x.sum(0) for name, x in metrics.items()}
+      # Micro-batches are equally large, so the mean of their mean squares is that of the batch.
+      figures = {
+        name: jnp.sqrt(jnp.square(x).mean(0)) if name.endswith("_rms") else x.max(0)
+        for name, x in figures.items()
+      }
+    return _over_layers(metrics) | {"batch_tokens": tokens}, grads, figures
+
+  return gradients
+
+
+def _over_layers(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Means over the layers of what routers tell, [L]; of their load [L, E], the `largest_load` of an
+  expert in shares of 1 / E, which is 1 in balance."""
+  means = {name: x.mean() for name, x in metrics.items() if name != "router/load"}
+  if (load_LE := metrics.get("router/load")) is not None:
+    means["router/largest_load"] = load_LE.max(-1).mean() * load_LE.shape[-1]
+  return means
+
+
+def make_train_step(
+  graph: nnx.GraphDef,
+  optimizer: Optimizer,
+  *,
+  seed: int,
+  grad_accumulation: int,
+  dropout: bool,
+  ema_decay: float,
+  compiler_options: Mapping[str, Any] | None = None,
+  **factors: Any,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns jit(state, batch, frozen=None) -> (state, metrics), which donates the state alone.
+
+  Metrics and gradient are those of `_make_gradients`, `factors` those of `objectives.target_loss`.
+  An update whose loss or gradient is not finite is not applied.
+  """
+  gradients = _make_gradients(
+    graph, seed=seed, grad_accumulation=grad_accumulation, dropout=dropout, factors=factors
+  )
+
+  def train_step(state: TrainState, batch: Batch, frozen: Any = None):
+    metrics, grads, _ = gradients(state, batch, frozen)
+    params, opt_state, grad_norm = optimizer.update(
+      grads, state.opt_state, state.params, state.step
+    )
+    ema = None
+    if state.ema is not None:
+      ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    updated, kept = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), updated, kept
+    )
+    new_state = TrainState(
+      step=state.step + 1,
+      skipped=state.skipped + (1 - finite),
+      params=params,
+      opt_state=opt_state,
+      ema=ema,
+      base_checksum=state.base_checksum,
+    )
+    return new_state, metrics | {
+      "grad_norm": grad_norm,
+      "learning_rate": optimizer.learning_rate(state.step),
+      "skipped": new_state.skipped,
+    }
+
+  return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
+
+
+def make_observe_step(
+  graph: nnx.GraphDef,
+  optimizer: Optimizer,
+  *,
+  seed: int,
+  grad_accumulation: int,
+  dropout: bool,
+  compiler_options: Mapping[str, Any] | None = None,
+  **factors: Any,
+) -> Callable[..., dict[str, jax.Array]]:
+  """Returns jit(state, batch, frozen=None) -> figures of the update that the step would make.
+
+  `layers/NAME` [L]: those of `model.gpt.Block`. `gradient_norm/PARAMETER`, `update_norm/PARAMETER`
+  (new - old) and `parameter_norm/PARAMETER`: Euclidean, [L] for a parameter of the stack and a
+  scalar for any other, float32; the gradient is that before clipping. Nothing is applied, and the
+  state is not donated. A call costs one more forward and backward pass, and a second copy of
+  parameters and optimizer state while it lasts.
+  """
+  gradients = _make_gradients(
+    graph,
+    seed=seed,
+    grad_accumulation=grad_accumulation,
+    dropout=dropout,
+    factors=factors,
+    observe=True,
+  )
+
+  def norms(kind: str, values: Any) -> dict[str, jax.Array]:
+    return {
+      f"{kind}/{name}": jnp.sqrt(
+        jnp.square(x).sum(range(1, x.ndim) if name.startswith("blocks/") else None)
+      )
+      for name, x in tree.named_leaves(values).items()
+    }
+
+  def observe_step(state: TrainState, batch: Batch, frozen: Any = None):
+    _, grads, figures = gradients(state, batch, frozen)
+    params, _, _ = optimizer.update(grads, state.opt_state, state.params, state.step)
+    figures = {f"layers/{name}": x for name, x in figures.items()}
+    figures |= norms("gradient_norm", grads) | norms("parameter_norm", state.params)
+    figures |= norms("update_norm", jax.tree.map(jnp.subtract, params, state.params))
+    # Whole on every host, to be read there.
+    return {name: sharding.constrain(x, *(None,) * x.ndim) for name, x in figures.items()}
+
+  return jax.jit(observe_step, compiler_options=compiler_options)
+
+
+def name_layers(figures: Mapping[str, Any]) -> dict[str, float]:
+  """{NAME: [L] or scalar}, on the host -> one float a name: NAME/00, NAME/01 ... of what has L."""
+  named = {}
+  for name, x in figures.items():
+    layers = {f"{name}/{i:02}": float(one) for i, one in enumerate(x)} if x.ndim else None
+    named |= layers or {name: float(x)}
+  return named
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+  """[B, T] -> [count, B / count, T], strided over rows so that none leaves its device."""
+  return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def make_eval_step(
+  graph: nnx.GraphDef,
+) -> Callable[..., dict[str, tuple[jax.Array, jax.Array]]]:
+  """Returns jit(params, batch, frozen=None) -> {"loss": (nats, tokens)}, sums over targets."""
+
+  def eval_step(params, batch: Batch, frozen: Any = None):
+    batch = sharding.balance_time(batch)
+    sums = objectives.target_loss(nnx.merge(graph, params, frozen or {}), batch)
+    return {"loss": (sums.cross_entropy, batch.weights.sum())}
+
+  return jax.jit(eval_step)
+
+
+def make_label_step(
+  graph: nnx.GraphDef, labels: LabelLoss
+) -> Callable[..., tuple[dict[str, tuple[jax.Array, jax.Array]], Batch, jax.Array]]:
+  """As `make_eval_step`, with the batch and the scores of its labels [B, T, K], whole on every
+  host."""
+
+  def label_step(params, batch: Batch, frozen: Any = None):
+    batch = sharding.balance_time(batch)
+    model = nnx.merge(graph, params, frozen or {})
+    logits_BTK = objectives.label_logits(model, batch)
+    sums = {"loss": (labels(logits_BTK, batch).cross_entropy, batch.weights.sum())}
+    whole = jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), (batch, logits_BTK))
+    return sums, *whole
+
+  return jax.jit(label_step)

@@ -1,0 +1,584 @@
+"""The loop: resuming bit for bit, stopping well, and what it says of bad input."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from gptjax import config as config_lib
+from gptjax.errors import UserError
+from gptjax.training.loop import train
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+  "total_steps": 40,
+  "batch_size": 8,
+  "sequence_length": 32,
+  "tokenizer": "bpe:300",
+  "model.num_layers": 2,
+  "model.embed_dim": 16,
+  "model.num_heads": 2,
+  "model.mlp_dim": 32,
+  "log.every_steps": 1,
+  "log.tensorboard": False,
+  "eval.every_steps": 0,
+  "sample.every_steps": 0,
+  "checkpoint.every_steps": 10,
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+  """A folder of text files with a learnable pattern."""
+  folder = tmp_path_factory.mktemp("corpus")
+  rng = np.random.default_rng(0)
+  words = np.array(
+    ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "rat", "in", "its", "hat"]
+  )
+  for number in range(12):
+    lines = [" ".join(rng.choice(words, 9)) for _ in range(60)]
+    (folder / f"{number}.txt").write_text("\n".join(lines))
+  return folder
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+  """For subprocesses: one CPU device, and compiled programs that they share."""
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+
+
+def small_config(corpus: Path, argument: str = "model=debug,data=text", **overrides):
+  source = {} if "+" in argument else {"data.path": str(corpus)}
+  values = SMALL | source | {"data.cache_dir": str(corpus.parent / "cache")} | overrides
+  return config_lib.load(f"{ROOT}/configs/pretrain.py:{argument}", values)
+
+
+def losses(workdir: Path) -> dict[int, float]:
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+# Trains in a process of its own; with kill_at, the process is killed for good while it asks for the
+# batch of that step, a second after the last checkpoint was begun.
+TRAIN = textwrap.dedent("""
+  import json, os, signal, sys, time
+  from gptjax import config as config_lib
+  from gptjax.data.pipeline import Dataset
+  from gptjax.training.loop import train
+
+  spec, overrides, workdirs, kill_at = json.loads(sys.argv[1])
+  original = Dataset.training_batches
+
+  def batches(self, start):
+    for step, batch in enumerate(original(self, start), start):
+      if step == kill_at:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+      yield batch
+
+  Dataset.training_batches = batches
+  for workdir in workdirs:
+    train(config_lib.load(spec, overrides), workdir)
+""")
+
+
+def run(environment, corpus, workdirs, argument, overrides, kill_at=None):
+  source = {} if "+" in argument else {"data.path": str(corpus)}
+  values = SMALL | source | {"data.cache_dir": str(corpus.parent / "cache")} | overrides
+  job = [f"{ROOT}/configs/pretrain.py:{argument}", values, [str(w) for w in workdirs], kill_at]
+  done = subprocess.run(
+    [sys.executable, "-c", TRAIN, json.dumps(job)],
+    env=environment,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == (0 if kill_at is None else -signal.SIGKILL), done.stderr[-2000:]
+  return done
+
+
+def mixture(corpus: Path) -> dict:
+  return {
+    "data.mixture.text.path": str(corpus),
+    "data.mixture.jsonl.path": str(corpus.parent / "more.jsonl"),
+    "data.mixture.jsonl.weight": 0.5,
+  }
+
+
+class Sayings(tfds.core.GeneratorBasedBuilder):
+  """A TFDS set that is prepared without TensorFlow."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    return self.dataset_info_from_configs(
+      features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for number in range(200):
+      yield number, {"text": f"{number} rats sat on {number % 7} mats and saw {number % 5} cats."}
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    *("text", "accumulation", "mixture", "tfds"),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("fim", "dropout_ema_muon")),
+  ],
+)
+def test_killed_run_resumes_bit_for_bit(case, corpus, environment, tmp_path):
+  argument, overrides = "model=debug,data=text", {}
+  if case == "accumulation":
+    overrides = {"grad_accumulation": 4}
+  elif case == "mixture":
+    rows = [{"text": f"a line about {i} rats in {i % 7} hats " * 20} for i in range(40)]
+    (corpus.parent / "more.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argument, overrides = "model=debug,data=text+jsonl", mixture(corpus)
+  elif case == "fim":
+    overrides = {"data.fim_rate": 0.7}
+  elif case == "tfds":
+    Sayings(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    argument = "model=debug,data=tfds"
+    overrides = {"data.path": "sayings", "data.tfds_data_dir": str(tmp_path)}
+  elif case == "dropout_ema_muon":
+    argument = "model=tiny,data=text,optim=muon"
+    overrides = {"model.residual_dropout": 0.1, "optim.ema_decay": 0.9, "eval.every_steps": 20}
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  run(environment, corpus, [killed], argument, overrides, kill_at=27)
+  before = losses(killed)
+  assert max(before) in (26, 27)
+  assert (killed / "checkpoints" / "20").is_dir()
+  run(environment, corpus, [killed, whole], argument, overrides)
+  assert losses(killed) == losses(whole)
+  assert list(losses(whole)) == list(range(1, 41))
+  # What the first process saw after its checkpoint was repeated exactly.
+  assert {step: losses(killed)[step] for step in before} == before
+
+
+def test_resume_on_another_number_of_devices(corpus, environment, tmp_path):
+  one, four = tmp_path / "one", tmp_path / "four"
+  overrides = {"mesh.data": 2, "mesh.fsdp": 2}
+  run(environment, corpus, [four], "model=debug,data=text", {}, kill_at=27)
+  run(environment, corpus, [one], "model=debug,data=text", {})
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  run(environment | flags, corpus, [four], "model=debug,data=text", overrides)
+  assert list(losses(four)) == list(range(1, 41))
+  np.testing.assert_allclose(list(losses(four).values()), list(losses(one).values()), rtol=1e-4)
+
+
+# gptjax.train with its flags, but process 1 has read of an evaluation that process 0 has dropped
+# since and fails if it begins to write metrics, and all wait at the batch of step 15 to be killed.
+HELD = textwrap.dedent("""
+  import runpy, sys, time
+  from gptjax.training import metrics
+  from gptjax.data.pipeline import Dataset
+
+  original = Dataset.training_batches
+
+  def batches(self, start):
+    for step, batch in enumerate(original(self, start), start):
+      if step == 15:
+        time.sleep(600)
+      yield batch
+
+  Dataset.training_batches = batches
+  if "--process_id=1" in sys.argv:
+    metrics.read_metrics = lambda workdir: [{"step": 0, "val/loss": 1.0}]
+    metrics._drop_after = None
+  runpy.run_module("gptjax.train", run_name="__main__", alter_sys=True)
+""")
+
+
+@contextlib.contextmanager
+def two_processes(environment, corpus, ranks, *, program=("-m", "gptjax.train"), **overrides):
+  """Starts gptjax.train with each rank's own flags and variables; none outlives the context."""
+  values = SMALL | {"data.path": str(corpus), "data.cache_dir": str(corpus.parent / "cache")}
+  values |= overrides
+  processes = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        *program,
+        "--config=configs/pretrain.py:model=debug,data=text",
+        *(f"--config.{key}={value}" for key, value in values.items()),
+        *flags,
+      ],
+      env=environment | variables,
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for flags, variables in ranks
+  ]
+  try:
+    yield processes
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+
+
+def explicit_ranks(workdirs):
+  """Flags that join one process for each of two work directories."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  join = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+  return [([*join, f"--process_id={i}", f"--workdir={w}"], {}) for i, w in enumerate(workdirs)]
+
+
+def wait_until(condition, processes, seconds=120):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    ended = [process.communicate()[0] for process in processes if process.poll() is not None]
+    assert not ended, ended
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+
+
+def test_two_processes_train_as_one(corpus, environment, tmp_path):
+  """Processes that find each other as those of a Slurm job do, each with half of the rows."""
+  one, two = tmp_path / "one", tmp_path / "two"
+  overrides = {"total_steps": 12, "sample.every_steps": 12, "checkpoint.every_steps": 6}
+  run(environment, corpus, [one], "model=debug,data=text", overrides)
+  job = {
+    "SLURM_JOB_ID": str(os.getpid()),  # decides the port
+    "SLURM_STEP_NODELIST": "127.0.0.1",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_NTASKS": "2",
+  }
+  ranks = [
+    (
+      [f"--workdir={two}", "--distributed"],
+      job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+    )
+    for rank in range(2)
+  ]
+  with two_processes(environment, corpus, ranks, **overrides) as processes:
+    printed = [process.communicate(timeout=240)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], printed
+  assert "sample/0 at step 12" in printed[0]
+  assert "sample/0 at step 12" not in printed[1]
+  assert list(losses(two)) == list(range(1, 13))
+  np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-4)
+  assert (two / "checkpoints" / "12").is_dir()
+
+
+def test_killed_on_two_hosts_resumes_on_one(corpus, environment, tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  mesh = {"mesh.data": 2, "mesh.fsdp": 4}
+  with two_processes(
+    environment | devices,
+    corpus,
+    explicit_ranks([two, two]),
+    program=("-c", HELD),
+    total_steps=20,
+    **mesh,
+  ) as processes:
+
+    def held() -> bool:
+      saved = (two / "checkpoints" / "10").is_dir()
+      return saved and (two / "metrics.jsonl").exists() and max(losses(two), default=0) >= 14
+
+    wait_until(held, processes)
+    for process in processes:
+      process.kill()
+  run(
+    environment | devices,
+    corpus,
+    [two],
+    "model=debug,data=text",
+    {"total_steps": 20, "mesh.data": 2, "mesh.fsdp": 2},
+  )
+  run(environment, corpus, [one], "model=debug,data=text", {"total_steps": 20})
+  lines = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+  assert [line["step"] for line in lines if "val/loss" in line] == [0, 20]
+  np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-4)
+
+
+def test_sigterm_to_one_host_stops_all_at_the_same_step(corpus, environment, tmp_path):
+  ranks = explicit_ranks([tmp_path, tmp_path])
+  overrides = {"total_steps": 1_000_000, "checkpoint.every_steps": 0}
+  with two_processes(environment, corpus, ranks, **overrides) as processes:
+    metrics = tmp_path / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and max(losses(tmp_path), default=0) > 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], printed
+  assert "stopped by a signal" in printed[0]
+  (saved,) = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+  assert saved == max(losses(tmp_path))
+
+
+def test_hosts_that_share_no_work_directory_are_refused(corpus, environment, tmp_path):
+  workdirs = [tmp_path / "here", tmp_path / "there"]
+  with two_processes(environment, corpus, explicit_ranks(workdirs)) as processes:
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+  assert [process.returncode for process in processes] == [1, 1], printed
+  for text in printed:
+    assert "process 1 does not see what process 0 writes there" in text
+  assert not workdirs[1].exists()
+
+
+def test_hosts_that_read_other_data_are_refused(corpus, environment, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(corpus, other)
+  (other / "0.txt").unlink()
+  here, there = explicit_ranks([tmp_path / "run", tmp_path / "run"])
+  there[0].append(f"--config.data.path={other}")
+  with two_processes(environment, corpus, [here, there], tokenizer="bytes") as processes:
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+  assert [process.returncode for process in processes] == [1, 1], printed
+  for text in printed:
+    assert "the hosts read different data" in text
+
+
+def test_sigterm_saves_and_leaves(corpus, environment, tmp_path):
+  job = [
+    f"{ROOT}/configs/pretrain.py:model=debug,data=text",
+    SMALL | {"data.path": str(corpus), "total_steps": 1_000_000, "checkpoint.every_steps": 0},
+    [str(tmp_path)],
+    None,
+  ]
+  process = subprocess.Popen(
+    [sys.executable, "-c", TRAIN, json.dumps(job)],
+    env=environment,
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+  )
+  for line in process.stdout:
+    if line.startswith("step 0:"):
+      break
+  process.send_signal(signal.SIGTERM)
+  rest, _ = process.communicate(timeout=60)
+  assert process.returncode == 0
+  assert "stopped by a signal" in rest
+  (saved,) = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+  assert saved == max(losses(tmp_path))
+
+
+def test_learns_and_reports(corpus, tmp_path, capsys):
+  overrides = {"total_steps": 60, "eval.every_steps": 30, "sample.every_steps": 60}
+  overrides |= {"optim.learning_rate": 1e-2, "eval.baselines": True, "sample.max_tokens": 8}
+  result = train(small_config(corpus, **overrides), tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  evaluated = {line["step"]: line["val/bits_per_byte"] for line in lines if "val/loss" in line}
+  assert list(evaluated) == [0, 30, 60]
+  assert evaluated[60] < evaluated[30] < evaluated[0]
+  assert result["val/bits_per_byte"] == evaluated[60]
+  trained = next(line for line in lines if line["step"] == 20)
+  assert trained["tokens"] == 20 * 8 * 32
+  assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu"} <= set(trained)
+  assert trained["mfu"] is None  # nobody publishes the peak of a CPU
+  assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+  printed = capsys.readouterr().out
+  assert "sample/0 at step 60" in printed
+  assert "mfu counts 6 N + 12 L H Q K per token" in printed
+  assert "unknown chip 'cpu'" in printed
+  last = printed.strip().splitlines()[-1]
+  assert last.startswith("validation bits per byte:")
+  assert "gzip -9" in last
+  assert "byte 5-gram" in last
+
+  again = train(small_config(corpus, **overrides), tmp_path)
+  assert again["val/loss"] == result["val/loss"]
+  assert "complete already at step 60" in capsys.readouterr().out
+  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_figures_of_the_layers_are_written_when_due_and_change_nothing(
+  corpus, tmp_path, monkeypatch
+):
+  first = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda: first)  # for which it compiles faster
+  overrides = {"total_steps": 5, "checkpoint.every_steps": 0}
+  plain, observed = tmp_path / "plain", tmp_path / "observed"
+  train(small_config(corpus, **overrides), plain)
+  train(small_config(corpus, **overrides | {"log.layers_every_steps": 2}), observed)
+  assert losses(observed) == losses(plain)
+  lines = [json.loads(line) for line in (observed / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+  figures = {line["step"]: line for line in lines if "layers/residual_rms/01" in line}
+  assert list(figures) == [2, 4]
+  for line in lines:
+    if line["step"] in figures and "grad_norm" in line:
+      norms = [
+        value for name, value in figures[line["step"]].items() if name.startswith("gradient_norm/")
+      ]
+      assert np.linalg.norm(norms) == pytest.approx(line["grad_norm"], rel=1e-4)
+
+
+def test_starts_from_the_weights_of_another_run(corpus, tmp_path, capsys):
+  train(small_config(corpus), tmp_path / "first")
+  overrides = {"init_from": str(tmp_path / "first"), "total_steps": 1, "optim.learning_rate": 1e-9}
+  train(small_config(corpus, **overrides), tmp_path / "second")
+  assert "parameters matched" in capsys.readouterr().out
+  first = json.loads((tmp_path / "first/metrics.jsonl").read_text().splitlines()[-1])
+  second = json.loads((tmp_path / "second/metrics.jsonl").read_text().splitlines()[0])
+  assert second["step"] == 0
+  assert second["val/loss"] == pytest.approx(first["val/loss"], abs=1e-5)
+
+
+def test_stops_when_nothing_is_finite_and_names_the_batch(corpus, tmp_path):
+  # The only way to infinity that a config has.
+  config = small_config(corpus, **{"optim.learning_rate": 1e30, "max_skipped_steps": 3})
+  with pytest.raises(UserError, match=r"4th time.*training_batch\(\d+\) with seed=0"):
+    train(config, tmp_path)
+  assert all(np.isfinite(value) for value in losses(tmp_path).values() if value is not None)
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> str:
+  folder.mkdir()
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
+  return str(folder)
+
+
+def test_bad_input_is_named(corpus, tmp_path):
+  data = tmp_path / "data"
+  data.mkdir()
+  binary = write_files(data / "binary", {"a.txt": b"\xff\xfe\0\1", "b.txt": b"text"})
+  empty = write_files(data / "empty", {"a.txt": b"", "b.txt": b""})
+  short = write_files(data / "short", {"a.txt": b"few words", "b.txt": b"are here"})
+  blocked = data / "blocked"
+  blocked.write_text("a file where a folder should be")
+  cases = [
+    ({"data.path": empty}, None, r"empty.*no text"),
+    ({"data.path": binary}, None, r"binary/a\.txt: not UTF-8 text"),
+    ({"data.path": str(data / "nowhere")}, None, "nowhere: no such file or folder"),
+    (
+      {"data.path": short, "sequence_length": 100},
+      None,
+      "a row takes 100 tokens, but the training",
+    ),
+    ({}, blocked / "run", "cannot be written"),
+    ({"batch_size": 7}, None, "batch_size=7 does not divide"),
+    ({"model.num_heads": 3}, None, "embed_dim=16 is not divisible by model.num_heads=3"),
+    ({"mesh.data": 3}, None, r"mesh data=3 needs 3 devices, this run sees"),
+    ({"tokenizer": "bpe:12"}, None, "bpe:N must be a whole number of 260 or more"),
+    ({"sequence_length": 257}, None, "exceeds model.max_positions=256"),
+    ({"optim.name": "adamx"}, None, r"no algorithm 'adamx'\. Did you mean"),
+    ({"checkpoint.best_metric": "val/los"}, None, r"Did you mean 'val/loss'"),
+    ({"objective": "masked"}, None, "needs model.visibility='bidirectional', not 'causal'"),
+    ({"objective": "mask"}, None, r"no choice 'mask'\. Did you mean 'masked'"),
+    (
+      {
+        "objective": "prefix",
+        "model.visibility": "prefix",
+        "checkpoint.best_metric": "val/bits_per_byte",
+      },
+      None,
+      "checkpoint.best_metric: no metric 'val/bits_per_byte' of objective='prefix'",
+    ),
+  ]
+  for number, (overrides, workdir, sentence) in enumerate(cases):
+    with pytest.raises(UserError, match=sentence):
+      train(small_config(corpus, **overrides), workdir or tmp_path / str(number))
+
+
+@pytest.mark.parametrize(
+  ("objective", "changes"),
+  [
+    ("masked", {"model.visibility": "bidirectional", "tokenizer": "bpe:300+mask"}),
+    (
+      "span_corruption",
+      {
+        "model.encoder_layers": 1,
+        "model.position": "t5",
+        "model.scan_layers": True,
+        "tokenizer": "bpe:400+sentinels",
+      },
+    ),
+  ],
+)
+def test_objectives_that_denoise_learn(corpus, tmp_path, objective, changes):
+  changes |= {"objective": objective, "optim.learning_rate": 1e-2, "eval.every_steps": 40}
+  validation = train(small_config(corpus, **changes), tmp_path)
+  first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+  assert validation["val/loss"] < first["val/loss"] - 0.5
+  # Not all of the text is predicted, so this is not known.
+  assert "val/bits_per_byte" not in validation
+
+
+def test_another_vocabulary_than_the_checkpoint_has_is_named(corpus, tmp_path):
+  train(small_config(corpus, total_steps=2), tmp_path)
+  wider = small_config(corpus, **{"total_steps": 4, "model.vocab_size": 512})
+  with pytest.raises(UserError, match=r"embed/embedding was saved as float32\[300, 16\]"):
+    train(wider, tmp_path)
+  # Nothing was lost: the right config goes on.
+  train(small_config(corpus, total_steps=4), tmp_path)
+  assert max(losses(tmp_path)) == 4
+
+
+def test_damaged_checkpoint_is_passed_over(corpus, tmp_path, caplog):
+  train(small_config(corpus, total_steps=20), tmp_path)
+  before = losses(tmp_path)
+  newest = tmp_path / "checkpoints" / "20"
+  payload = [path for path in (newest / "state").rglob("d/*") if path.is_file()]
+  assert payload
+  for path in payload:
+    path.write_bytes(path.read_bytes()[:-20])
+  train(small_config(corpus, total_steps=20), tmp_path)
+  assert "20: skipped, the checkpoint is damaged" in caplog.text
+  assert losses(tmp_path) == before
+
+
+def test_command_line(corpus, environment, tmp_path):
+  command = [
+    sys.executable,
+    "-m",
+    "gptjax.train",
+    "--config=configs/pretrain.py:model=gpt2-124m,data=text",
+    f"--config.data.path={corpus}",
+  ]
+
+  def call(*more):
+    return subprocess.run(
+      [*command, *more], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+  dry = call("--dry_run")
+  assert dry.returncode == 0, dry.stderr
+  assert "parameters: 124439808" in dry.stdout
+  assert "memory of optimizer: 949.4 MiB" in dry.stdout
+  unknown = call("--dry_run", "--config.model.num_layer=3")
+  assert unknown.returncode == 1
+  assert "no config key 'model.num_layer'. Did you mean 'model.num_layers'" in unknown.stderr
+  assert "Traceback" not in unknown.stderr
+  assert "--workdir is missing" in call().stderr
+  assert "--coordinator and --num_processes are missing" in call("--process_id=0").stderr
+  preset = call("--config=configs/pretrain.py:model=gpt2-125m")
+  assert "no model preset 'gpt2-125m'. Did you mean" in preset.stderr
+  assert "--workdir" in call("--help").stdout
+
+
+def test_devices_of_this_test_run():
+  # The tests above mean to run on a mesh: see tests/conftest.py.
+  assert jax.device_count() == 4
