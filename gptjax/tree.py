@@ -1,10 +1,11 @@
 """Parameters by name: the one place that turns a tree into names and matches names to rules."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from gptjax.errors import UserError
 
@@ -24,6 +25,13 @@ def map_named(function, tree: Any, *rest: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
     lambda path, *leaves: function(key_name(path), *leaves), tree, *rest
   )
+
+
+def without(params: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+  """A nested dict of the parameters that are not among the names."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  kept = {name: x for name, x in flat.items() if name not in names}
+  return traverse_util.unflatten_dict(kept, sep="/")
 
 
 def match_rules(

@@ -19,8 +19,7 @@ import pytest  # noqa: E402
 from flax import nnx, traverse_util  # noqa: E402
 
 from gptjax.model.config import ModelConfig  # noqa: E402
-from gptjax.model.gpt import describe_parameters  # noqa: E402
-from gptjax.training.step import model_graph  # noqa: E402
+from gptjax.model.gpt import describe_parameters, model_graph  # noqa: E402
 
 assert jax.device_count() >= 1  # Starts the backend, which reads the flags.
 # The programs that tests start are to see the machine as users do.

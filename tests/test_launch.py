@@ -16,11 +16,11 @@ import yaml
 from absl import flags
 
 from gptjax import config as config_lib
+from gptjax import train
 from gptjax.config import RunLength
 from gptjax.devices import sharding
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import describe_parameters
-from gptjax.training import loop as train
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "launch"

@@ -1,7 +1,8 @@
 """Continues prompts: the function behind the command, the notebooks and the samples of training."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,19 @@ class _Writer:
           text = text[:-size]
           break
     return text
+
+
+def continue_prompts(model: GPT, tokenizer: Tokenizer, config: Mapping[str, Any]) -> list[str]:
+  """The prompts of `config.sample`, each continued, as a training run shows them."""
+  completions = generate(
+    model,
+    tokenizer,
+    list(config.prompts),
+    max_tokens=config.max_tokens,
+    sampling=Sampling(temperature=config.temperature, top_p=config.top_p),
+    seed=range(len(config.prompts)),
+  )
+  return [one.prompt + one.completion for one in completions]
 
 
 def chat_prompts(tokenizer: Tokenizer, texts: Sequence[str], system: str | None) -> list[list[int]]:

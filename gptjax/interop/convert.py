@@ -18,7 +18,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.family import Family
-from gptjax.interop.labels import Labels
+from gptjax.interop.labels import config_fields, transformers_task
 from gptjax.interop.verify import verify
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, describe, describe_parameters
@@ -30,6 +30,7 @@ from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.pretrained import (
   CHECKPOINTS,
   TOKENIZER,
+  Labels,
   labels_of,
   load_checkpoint,
   load_model,
@@ -93,7 +94,7 @@ def _model_of(
   """Loads a model, merged with an adapter; returns what writes it into a folder."""
   labels = labels_of(source)
   if to == "hf" or adapter is not None:
-    task = labels.task if labels else ""
+    task = transformers_task(labels) if labels else ""
     chosen = _find_family(source, read_model_config(source), family, task)
   model, tokenizer = load_model(source)
   if adapter is not None:
@@ -107,7 +108,7 @@ def _model_of(
       _save_run(folder, model, tokenizer, labels)
       return
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    fields = labels.fields | _padding(tokenizer) if labels else {}
+    fields = config_fields(labels) | _padding(tokenizer) if labels else {}
     huggingface.save(folder, model.config, params, chosen, dtype, fields)
     _save_tokenizer(folder, tokenizer)
 

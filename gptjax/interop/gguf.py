@@ -107,10 +107,15 @@ class _GGUFTensors:
 class GGUFModel:
   """An opened file, `path`: the config and the parameters of our model, to be loaded.
 
+  Attributes:
+    labels: none, since GGUF holds language models.
+
   Raises:
     UserError: there is no such file, it is damaged, its architecture or a field of it is unknown,
       or its tensors do not fit its fields.
   """
+
+  labels = None
 
   def __init__(self, path: str):
     self.path = Path(path).expanduser()

@@ -10,6 +10,7 @@ from gptjax import tree
 from gptjax.errors import UserError
 from gptjax.interop.fields import Fields, Rule
 from gptjax.interop.tensors import Entry, linear
+from gptjax.training.pretrained import Labels, number_labels
 
 # What `transformers` calls the head of an objective, and the problem that it is to solve.
 _TASKS = {
@@ -62,32 +63,19 @@ class LabelHead:
     return Rule(read, lambda config: {"num_labels": config.num_labels})
 
 
-@dataclasses.dataclass(frozen=True)
-class Labels:
-  """What a head of labels was trained for, and what its labels are called."""
-
-  objective: str
-  names: tuple[str, ...]
-
-  @property
-  def task(self) -> str:
-    """What `transformers` calls it."""
-    return _TASKS[self.objective][0]
-
-  @property
-  def fields(self) -> dict[str, Any]:
-    """Those of config.json."""
-    fields = {
-      "id2label": {str(index): name for index, name in enumerate(self.names)},
-      "label2id": {name: index for index, name in enumerate(self.names)},
-    }
-    problem = _TASKS[self.objective][1]
-    return fields | ({"problem_type": problem} if problem else {})
+def transformers_task(labels: Labels) -> str:
+  """The task in the name of a class of `transformers`, 'SequenceClassification'."""
+  return _TASKS[labels.objective][0]
 
 
-def number_labels(count: int) -> tuple[str, ...]:
-  """What `transformers` calls labels without names."""
-  return tuple(f"LABEL_{index}" for index in range(count))
+def config_fields(labels: Labels) -> dict[str, Any]:
+  """The fields of config.json that name the labels."""
+  fields = {
+    "id2label": {str(index): name for index, name in enumerate(labels.names)},
+    "label2id": {name: index for index, name in enumerate(labels.names)},
+  }
+  problem = _TASKS[labels.objective][1]
+  return fields | ({"problem_type": problem} if problem else {})
 
 
 def read_labels(values: Mapping[str, Any], task: str, source: str) -> Labels:
@@ -95,7 +83,7 @@ def read_labels(values: Mapping[str, Any], task: str, source: str) -> Labels:
 
   Args:
     values: the fields.
-    task: as of `Labels.task`.
+    task: as of `transformers_task`.
     source: the file, for errors.
 
   Raises:

@@ -20,6 +20,9 @@ from gptjax.model.figures import Figures, Routing
 from gptjax.model.layers import Embedding, LayerNorm, Linear, dropout, soft_cap
 from gptjax.model.stack import Cache, Encoded, Stack
 
+# The parameters that are new in a model which scores labels.
+LABEL_HEAD = ("label_head/kernel", "label_head/bias")
+
 
 class HeadTransform(nnx.Module):
   """norm(act(x W + b)), between the last layer and the logits of BERT. [B, T, D] -> [B, T, D]."""
@@ -265,9 +268,19 @@ class ParameterInfo:
     return math.prod(self.shape[axis] for axis in self.fan_out_axes)
 
 
+def abstract_model(config: ModelConfig) -> GPT:
+  """The model with shapes in the place of arrays; nothing is allocated."""
+  return nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
+
+
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+  """The static part of a model: `nnx.merge(model_graph(config), params)` is the model."""
+  return nnx.graphdef(abstract_model(config))
+
+
 def describe_parameters(config: ModelConfig) -> dict[str, ParameterInfo]:
   """Name, shape and axes of every parameter; nothing is allocated."""
-  return describe(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+  return describe(abstract_model(config))
 
 
 def describe(model: GPT, kind: type = nnx.Param) -> dict[str, ParameterInfo]:

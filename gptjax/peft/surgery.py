@@ -1,7 +1,7 @@
 """Puts adapters on a model, and merges them into it."""
 
 import dataclasses
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from gptjax import tree
 from gptjax.errors import UserError, did_you_mean
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import FeedForward
-from gptjax.model.gpt import GPT, ParameterInfo, describe
+from gptjax.model.gpt import GPT, LABEL_HEAD, ParameterInfo, describe
 from gptjax.model.layers import Linear
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import (
@@ -36,8 +36,6 @@ from gptjax.peft.virtual import (
 
 # Adapters of these become part of the projection's own parameters.
 MERGED = ("lora", "adalora", "dora", "ia3", "bitfit", "prompt", "ptuning")
-# What is new in a model that scores labels, and trained whatever the method.
-LABEL_HEAD = ("label_head/kernel", "label_head/bias")
 
 
 def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
@@ -175,13 +173,6 @@ def put_on(model: GPT, config: PeftConfig, adapters: Mapping[str, Any]) -> GPT:
   adapted = adapt(model, config, nnx.Rngs(0))
   nnx.update(adapted, adapters)
   return adapted
-
-
-def without(params: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-  """A nested dict of the parameters that are not among the names."""
-  flat = traverse_util.flatten_dict(params, sep="/")
-  kept = {name: x for name, x in flat.items() if name not in names}
-  return traverse_util.unflatten_dict(kept, sep="/")
 
 
 def merge(model: GPT) -> GPT:

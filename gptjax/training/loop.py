@@ -10,19 +10,16 @@ from etils import epath
 from flax import nnx
 
 from gptjax import config as config_lib
+from gptjax import wings
 from gptjax.config import RunLength
 from gptjax.data import pipeline
 from gptjax.data.pipeline import Dataset
 from gptjax.devices import chips, sharding
 from gptjax.devices.hosts import from_all_hosts, prepare_cpu
 from gptjax.errors import UserError
-from gptjax.inference.generate import generate
-from gptjax.inference.sampling import Sampling
 from gptjax.optim.optimizer import Optimizer
-from gptjax.training import baselines as compression
-from gptjax.training import plots as plot
+from gptjax.training import baselines, plots, validation
 from gptjax.training import step as step_lib
-from gptjax.training import validation
 from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.metrics import StepLog, Writer, read_metrics
 from gptjax.training.preemption import Preemption
@@ -202,11 +199,11 @@ def init_or_restore(
   beside adapters the parameters that are not trained."""
   abstract = plan.abstract_state(optimizer)
   restored = checkpoints.restore_latest(abstract)
-  if plan.peft is not None:
+  if not plan.adaptation.is_whole:
     base, base_checksum = load_base(plan.config.init_from, plan.model, plan.abstract_base())
     if restored is None:
-      state = step_lib.init_adapter_state(
-        plan.model, plan.peft, optimizer, plan.config.seed, abstract, base, base_checksum
+      state = step_lib.init_state(
+        plan.model, optimizer, plan.config.seed, abstract, plan.adaptation, base, base_checksum
       )
     else:
       state = restored[0]
@@ -241,17 +238,12 @@ def write_samples(
   writer: Writer, step: int, plan: Plan, state: TrainState, frozen: Any, dataset: Dataset
 ) -> None:
   """Continues each prompt of `config.sample`, for the terminal and TensorBoard."""
-  config = plan.config.sample
-  completions = generate(
-    nnx.merge(plan.graph, state.params, frozen or {}),
-    dataset.tokenizer,
-    list(config.prompts),
-    max_tokens=config.max_tokens,
-    sampling=Sampling(temperature=config.temperature, top_p=config.top_p),
-    seed=range(len(config.prompts)),
+  continue_prompts = wings.load(
+    "gptjax.inference.generate:continue_prompts", "sample.every_steps (0 is never)"
   )
-  for number, completion in enumerate(completions):
-    writer.write_text(step, f"sample/{number}", f"{completion.prompt}{completion.completion}")
+  model = nnx.merge(plan.graph, state.params, frozen or {})
+  for number, text in enumerate(continue_prompts(model, dataset.tokenizer, plan.config.sample)):
+    writer.write_text(step, f"sample/{number}", text)
 
 
 def introduce(
@@ -289,18 +281,18 @@ def conclude(
   """Draws the loss curve and prints the result as the last line, beside what it has to beat."""
   if jax.process_index() != 0:
     return
-  baselines = {}
+  others = {}
   if config.eval.baselines and "val/bits_per_byte" in result:
-    baselines = {
-      "gzip -9": compression.gzip_bits_per_byte(dataset.validation_text()),
-      "byte 5-gram": compression.ngram_bits_per_byte(
+    others = {
+      "gzip -9": baselines.gzip_bits_per_byte(dataset.validation_text()),
+      "byte 5-gram": baselines.ngram_bits_per_byte(
         dataset.training_text(), dataset.validation_text(), order=5
       ),
     }
-  writer.message(f"loss curve: {plot.loss_curve(workdir, baselines)}")
+  writer.message(f"loss curve: {plots.loss_curve(workdir, others)}")
   if "val/bits_per_byte" in result:
-    others = "".join(f", {name} {value:.4f}" for name, value in baselines.items())
-    writer.message(f"validation bits per byte: {result['val/bits_per_byte']:.4f}{others}")
+    beside = "".join(f", {name} {value:.4f}" for name, value in others.items())
+    writer.message(f"validation bits per byte: {result['val/bits_per_byte']:.4f}{beside}")
   else:
     writer.message(validation.describe(result))
 

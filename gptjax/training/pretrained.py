@@ -6,7 +6,7 @@ by gguf:FILE.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from etils import epath
@@ -14,25 +14,56 @@ from flax import nnx, traverse_util
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from gptjax import config as config_lib
-from gptjax import tree
+from gptjax import tree, wings
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.tokenizer import Tokenizer, open_saved
 from gptjax.devices import sharding
 from gptjax.errors import UserError
-from gptjax.interop.gguf import GGUFModel
-from gptjax.interop.huggingface import HuggingFaceModel
-from gptjax.interop.labels import Labels, number_labels
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import GPT, describe_parameters
-from gptjax.peft.config import PeftConfig
-from gptjax.peft.layers import Adapter
-from gptjax.peft.quantized import quantize_params
-from gptjax.peft.surgery import LABEL_HEAD, MERGED, abstract_model, merge, without
+from gptjax.model.gpt import GPT, LABEL_HEAD, ParameterInfo, abstract_model, describe_parameters
+from gptjax.training.adaptation import make_adaptation
 from gptjax.training.checkpoints import checksum, restore_params
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
-_FORMATS = {"hf:": HuggingFaceModel, "gguf:": GGUFModel}
+# Formats of other libraries, and the wing's class that opens each (`ForeignModel`).
+_FORMATS = {
+  "hf:": "gptjax.interop.huggingface:HuggingFaceModel",
+  "gguf:": "gptjax.interop.gguf:GGUFModel",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+  """The task that a head of labels was trained for, and the names of its labels."""
+
+  objective: str
+  names: tuple[str, ...]
+
+
+class ForeignModel(Protocol):
+  """A model in another library's files, opened and checked, whose weights are not read yet.
+
+  Attributes:
+    config: our config of it.
+    parameters: {name: shape and axes} of ours.
+    labels: what its head of labels scores; None of a language model.
+    tokenizer: the spec of its tokenizer.
+  """
+
+  config: ModelConfig
+  parameters: Mapping[str, ParameterInfo]
+  labels: Labels | None
+  tokenizer: str
+
+  def load(self, shardings: Mapping[str, Sharding], *, progress: bool) -> dict[str, Any]:
+    """The parameters of which there are shardings, float32, each where its sharding says."""
+    ...
+
+
+def number_labels(count: int) -> tuple[str, ...]:
+  """The names that `transformers` gives labels without names."""
+  return tuple(f"LABEL_{index}" for index in range(count))
 
 
 def is_run(checkpoint: epath.PathLike) -> bool:
@@ -40,15 +71,15 @@ def is_run(checkpoint: epath.PathLike) -> bool:
   return not str(checkpoint).startswith(tuple(_FORMATS))
 
 
-def open_foreign(checkpoint: epath.PathLike) -> HuggingFaceModel | GGUFModel | None:
+def open_foreign(checkpoint: epath.PathLike) -> ForeignModel | None:
   """Opens hf:PATH or gguf:PATH; None if the checkpoint is not named so.
 
   Raises:
     UserError: there is no model that can be read.
   """
-  for prefix, open_model in _FORMATS.items():
+  for prefix, path in _FORMATS.items():
     if str(checkpoint).startswith(prefix):
-      return open_model(str(checkpoint).removeprefix(prefix))
+      return wings.load(path, str(checkpoint))(str(checkpoint).removeprefix(prefix))
   return None
 
 
@@ -70,8 +101,8 @@ def load_model(
   if (foreign := open_foreign(checkpoint)) is None:
     folder = epath.Path(checkpoint) / TOKENIZER
     model, _ = load_checkpoint(checkpoint, ema=ema)
-    if _peft_of(config_lib.open_saved(epath.Path(checkpoint))) in MERGED:
-      model = merge(model)
+    config = config_lib.open_saved(epath.Path(checkpoint))
+    model = make_adaptation(config.get("peft")).merge(model)
     if (tokenizer := open_saved(folder)) is None:
       raise UserError(f"{folder}: no whole tokenizer, which a run keeps there.")
     return model, tokenizer
@@ -109,7 +140,7 @@ def labels_of(checkpoint: epath.PathLike) -> Labels | None:
   """What a checkpoint's head of labels scores; None if it has none, UserError without a model."""
   foreign = open_foreign(checkpoint)
   if foreign is not None:
-    return foreign.labels if isinstance(foreign, HuggingFaceModel) else None
+    return foreign.labels
   config = config_lib.open_saved(epath.Path(checkpoint))
   if not (count := config.model.get("num_labels")):
     return None
@@ -146,7 +177,7 @@ def load_params_into(
   if foreign is None:
     source = epath.Path(checkpoint)
     config_of_run = config_lib.open_saved(source)
-    if _peft_of(config_of_run):
+    if not make_adaptation(config_of_run.get("peft")).is_whole:
       return _load_merged(source, abstract)
     best = _makes_best(config_of_run)
     loaded, report = restore_params(source / CHECKPOINTS, abstract, best=best)
@@ -170,7 +201,7 @@ def load_params_into(
 
 
 def _differences_of_heads(
-  config: ModelConfig, labels: Sequence[str], foreign: HuggingFaceModel | GGUFModel
+  config: ModelConfig, labels: Sequence[str], foreign: ForeignModel
 ) -> list[str]:
   """Why the head of labels of another library's files is not that of a config."""
   theirs = foreign.config
@@ -190,7 +221,7 @@ def load_base(
 ) -> tuple[dict[str, Any], int]:
   """The parameters of the model that adapters are put on, and their checksum; as
   `load_params_into`, but all of them are there. A head of labels is trained with the adapters."""
-  abstract = without(abstract, LABEL_HEAD)
+  abstract = tree.without(abstract, LABEL_HEAD)
   loaded, report = load_params_into(checkpoint, config, abstract)
   if missing := set(tree.named_leaves(abstract)) - set(tree.named_leaves(loaded)):
     raise UserError(
@@ -228,7 +259,7 @@ def _restore(
   """As `load_checkpoint`, each parameter where `sharding_of` its name says."""
   config = config_lib.open_saved(workdir)
   model_config = ModelConfig.from_config(config.model)
-  peft = PeftConfig.from_config(config.get("peft"))
+  adaptation = make_adaptation(config.get("peft"))
 
   def abstract(state: nnx.State) -> dict[str, Any]:
     return tree.map_named(
@@ -236,32 +267,29 @@ def _restore(
       nnx.to_pure_dict(state),
     )
 
-  graph, state = nnx.split(abstract_model(model_config, peft))
-  saved = state if peft is None else state.filter(Adapter)
+  graph, state = nnx.split(adaptation.abstract_model(model_config))
   params, report = restore_params(
-    workdir / CHECKPOINTS, abstract(saved), ema=ema, near=near, best=_makes_best(config)
+    workdir / CHECKPOINTS,
+    abstract(state.filter(adaptation.kind)),
+    ema=ema,
+    near=near,
+    best=_makes_best(config),
   )
   if report.missing or report.mismatched:
     raise UserError(f"{workdir}: its checkpoint does not fit its config.\n{report}")
-  frozen = {}
-  if peft is not None:
-    base = abstract(nnx.state(abstract_model(model_config, None)))
+  frozen = None
+  if not adaptation.is_whole:
+    base = abstract(nnx.state(abstract_model(model_config)))
     base, found = load_base(config.init_from, model_config, base)
     check_base(report.base_checksum, found, workdir, config)
-    frozen = without(base, tree.named_leaves(params))
-    frozen = quantize_params(frozen, describe_parameters(model_config), peft.base)
-  return nnx.merge(graph, params, frozen), int(report.source.name)
+    described = describe_parameters(model_config)
+    frozen = adaptation.freeze(base, described, adaptation.trained(model_config))
+  return nnx.merge(graph, params, frozen or {}), int(report.source.name)
 
 
 def _makes_best(config: Any) -> bool:
   """Whether what a run has made is its best checkpoint, not its newest."""
   return config.get("checkpoint", {}).get("final") == "best"
-
-
-def _peft_of(config: Any) -> str:
-  """The method of the adapters that a run trains; empty if it trains the model."""
-  peft = PeftConfig.from_config(config.get("peft"))
-  return "" if peft is None else peft.method
 
 
 def _load_merged(source: epath.Path, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -273,7 +301,8 @@ def _load_merged(source: epath.Path, abstract: Mapping[str, Any]) -> tuple[dict[
   model, step = _restore(
     source, lambda name: wanted[name].sharding if name in wanted else of_adapters
   )
-  plain = nnx.to_pure_dict(nnx.state(merge(model), nnx.Param))
+  adaptation = make_adaptation(config_lib.open_saved(source).get("peft"))
+  plain = nnx.to_pure_dict(nnx.state(adaptation.merge(model), nnx.Param))
   found = {name: x.shape for name, x in tree.named_leaves(plain).items()}
   if found != {name: leaf.shape for name, leaf in wanted.items()}:
     raise UserError(f"init_from={source} does not fit the model of this config.")

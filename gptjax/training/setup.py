@@ -25,11 +25,8 @@ from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameter
 from gptjax.objectives.label_losses import LabelLoss
 from gptjax.optim import optimizer as optim
 from gptjax.optim.optimizer import Optimizer
-from gptjax.peft.adalora import allocate_ranks
-from gptjax.peft.config import PeftConfig
-from gptjax.peft.quantized import quantize_params
-from gptjax.peft.surgery import describe_adapters, without
 from gptjax.training import step
+from gptjax.training.adaptation import WholeModel, make_adaptation
 from gptjax.training.pretrained import labels_of, read_model_config, tokenizer_of
 from gptjax.training.step import TrainState
 
@@ -41,9 +38,9 @@ INIT_FROM = "init_from"
 class Plan:
   """A checked config, its model and its mesh. Made by `make_plan`; nothing is allocated.
 
-  parameters: {name: shape and axes}. peft: None if all of them are trained. trained: those that
-  are, of which an adapter is not one of the model's own. graph: `nnx.merge(graph, params)` is the
-  model, and beside adapters `nnx.merge(graph, params, frozen)`.
+  parameters: {name: shape and axes} of the model. adaptation: which parameters are trained.
+  trained: {name: shape and axes} of those; adapters are not among the model's own. graph:
+  `nnx.merge(graph, params)` is the model, and beside adapters `nnx.merge(graph, params, frozen)`.
   """
 
   config: Any
@@ -51,7 +48,7 @@ class Plan:
   parameters: Mapping[str, ParameterInfo]
   graph: nnx.GraphDef
   mesh: Mesh
-  peft: PeftConfig | None
+  adaptation: WholeModel
   trained: Mapping[str, ParameterInfo]
 
   @property
@@ -93,7 +90,7 @@ class Plan:
     # The decoder's own, and what it makes of the encoder's tokens.
     decoder = matmul_params("(?!encoder/|blocks/cross_attention/(key|value)/)")
     if model.tied_head and not model.num_labels:
-      decoder += model.vocab_size * model.embed_dim * (1 if self.peft is None else 2 / 3)
+      decoder += model.vocab_size * model.embed_dim * (1 if self.adaptation.is_whole else 2 / 3)
     flops = chips.flops_per_token(
       matmul_params=decoder,
       sequence_length=self.target_length,
@@ -115,7 +112,7 @@ class Plan:
 
   @property
   def flop_rule(self) -> str:
-    return chips.FLOP_RULE if self.peft is None else f"{chips.FLOP_RULE} (4 N where frozen)"
+    return chips.FLOP_RULE + ("" if self.adaptation.is_whole else " (4 N where frozen)")
 
   @property
   def target_length(self) -> int:
@@ -143,14 +140,12 @@ class Plan:
     optimizer = optim.make_optimizer(
       config, self.trained, schedule, self.model.width_ratio, unfreeze_steps
     )
-    if self.peft is not None and self.peft.method == "adalora":
-      return allocate_ranks(optimizer, self.config.peft, self.trained, length)
-    return optimizer
+    return self.adaptation.wrap(optimizer, self.trained, length)
 
   def abstract_state(self, optimizer: Optimizer) -> TrainState:
     ema = self.config.optim.ema_decay > 0
     return step.abstract_state(
-      self.model, optimizer, self.trained, self.mesh, ema=ema, peft=self.peft
+      self.model, optimizer, self.trained, self.mesh, ema=ema, adaptation=self.adaptation
     )
 
   def abstract_base(self) -> dict[str, Any]:
@@ -163,17 +158,15 @@ class Plan:
     return traverse_util.unflatten_dict(flat, sep="/")
 
   def frozen(self, base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the step takes beside the state: those of the model that are not trained, in the format
-    `peft.base`. As of `quantize_params`, `base` is not to be used any more."""
-    if self.peft is None:
-      return None
-    return quantize_params(without(base, self.trained), self.parameters, self.peft.base)
+    """The model's parameters that are not trained, which the step takes beside the state; `base` is
+    not to be used any more."""
+    return self.adaptation.freeze(base, self.parameters, self.trained)
 
   def require_whole_model(self) -> None:
     """Raises UserError if only adapters are trained."""
-    if self.peft is not None:
+    if not self.adaptation.is_whole:
       raise UserError(
-        f"peft.method={self.peft.method!r}: this looks at the training of whole models. "
+        f"peft.method={self.adaptation.method!r}: this looks at the training of whole models. "
         "Set --config.peft.method=none."
       )
 
@@ -278,11 +271,18 @@ def make_plan(config: Any, devices: Sequence[jax.Device] | None = None) -> Plan:
     raise UserError(
       f"mesh.expert={mesh.shape['expert']} does not divide model.num_experts={model.num_experts}."
     )
-  parameters, peft = describe_parameters(model), PeftConfig.from_config(config.get("peft"))
-  if peft is not None and not config.init_from:
-    raise UserError(f"peft.method={peft.method!r} needs init_from, the model to adapt.")
-  trained = parameters if peft is None else describe_adapters(model, peft)
-  return Plan(config, model, parameters, step.model_graph(model, peft), mesh, peft, trained)
+  adaptation = make_adaptation(config.get("peft"))
+  if not adaptation.is_whole and not config.init_from:
+    raise UserError(f"peft.method={adaptation.method!r} needs init_from, the model to adapt.")
+  return Plan(
+    config,
+    model,
+    describe_parameters(model),
+    nnx.graphdef(adaptation.abstract_model(model)),
+    mesh,
+    adaptation,
+    adaptation.trained(model),
+  )
 
 
 def _architecture_to_start_from(config: Any) -> dict[str, Any]:

@@ -15,12 +15,11 @@ from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.model.config import ModelConfig
 from gptjax.model.figures import Figures, Routing
-from gptjax.model.gpt import GPT, ParameterInfo
+from gptjax.model.gpt import ParameterInfo
 from gptjax.objectives import objectives
 from gptjax.objectives.label_losses import LabelLoss
 from gptjax.optim.optimizer import Optimizer
-from gptjax.peft.config import PeftConfig
-from gptjax.peft.surgery import abstract_model, initial_adapters
+from gptjax.training.adaptation import WHOLE, WholeModel
 
 
 @jax.tree_util.register_dataclass
@@ -42,28 +41,27 @@ class TrainState:
   base_checksum: jax.Array | None = None
 
 
-def make_state(model_config: ModelConfig, optimizer: Optimizer, seed: int, ema: bool) -> TrainState:
-  """The state at step 0. Meant for `jax.eval_shape`, or for `jax.jit` with output shardings."""
-  params = nnx.to_pure_dict(nnx.state(GPT(model_config, nnx.Rngs(seed)), nnx.Param))
-  return _start(params, optimizer, ema)
-
-
-def make_adapter_state(
+def make_state(
   model_config: ModelConfig,
-  peft: PeftConfig,
   optimizer: Optimizer,
   seed: int,
   ema: bool,
-  base: Mapping[str, Any],
-  base_checksum: jax.Array,
+  adaptation: WholeModel = WHOLE,
+  base: Mapping[str, Any] | None = None,
+  base_checksum: jax.Array | None = None,
 ) -> TrainState:
-  """As `make_state`, of the adapters of a model alone; `base` are the model's parameters."""
-  params = initial_adapters(model_config, peft, base, seed)
-  state = _start(params, optimizer, ema)
-  return dataclasses.replace(state, base_checksum=base_checksum)
+  """The state at step 0. Meant for `jax.eval_shape`, or for `jax.jit` with output shardings.
 
-
-def _start(params: Any, optimizer: Optimizer, ema: bool) -> TrainState:
+  Args:
+    model_config: the model.
+    optimizer: makes the state that it keeps.
+    seed: decides the initial parameters.
+    ema: whether a moving average of the parameters is kept.
+    adaptation: which parameters are trained.
+    base: the parameters of the frozen model, beside which others are trained.
+    base_checksum: uint32, theirs.
+  """
+  params = adaptation.initial_params(model_config, seed, base)
   return TrainState(
     step=jnp.int32(0),
     skipped=jnp.int32(0),
@@ -71,13 +69,8 @@ def _start(params: Any, optimizer: Optimizer, ema: bool) -> TrainState:
     opt_state=optimizer.init(params),
     # A copy, since two outputs of one buffer could not both be donated to the step.
     ema=jax.tree.map(jnp.copy, params) if ema else None,
+    base_checksum=base_checksum,
   )
-
-
-def model_graph(model_config: ModelConfig, peft: PeftConfig | None = None) -> nnx.GraphDef:
-  """The static part of a model; `nnx.merge(graph, params)` is the model, and with adapters
-  `nnx.merge(graph, params, frozen)`."""
-  return nnx.graphdef(abstract_model(model_config, peft))
 
 
 def abstract_state(
@@ -87,7 +80,7 @@ def abstract_state(
   mesh: Mesh,
   *,
   ema: bool,
-  peft: PeftConfig | None = None,
+  adaptation: WholeModel = WHOLE,
 ) -> TrainState:
   """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
 
@@ -95,10 +88,8 @@ def abstract_state(
   """
 
   def make() -> TrainState:
-    if peft is None:
-      return make_state(model_config, optimizer, 0, ema)
-    base = nnx.to_pure_dict(nnx.state(GPT(model_config, nnx.Rngs(0)), nnx.Param))
-    return make_adapter_state(model_config, peft, optimizer, 0, ema, base, jnp.uint32(0))
+    checksum = None if adaptation.is_whole else jnp.uint32(0)
+    return make_state(model_config, optimizer, 0, ema, adaptation, base_checksum=checksum)
 
   shapes = jax.eval_shape(make)
   shardings = sharding.parameter_shardings(parameters, mesh)
@@ -115,33 +106,23 @@ def abstract_state(
 
 
 def init_state(
-  model_config: ModelConfig, optimizer: Optimizer, seed: int, abstract: TrainState
-) -> TrainState:
-  """Makes the state of step 0, each array on the devices that will hold it."""
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  make = jax.jit(make_state, static_argnums=(0, 1, 2, 3), out_shardings=shardings)
-  return make(model_config, optimizer, seed, abstract.ema is not None)
-
-
-def init_adapter_state(
   model_config: ModelConfig,
-  peft: PeftConfig,
   optimizer: Optimizer,
   seed: int,
   abstract: TrainState,
-  base: Mapping[str, Any],
-  base_checksum: int,
+  adaptation: WholeModel = WHOLE,
+  base: Mapping[str, Any] | None = None,
+  base_checksum: int | None = None,
 ) -> TrainState:
-  """As `init_state`, of the adapters alone."""
+  """Makes the state of step 0, each array on the devices that will hold it; as `make_state`."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   ema = abstract.ema is not None
-  make = jax.jit(
-    lambda base: make_adapter_state(
-      model_config, peft, optimizer, seed, ema, base, jnp.uint32(base_checksum)
-    ),
-    out_shardings=shardings,
-  )
-  return make(base)
+
+  def make(base: Mapping[str, Any] | None) -> TrainState:
+    checksum = None if base_checksum is None else jnp.uint32(base_checksum)
+    return make_state(model_config, optimizer, seed, ema, adaptation, base, checksum)
+
+  return jax.jit(make, out_shardings=shardings)(base)
 
 
 def replace_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:

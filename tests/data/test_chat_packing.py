@@ -9,8 +9,8 @@ from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenCache
 from gptjax.data.chat_packing import PackedConversations, first_fit_decreasing
 from gptjax.errors import UserError
+from gptjax.model.gpt import model_graph
 from gptjax.objectives import objectives
-from gptjax.training.step import model_graph
 
 SEPARATOR = 0
 

@@ -21,7 +21,7 @@ from configs.parts import optim as presets
 from gptjax import tree
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
-from gptjax.model.gpt import describe_parameters
+from gptjax.model.gpt import describe_parameters, model_graph
 from gptjax.optim import optimizer as optim
 from gptjax.training import step as step_lib
 
@@ -95,7 +95,7 @@ def run_job(job, config, params):
   values = types.SimpleNamespace(**(presets.DEFAULTS | preset | {"rules": ((".*", {}),)}))
   optimizer = optim.make_optimizer(values, described, optax.constant_schedule(0.1))
   step = step_lib.make_train_step(
-    step_lib.model_graph(config),
+    model_graph(config),
     optimizer,
     seed=0,
     grad_accumulation=job.grad_accumulation,

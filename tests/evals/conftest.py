@@ -7,7 +7,7 @@ from flax import nnx
 
 from gptjax.data import tokenizer as tokenizers
 from gptjax.evals.subject import Subject
-from gptjax.training.step import model_graph
+from gptjax.model.gpt import model_graph
 
 
 @pytest.fixture(scope="session")

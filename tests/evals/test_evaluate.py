@@ -6,12 +6,13 @@ import pytest
 from absl import flags
 from flax import nnx
 
+from gptjax import evaluate as command
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.evals import evaluate as evaluating
 from gptjax.evals.subject import Subject
+from gptjax.model.gpt import model_graph
 from gptjax.objectives.scores import Metric
-from gptjax.training.step import model_graph
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,13 @@ def folder(tmp_path_factory):
 def run(subject, monkeypatch):
   """Returns a function that runs the program on the tiny model."""
   monkeypatch.setattr(
-    evaluating, "load_model", lambda checkpoint, ema: (subject.model, subject.tokenizer)
+    command, "load_model", lambda checkpoint, ema: (subject.model, subject.tokenizer)
   )
 
   def run(*arguments):
     values = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", values)
-    monkeypatch.setattr(evaluating, "FLAGS", values)
+    monkeypatch.setattr(command, "FLAGS", values)
     with monkeypatch.context() as patch:
       for kind in ("string", "list", "bool", "integer"):
         define = getattr(flags, f"DEFINE_{kind}")
@@ -52,9 +53,9 @@ def run(subject, monkeypatch):
           f"DEFINE_{kind}",
           lambda *args, define=define, **kwargs: define(*args, flag_values=values, **kwargs),
         )
-      evaluating._define_flags()
+      command._define_flags()
     values(["evaluate", "--checkpoint=runs/tiny", *arguments])
-    evaluating.main({})
+    command.main({})
 
   return run
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gptjax import generate as command
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
-from gptjax.inference import generate as generate_lib
 from gptjax.inference.chat import Conversation
 from gptjax.inference.generate import CHUNK, chat_prompts
 from gptjax.inference.sampling import Sampling
 from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import model_graph
 from gptjax.training.checkpoints import Checkpoints
-from gptjax.training.step import model_graph
 
 ROOT = Path(__file__).parents[2]
 ROOM = 256
@@ -197,6 +197,7 @@ PROGRAM = textwrap.dedent("""
   fcntl.ioctl(0, termios.TIOCSCTTY, 0)
   # What starts tests in the background ignores it, and so would all that they start.
   signal.signal(signal.SIGINT, signal.default_int_handler)
+  from gptjax import chat as command
   from gptjax.inference import chat
   from gptjax import config
 
@@ -209,8 +210,8 @@ PROGRAM = textwrap.dedent("""
     return original(*args, on_text=slowly, **options)
 
   chat.generate = generate
-  chat._define_flags()
-  config.run_app(chat.main, "")
+  command._define_flags()
+  config.run_app(command.main, "")
 """)
 
 
@@ -291,8 +292,8 @@ def generate_main(run, monkeypatch, capsys):
   }  # fmt: skip
 
   def main(**changes):
-    monkeypatch.setattr(generate_lib, "FLAGS", types.SimpleNamespace(**defaults | changes))
-    generate_lib.main({})
+    monkeypatch.setattr(command, "FLAGS", types.SimpleNamespace(**defaults | changes))
+    command.main({})
     return capsys.readouterr().out
 
   return main

@@ -6,7 +6,7 @@ from flax import nnx
 
 from gptjax.inference.decode import decode, prefill
 from gptjax.inference.sampling import Sampling
-from gptjax.training.step import model_graph
+from gptjax.model.gpt import model_graph
 
 PROMPTS = np.array([[3, 1, 4, 1, 5], [9, 2, 0, 0, 0]])
 LENGTHS = np.array([5, 2])

@@ -7,7 +7,7 @@ from gptjax.errors import UserError
 from gptjax.inference.generate import CHUNK, generate
 from gptjax.inference.sampling import Sampling
 from gptjax.model.config import ModelConfig
-from gptjax.training.step import model_graph
+from gptjax.model.gpt import model_graph
 
 GREEDY = Sampling(temperature=0)
 BYTES = tokenizer_lib.load("bytes")

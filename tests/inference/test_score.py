@@ -6,7 +6,7 @@ from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.inference import score as scoring
 from gptjax.inference.score import encode_pair, rolling_windows, score, score_documents
-from gptjax.training.step import model_graph
+from gptjax.model.gpt import model_graph
 
 BYTES = tokenizers.load("bytes")
 ROOM = 40

@@ -13,11 +13,13 @@ import pytest
 import safetensors.numpy
 from flax import nnx, traverse_util
 
+from gptjax import convert as convert_command
 from gptjax import tree
+from gptjax.convert import main
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.interop import convert as convert_lib
-from gptjax.interop.convert import convert, main, name_checkpoint
+from gptjax.interop.convert import convert, name_checkpoint
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.verify import Agreement
 from gptjax.peft.config import PeftConfig
@@ -215,7 +217,7 @@ def command(monkeypatch):
   def call(source, target, **changes):
     values = {"from": str(source), "to": str(target), "format": "gptjax", "family": None}
     values |= {"dtype": "float32", "verify": False, "adapter": None} | changes
-    monkeypatch.setattr(convert_lib, "FLAGS", Flags(**values))
+    monkeypatch.setattr(convert_command, "FLAGS", Flags(**values))
     return main({})
 
   return call

@@ -9,7 +9,7 @@ from flax import nnx
 
 from gptjax.interop import huggingface
 from gptjax.interop.huggingface import HuggingFaceModel
-from gptjax.training.step import model_graph
+from gptjax.model.gpt import model_graph
 
 V, D, L, N = 32, 16, 2, 4
 GPT = {"vocab_size": V, "n_embd": D, "n_layer": L, "n_head": N, "n_positions": 24}

@@ -10,8 +10,9 @@ from flax import nnx
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.huggingface import HuggingFaceModel
-from gptjax.interop.labels import Labels, read_labels
-from gptjax.training.step import model_graph
+from gptjax.interop.labels import read_labels
+from gptjax.model.gpt import model_graph
+from gptjax.training.pretrained import Labels
 from tests.interop.conftest import save_folder
 
 V, K, LENGTH = 32, 3, 6

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from configs.parts import optim as presets
 from gptjax import config as config_lib
@@ -18,7 +19,7 @@ from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.gpt import describe_parameters
 from gptjax.optim import optimizer as optim
 from gptjax.peft import huggingface
-from gptjax.peft.surgery import describe_adapters
+from gptjax.peft.surgery import abstract_model, describe_adapters
 from gptjax.training import step as step_lib
 from tests.data.conftest import write_tokenizer  # noqa: F401
 
@@ -88,7 +89,7 @@ def train_step(config, peft, params, frozen, batch):
   schedule = optax.constant_schedule(ADAMW["learning_rate"])
   optimizer = optim.make_optimizer(types.SimpleNamespace(**values), described, schedule)
   step = step_lib.make_train_step(
-    step_lib.model_graph(dataclasses.replace(config, scan_layers=True), peft),
+    nnx.graphdef(abstract_model(dataclasses.replace(config, scan_layers=True), peft)),
     optimizer,
     seed=0,
     grad_accumulation=1,

@@ -6,8 +6,7 @@ from flax import nnx
 
 from gptjax.errors import UserError
 from gptjax.model.figures import Figures
-from gptjax.model.gpt import GPT
-from gptjax.training.step import model_graph
+from gptjax.model.gpt import GPT, model_graph
 
 S, T = 6, 5
 SOURCE = np.random.default_rng(0).integers(0, 32, (2, S))

@@ -10,8 +10,7 @@ from flax import nnx, traverse_util
 from gptjax.errors import UserError
 from gptjax.model.config import CHOICES
 from gptjax.model.figures import Figures
-from gptjax.model.gpt import GPT, count_parameters, describe_parameters
-from gptjax.training.step import model_graph
+from gptjax.model.gpt import GPT, count_parameters, describe_parameters, model_graph
 
 POSITIONS = CHOICES["position"]
 T = 8

@@ -14,9 +14,8 @@ from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.model import kernels
 from gptjax.model.attention import attend, choose_kernel, make_mask
-from gptjax.model.gpt import GPT, describe_parameters
+from gptjax.model.gpt import GPT, describe_parameters, model_graph
 from gptjax.objectives import objectives
-from gptjax.training.step import model_graph
 
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
 B, T, N = 2, 384, 4

@@ -8,10 +8,9 @@ from flax import nnx
 
 from gptjax.data.batch import Batch
 from gptjax.errors import UserError
-from gptjax.model.gpt import GPT, describe_parameters
+from gptjax.model.gpt import GPT, describe_parameters, model_graph
 from gptjax.objectives import objectives
 from gptjax.objectives.label_losses import LabelLoss
-from gptjax.training.step import model_graph
 
 K = 3
 

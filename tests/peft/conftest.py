@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gptjax.model.gpt import model_graph
 from gptjax.peft.layers import Adapter
 from gptjax.peft.surgery import adapt
-from gptjax.training.step import model_graph
 from tests.interop.conftest import load_params, make_reference, reference  # noqa: F401
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 6)).astype(np.int32)

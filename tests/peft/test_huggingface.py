@@ -11,10 +11,10 @@ from flax import nnx
 from gptjax import tree
 from gptjax.errors import UserError
 from gptjax.interop.huggingface import HuggingFaceModel
+from gptjax.model.gpt import model_graph
 from gptjax.peft import huggingface
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.surgery import initial_adapters, put_on
-from gptjax.training.step import model_graph
 
 V = 32
 LLAMA = {

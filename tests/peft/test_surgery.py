@@ -21,9 +21,10 @@ from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, describe_parameters
 from gptjax.optim import optimizer as optim
 from gptjax.peft.adalora import allocate_ranks
+from gptjax.peft.adaptation import Adapters
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
-from gptjax.peft.surgery import adapt, describe_adapters, merge, unmerge, without
+from gptjax.peft.surgery import abstract_model, adapt, describe_adapters, merge, unmerge
 from gptjax.training import step as step_lib
 
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
@@ -179,9 +180,9 @@ def run(model_config, batch, random_params, make_adapted):
     state = step_lib.TrainState(
       jnp.int32(0), jnp.int32(0), params, optimizer.init(params), None, jnp.uint32(7)
     )
-    frozen = without(random_params(config), described)
+    frozen = tree.without(random_params(config), described)
     step = step_lib.make_train_step(
-      step_lib.model_graph(config, peft),
+      nnx.graphdef(abstract_model(config, peft)),
       optimizer,
       seed=0,
       grad_accumulation=grad_accumulation,
@@ -190,7 +191,10 @@ def run(model_config, batch, random_params, make_adapted):
     )
     devices = jax.devices()[: int(np.prod([*(sizes or {}).values()], dtype=int))]
     mesh = sharding.make_mesh(ONE | (sizes or {}), devices)
-    abstract = step_lib.abstract_state(config, optimizer, described, mesh, ema=False, peft=peft)
+    adaptation = Adapters(peft, {})
+    abstract = step_lib.abstract_state(
+      config, optimizer, described, mesh, ema=False, adaptation=adaptation
+    )
     where = sharding.parameter_shardings(describe_parameters(config), mesh)
     with jax.set_mesh(mesh):
       state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from tests.test_train import ROOT
 
 from gptjax.sweeps import definition, report
 from gptjax.sweeps.devices import Slot
 from gptjax.sweeps.runner import Worker
 from gptjax.sweeps.study import Study, sample_trial
 from gptjax.training.loop import train
+from tests.training.test_loop import ROOT
 
 SMALL = {
   "total_epochs": 6.0,

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx, traverse_util
-from tests.test_train import ROOT
 
 from gptjax import config as config_lib
 from gptjax.data import tokenizer as tokenizers
@@ -38,6 +37,7 @@ from gptjax.training.pretrained import (
   on_one_device,
 )
 from gptjax.training.setup import make_plan
+from tests.training.test_loop import ROOT
 
 SMALL = {
   "total_epochs": 8.0,

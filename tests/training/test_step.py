@@ -13,7 +13,7 @@ from gptjax import tree
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.model.figures import Routing
-from gptjax.model.gpt import describe_parameters
+from gptjax.model.gpt import describe_parameters, model_graph
 from gptjax.optim import optimizer as optim
 from gptjax.training import step as step_lib
 
@@ -50,7 +50,7 @@ def make_optimizer(config, name="sgd", **changes):
 
 def make_step(config, optimizer, *, seed=0, grad_accumulation=1, dropout=False, **factors):
   return step_lib.make_train_step(
-    step_lib.model_graph(config),
+    model_graph(config),
     optimizer,
     seed=seed,
     grad_accumulation=grad_accumulation,
@@ -105,7 +105,7 @@ def assert_close(actual, expected, atol=1e-5):
 
 
 def test_the_loss_is_the_mean_over_all_valid_tokens(config, start, batch, after_two_steps):
-  graph = step_lib.model_graph(config)
+  graph = model_graph(config)
 
   @jax.jit
   def per_token(params):
@@ -156,7 +156,7 @@ def test_a_mixture_minimises_the_losses_of_its_routers_and_tells_them(
   @jax.jit
   def by_hand(params):
     routing = Routing()
-    logits_BTV = nnx.merge(step_lib.model_graph(config), params)(
+    logits_BTV = nnx.merge(model_graph(config), params)(
       batch.inputs,
       positions_BT=batch.positions,
       segment_ids_BT=batch.segment_ids,
@@ -234,9 +234,7 @@ def test_updates_do_not_depend_on_the_mesh(
 
 def test_validation_sums_are_those_of_the_batch(config, start, batch, after_two_steps):
   _, metrics, _ = after_two_steps
-  nats, tokens = step_lib.make_eval_step(step_lib.model_graph(config))(start().params, batch)[
-    "loss"
-  ]
+  nats, tokens = step_lib.make_eval_step(model_graph(config))(start().params, batch)["loss"]
   assert float(tokens) == 36
   assert float(nats) == pytest.approx(36 * float(metrics["loss"]), rel=1e-5)
 
@@ -259,7 +257,7 @@ def observed(config, optimizer, start, batch):
 
 def observe(config, optimizer, *, grad_accumulation=1):
   return step_lib.make_observe_step(
-    step_lib.model_graph(config),
+    model_graph(config),
     optimizer,
     seed=0,
     grad_accumulation=grad_accumulation,
@@ -269,7 +267,7 @@ def observe(config, optimizer, *, grad_accumulation=1):
 
 
 def test_observed_norms_are_those_of_the_gradient_and_the_update(config, start, batch, observed):
-  graph = step_lib.model_graph(config)
+  graph = model_graph(config)
 
   def loss(params):
     logits_BTV = nnx.merge(graph, params)(
