@@ -9,15 +9,16 @@ said. The tasks:
     chat            learns the assistant's turns of conversations, packed whole into rows; their
                     formats are those of gptjax/data/conversations.py
     prompt          learns what to write after a prompt: translation, summaries, answers, code;
-                    data.prompt is the prompt's template, data.answer that of the answer
+                    task.prompt is the prompt's template, task.answer that of the answer
     text            goes on with plain text
-    classification  one label of a text, or of a pair of them (data.pair_key)
+    classification  one label of a text, or of a pair of them (task.pair_key)
     multi_label     any number of labels
     regression      a number
     tagging         one tag of each word, such as B-PER (names of people, places ...)
-    span            the part of a context (data.pair_key) that answers a question
+    span            the part of a context (task.pair_key) that answers a question
 
-The last five have a head of labels in the place of the vocabulary's. What the rows are is shown by
+The last five have a head of labels in the place of the vocabulary's, and batch_size counts their
+examples. What the rows are is shown by
 
     python -m gptjax.show --config=configs/finetune.py:task=chat --config.init_from=hf:FOLDER \\
       --config.data.path=chats.jsonl --row=0
@@ -49,7 +50,6 @@ _WRITING = _COMMON | {
   "optim.warmup_percent": 3.0,
 }
 _LABELS = _COMMON | {
-  "data.format": "labels",
   "batch_size": 16,
   "sequence_length": 256,
   "optim.learning_rate": 3e-5,
@@ -60,29 +60,25 @@ _LABELS = _COMMON | {
 }
 
 TASKS = {
-  "chat": _WRITING | {"data.format": "chat"},
-  "prompt": _WRITING | {"data.format": "prompt"},
+  "chat": _WRITING,
+  "prompt": _WRITING,
   "text": _WRITING,
-  "classification": _LABELS | {"checkpoint.best_metric": "val/accuracy"},
-  "multi_label": _LABELS | {"checkpoint.best_metric": "val/f1_micro"},
-  "regression": _LABELS | {"checkpoint.best_metric": "val/spearman"},
-  "tagging": _LABELS
-  | {"data.text_key": "tokens", "data.label_key": "tags"}
-  | {"checkpoint.best_metric": "val/f1"},
-  "span": _LABELS
-  | {"data.text_key": "question", "data.pair_key": "context"}
-  | {"data.label_key": "answers", "checkpoint.best_metric": "val/f1"},
+  "classification": _LABELS,
+  "multi_label": _LABELS,
+  "regression": _LABELS,
+  "tagging": _LABELS | {"data.text_key": "tokens"},
+  "span": _LABELS | {"data.text_key": "question"},
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   items = [item for item in (arg or "").split(",") if item]
   own = [item for item in items if item.startswith("task=")]
-  task = parse_argument(",".join(own), task=("chat", tuple(TASKS)))["task"]
+  name = parse_argument(",".join(own), task=("chat", tuple(TASKS)))["task"]
   others = [item for item in items if item not in own]
-  config = pretrain.get_config(",".join(["model=init_from,data=jsonl", *others]))
-  for key, value in TASKS[task].items():
+  # Plain text is learnt as the model was pretrained.
+  task = [] if name == "text" else [f"task={name}"]
+  config = pretrain.get_config(",".join(["model=init_from,data=jsonl", *task, *others]))
+  for key, value in TASKS[name].items():
     override(config, key, value)
-  if config.data.format == "labels":
-    config.objective = task
   return config

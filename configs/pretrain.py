@@ -3,8 +3,9 @@
     python -m gptjax.train --config=configs/pretrain.py:model=gpt2-124m,data=text,optim=adamw \\
       --config.data.path=corpus/ --workdir=runs/first
 
-Parts: model (configs/parts/models.py; 'init_from' is that of the checkpoint to start from), data
-(data.py; 'a+b' is a mixture), optim (optim.py), mesh (mesh.py), peft (peft.py: LoRA and others,
+Parts: model (configs/parts/models.py; 'init_from' is that of the checkpoint to start from), task
+(gptjax/objectives; by default the one that the model is made for), data (data.py; 'a+b' is a
+mixture), optim (optim.py), mesh (mesh.py), peft (peft.py: LoRA and others,
 which train few parameters beside the model of init_from) and tuned (tuned/: layouts that
 `gptjax.compile --search` found). Any key can be overridden with --config.KEY=VALUE, for example
 --config.model.num_layers=6. A duration is one key with a unit, _steps, _tokens, _epochs or
@@ -16,16 +17,17 @@ from ml_collections import ConfigDict
 from configs.parts import compiler, data, mesh, models, optim, peft, tuned
 from gptjax.config import override, parse_argument
 from gptjax.model.config import ModelConfig
+from gptjax.objectives.task import OF_THE_MODEL, TASKS, find_task, task_defaults
 
 # The preset of a model, and the tokenizer, that are those of the checkpoint of `init_from`.
 INIT_FROM = "init_from"
 
-# The special tokens that an objective needs.
+# The special tokens that a task needs.
 _SPECIALS = {"masked": "+mask", "span_corruption": "+sentinels"}
 
 
-def _objective(model: dict) -> str:
-  """What a model of this visibility is pretrained for."""
+def _task(model: dict) -> str:
+  """The task that a model of this visibility is pretrained for."""
   if model["encoder_layers"]:
     return "span_corruption"
   return {"bidirectional": "masked", "prefix": "prefix"}.get(model["visibility"], "next_token")
@@ -35,6 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   parts = parse_argument(
     arg,
     model=("tiny", (*models.MODELS, INIT_FROM)),
+    task=("", ("", *TASKS)),
     data=("text", None),  # `data.get` checks the names of a mixture one by one
     optim=("adamw", optim.OPTIMIZERS),
     mesh=("data", mesh.MESHES),
@@ -42,33 +45,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
     tuned=("none", ("none", *tuned.names())),
   )
   model = ModelConfig.defaults() | models.MODELS.get(parts["model"], {})
-  objective = _objective(model)
-  tokenizer = f"bpe:{model['vocab_size'] or 4096}{_SPECIALS.get(objective, '')}"
+  task = parts["task"] or (OF_THE_MODEL if parts["model"] == INIT_FROM else _task(model))
+  tokenizer = f"bpe:{model['vocab_size'] or 4096}{_SPECIALS.get(task, '')}"
   config = ConfigDict(
     {
       "seed": 0,
       "total_steps": 1000,
       # Rows a step over all hosts and micro-batches; tokens a step = batch_size * sequence_length.
+      # Of tasks that score labels: examples a step, which share rows of sequence_length tokens.
       "batch_size": 16,
       "sequence_length": 256,
       "grad_accumulation": 1,
       # 'bytes', 'bpe:N' (trained on the corpus), or the path of one; see gptjax/data/tokenizer.py.
       # 'init_from' is that of the model to start from.
       "tokenizer": INIT_FROM if parts["model"] == INIT_FROM else tokenizer,
-      # 'next_token'; 'prefix' and 'masked', for a model.visibility of 'prefix' and 'bidirectional';
-      # 'span_corruption', for one with an encoder, whose rows have sequence_length tokens; '' is
-      # what the model of init_from is for.
-      "objective": "" if parts["model"] == INIT_FROM else objective,
-      # Factor of log(sum exp(logits))^2 in what is minimised, but not in the loss that is logged.
-      "z_loss": 0.0,
-      # Likewise of a mixture of experts: factors of what keeps the load of the experts even, and of
-      # the z-loss of the routers' logits.
+      # What is learnt, and its own options, which are the fields of its class in gptjax/objectives.
+      "task": task_defaults(task),
+      # Of a mixture of experts: factors of what keeps the load of the experts even, and of the
+      # z-loss of the routers' logits, in what is minimised.
       "router_balance_loss": 0.01,
       "router_z_loss": 0.001,
-      # Objectives of labels: the share of the target that is spread over all labels; the factor of
-      # what makes two passes with other dropout agree (R-Drop).
-      "label_smoothing": 0.0,
-      "r_drop": 0.0,
       # What to start from: the work directory of a run, hf:FOLDER or hf:ORG/NAME, or gguf:FILE.
       "init_from": "",
       # A step whose loss or gradient is not finite is skipped, this many times.
@@ -92,7 +88,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "every_steps": 250,
         "keep": 2,
         "keep_every_steps": 0,
-        "best_metric": "val/loss",
+        "best_metric": "val/loss" if task == OF_THE_MODEL else find_task(task).best_metric,
         # What the run has made in the end: the 'newest' checkpoint, or the 'best' by best_metric.
         "final": "newest",
       },

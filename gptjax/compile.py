@@ -33,19 +33,20 @@ from gptjax.compiler.gpu import find_gpus, is_name
 from gptjax.compiler.report import Report, Work, compile_report, to_text
 from gptjax.compiler.topology import Slice, Target, find_slice
 from gptjax.errors import UserError
-from gptjax.training.setup import Plan, make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import Setup, make_setup
 
 FLAGS = flags.FLAGS
 
 
-def compile_training(plan: Plan, target: Target) -> Report:
+def compile_training(setup: Setup, target: Target) -> Report:
   """The report of the step that `gptjax.train` would run."""
-  optimizer = plan.make_optimizer(plan.run_length)
-  frozen = plan.frozen(plan.abstract_base())
-  arguments = (plan.abstract_state(optimizer), plan.abstract_batch(), frozen)
-  tokens = plan.config.batch_size * plan.config.sequence_length
-  work = Work(tokens, tokens * plan.flops_per_token)
-  return compile_report(plan, target, plan.make_train_step(optimizer), arguments, work)
+  optimizer = setup.make_optimizer(setup.run_length)
+  frozen = setup.frozen(setup.abstract_base())
+  arguments = (setup.abstract_state(optimizer), setup.abstract_batch(), frozen)
+  tokens = setup.config.batch_size * setup.config.sequence_length
+  work = Work(tokens, tokens * setup.flops_per_token)
+  return compile_report(setup, target, setup.make_train_step(optimizer), arguments, work)
 
 
 def find_target(name: str, num_slices: int) -> Target:
@@ -111,12 +112,12 @@ def main(overrides: Mapping[str, str]) -> None:
     find_layout(target, overrides)
     return
   if decode:
-    plan = make_decoding_plan(config, target.devices, *sizes)
-    report = compile_decoding(plan, target)
+    setup = make_decoding_plan(config, target.devices, *sizes)
+    report = compile_decoding(setup, target)
   else:
-    plan = make_plan(config, target.devices)
-    report = compile_training(plan, target)
-  print(to_text(report, plan))
+    setup = make_setup(resolve(config), target.devices)
+    report = compile_training(setup, target)
+  print(to_text(report, setup))
   if FLAGS.json:
     epath.Path(FLAGS.json).write_text(json.dumps(report.to_json(), indent=2) + "\n")
   if FLAGS.dump_hlo:

@@ -232,16 +232,18 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class RunLength:
-  """What turns a duration into steps."""
+  """Turns durations into steps; a length that is None is not known."""
 
-  tokens_per_step: int
+  tokens_per_step: int | None
   steps_per_epoch: float | None
   total_steps: int | None = None
 
   @classmethod
-  def from_config(cls, config: Mapping[str, Any], steps_per_epoch: float | None) -> "RunLength":
-    """Resolves `total_steps | total_tokens | total_epochs`. None: the epoch's size is unknown."""
-    length = cls(config.batch_size * config.sequence_length, steps_per_epoch)
+  def from_config(
+    cls, config: Mapping[str, Any], tokens_per_step: int | None, steps_per_epoch: float | None
+  ) -> "RunLength":
+    """Resolves `total_steps | total_tokens | total_epochs`."""
+    length = cls(tokens_per_step, steps_per_epoch)
     total = length.steps(config, "total")
     if total < 1:
       raise UserError("total_steps: a run needs at least one step.")
@@ -266,7 +268,7 @@ class RunLength:
       return 0
     steps_of = {
       "steps": 1,
-      "tokens": 1 / self.tokens_per_step,
+      "tokens": None if self.tokens_per_step is None else 1 / self.tokens_per_step,
       "epochs": self.steps_per_epoch,
       "percent": None if self.total_steps is None else self.total_steps / 100,
     }[unit]

@@ -24,7 +24,8 @@ from gptjax.devices.hosts import prepare_cpu
 from gptjax.diagnosis import coordinates, learning_rate, noise_scale, spikes
 from gptjax.errors import UserError, did_you_mean
 from gptjax.training.loop import make_workdir, open_data
-from gptjax.training.setup import make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 
 FLAGS = flags.FLAGS
 WORDS = ("coordinates", "learning_rate", "noise_scale", "spikes")
@@ -37,8 +38,8 @@ def train_briefly(word: str, overrides: Mapping[str, str]) -> None:
   if not all(width.isdigit() for width in FLAGS.widths):
     raise UserError(f"--widths={','.join(FLAGS.widths)}: give whole numbers, as in 64,128,256.")
   config = config_lib.load(FLAGS.config, overrides)
-  plan, workdir = make_plan(config), make_workdir(FLAGS.workdir)
-  dataset, steps = open_data(plan, workdir), FLAGS.steps
+  setup, workdir = make_setup(resolve(config)), make_workdir(FLAGS.workdir)
+  dataset, steps = open_data(setup, workdir), FLAGS.steps
   if word == "coordinates":
     coordinates.check(
       config,
@@ -50,7 +51,7 @@ def train_briefly(word: str, overrides: Mapping[str, str]) -> None:
     )
   else:
     steps = 200 if steps is None else steps
-    learning_rate.range_test(plan, dataset, workdir, low=FLAGS.low, high=FLAGS.high, steps=steps)
+    learning_rate.range_test(setup, dataset, workdir, low=FLAGS.low, high=FLAGS.high, steps=steps)
 
 
 def main(overrides: Mapping[str, str], words: Sequence[str]) -> None:

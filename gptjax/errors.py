@@ -15,3 +15,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
   if near:
     return f"Did you mean {' or '.join(repr(choice) for choice in near)}?"
   return f"Choose one of: {', '.join(choices)}."
+
+
+def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
+  """Raises UserError, with the nearest choice, for a value that is none of the choices."""
+  if value not in choices:
+    raise UserError(f"{key}: no choice {value!r}. {did_you_mean(str(value), choices)}")

@@ -16,9 +16,9 @@ from absl import flags
 from etils import epath
 
 from gptjax import config as config_lib
-from gptjax.data import pipeline
 from gptjax.data.tokenizer import open_saved
 from gptjax.errors import UserError
+from gptjax.training.datasets import open_dataset
 from gptjax.training.pretrained import TOKENIZER, tokenizer_of
 from gptjax.training.setup import INIT_FROM
 from gptjax.training.show import describe_row
@@ -47,7 +47,7 @@ def main(overrides: Mapping[str, str]) -> None:
       if tokenizer is None:
         raise UserError(f"--workdir={FLAGS.workdir}: no run has kept its tokenizer there.")
       tokenizer.save(epath.Path(folder) / TOKENIZER)
-    dataset = pipeline.open_dataset(config, folder, progress=True)
+    dataset = open_dataset(config, folder, progress=True)
     step, number = divmod(FLAGS.row, config.batch_size)
     row = jax.tree.map(lambda field: field[number], dataset.training_batch(step))
     print(f"row {FLAGS.row}, of step {step + 1}: ", end="")

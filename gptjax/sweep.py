@@ -22,9 +22,9 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as config_lib
-from gptjax.config import RunLength
 from gptjax.errors import UserError, did_you_mean
 from gptjax.training.checkpoints import lower_is_better
+from gptjax.training.setup import length_without_data
 
 FLAGS = flags.FLAGS
 
@@ -69,9 +69,10 @@ def first_validation(config) -> int | str:
   Raises:
     UserError: there is none.
   """
-  if "total_epochs" in config or "every_epochs" in config.eval:
+  length = length_without_data(config)
+  if length is None or "every_epochs" in config.eval:
     return "auto"
-  steps = RunLength.from_config(config, None).steps(config.eval, "every")
+  steps = length.steps(config.eval, "every")
   if not steps:
     raise UserError("SEARCH['pruner']='halving' needs validations: set eval.every_steps.")
   return steps

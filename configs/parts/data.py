@@ -23,27 +23,6 @@ PART_DEFAULTS = {
 
 DEFAULTS = PART_DEFAULTS | {
   "cache_dir": "",  # where tokens are kept; '' is $XDG_CACHE_HOME/gptjax or ~/.cache/gptjax
-  "fim_rate": 0.0,  # share of documents to reorder for fill-in-the-middle
-  "spm_rate": 0.5,  # share of those with the suffix first
-  "mask_rate": 0.15,  # objective=masked, span_corruption: the share of tokens to predict
-  "whole_words": True,  # masked: a word is masked whole; Chinese needs jieba
-  "mean_span": 3.0,  # span_corruption: tokens of a span, on average
-  # 'chat': records are conversations (gptjax/data/conversations.py); 'prompt': templates make texts
-  # of records (prompts.py); 'labels': records have texts and labels (labels.py)
-  "format": "text",
-  # chat: 'chatml', 'llama3' or 'alpaca' of gptjax/data/chat_templates.py; '' is the tokenizer's own
-  "chat_template": "",
-  "train_on": "assistant",  # chat: the tokens that count in the loss; or 'all'
-  # Longer than a row: 'truncate' keeps what fits, if what is to be learnt is in it; or 'drop'
-  "overlong": "truncate",
-  "prompt": "",  # prompt: a Jinja template, a file of your own or one of configs/prompts
-  "answer": "",  # prompt: the text of a Jinja template of what is to be learnt, ' {{ label }}'
-  "label_key": "label",  # labels: where the label of a record is, its tags, or its answers
-  "pair_key": "",  # labels: where a second text is: a hypothesis; the context of a question
-  "labels": (),  # labels: all of them, in order; () is those of the training records
-  "class_weights": "none",  # labels: 'balanced' counts rare ones more, as scikit-learn's does
-  "examples_per_label": 0,  # labels: training examples of each label, by the seed; 0 is all
-  "word_separator": " ",  # labels of words: what is between the words; '' for Chinese characters
   "mixture": {},  # name -> the keys of PART_DEFAULTS and weight; replaces the single corpus above
 }
 

@@ -35,7 +35,8 @@ def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarr
   from gptjax.devices import hosts as host
   from gptjax.devices import sharding
   from gptjax.model import layers as layers_lib
-  from gptjax.training.setup import make_plan
+  from gptjax.training.resolve import resolve
+  from gptjax.training.setup import make_setup
   from gptjax.training.step import init_state
 
   layers, width, heads, vocab, batch_size, length = shape
@@ -58,11 +59,11 @@ def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarr
   if without == "heap":
     host.keep_freed_memory = lambda: None
   host.prepare_cpu()
-  plan = make_plan(config)
-  optimizer = plan.make_optimizer(config_lib.RunLength.from_config(config, steps_per_epoch=None))
-  train_step = plan.make_train_step(optimizer)
-  with jax.set_mesh(plan.mesh):
-    state = init_state(plan.model, optimizer, 0, plan.abstract_state(optimizer))
+  setup = make_setup(resolve(config))
+  optimizer = setup.make_optimizer(config_lib.RunLength.from_config(config, steps_per_epoch=None))
+  train_step = setup.make_train_step(optimizer)
+  with jax.set_mesh(setup.mesh):
+    state = init_state(setup.model, optimizer, 0, setup.abstract_state(optimizer))
   # One document a row, as the pipeline would deliver it.
   ones = np.ones((batch_size, length), np.int32)
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
@@ -70,8 +71,8 @@ def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarr
   def step(tokens: np.ndarray) -> float:
     nonlocal state
     batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
-    with jax.set_mesh(plan.mesh):
-      state, metrics = train_step(state, sharding.to_global(batch, plan.mesh))
+    with jax.set_mesh(setup.mesh):
+      state, metrics = train_step(state, sharding.to_global(batch, setup.mesh))
       jax.block_until_ready(state)
     return float(metrics["loss"])
 

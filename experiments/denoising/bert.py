@@ -12,9 +12,8 @@ from gptjax import config
 
 def get_config(arg: str | None = None):
   return config.load(
-    "configs/pretrain.py:model=tiny,data=text,optim=muon",
+    "configs/pretrain.py:model=tiny,task=masked,data=text,optim=muon",
     {
-      "objective": "masked",
       "tokenizer": "bpe:4096+mask",
       "model.visibility": "bidirectional",
       "model.embed_dim": 128,

@@ -10,9 +10,8 @@ from gptjax import config
 
 def get_config(arg: str | None = None):
   return config.load(
-    "configs/pretrain.py:model=tiny,data=stdlib,optim=muon",
+    "configs/pretrain.py:model=tiny,task=span_corruption,data=stdlib,optim=muon",
     {
-      "objective": "span_corruption",
       "tokenizer": "bpe:4096+sentinels",
       "data.validation_fraction": 0.01,
       "model.encoder_layers": 2,

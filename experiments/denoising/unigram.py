@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 
 from gptjax import config as config_lib
-from gptjax.data import pipeline
 from gptjax.data.batch import Batch
 from gptjax.errors import UserError
+from gptjax.objectives.task import make_task
+from gptjax.training.datasets import open_dataset
 from gptjax.training.metrics import Sums
 from gptjax.training.pretrained import load_checkpoint
 from gptjax.training.step import make_eval_step
@@ -46,9 +47,9 @@ def counts(batches: Iterable[Batch], vocab_size: int) -> np.ndarray:
 def compare(workdir: str) -> tuple[float, float]:
   """Returns the losses without and with the model, in nats a target."""
   config = config_lib.open_saved(workdir)
-  dataset = pipeline.open_dataset(config, workdir)
+  dataset = open_dataset(config, workdir)
   tokenizer = dataset.tokenizer
-  mask = tokenizer.mask if config.objective == "masked" else None
+  mask = tokenizer.mask if config.task.name == "masked" else None
   is_text = tokenizer.bytes_per_token() > 0
   epoch = map(dataset.training_batch, range(int(dataset.steps_per_epoch)))
   validation = [*guessed_only(dataset.validation_batches(), is_text, mask)]
@@ -57,7 +58,7 @@ def compare(workdir: str) -> tuple[float, float]:
   occurrences = counts(validation, tokenizer.vocab_size)
   unigram = -(occurrences @ np.log(shares)) / occurrences.sum()
   graph, params = nnx.split(load_checkpoint(workdir)[0])
-  eval_step, sums = make_eval_step(graph), Sums()
+  eval_step, sums = make_eval_step(graph, make_task(config.task)), Sums()
   for batch in validation:
     sums.add(eval_step(params, jax.tree.map(jnp.asarray, batch)))
   return float(unigram), sums.finish()["loss"]

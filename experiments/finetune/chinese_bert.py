@@ -26,9 +26,8 @@ _SENTENCES = 20
 
 def get_config(arg: str | None = None):
   return config.load(
-    "configs/pretrain.py:model=tiny,data=jsonl,optim=muon",
+    "configs/pretrain.py:model=tiny,task=masked,data=jsonl,optim=muon",
     {
-      "objective": "masked",
       "model.vocab_size": 0,
       "model.visibility": "bidirectional",
       "model.embed_dim": 256,
@@ -36,7 +35,7 @@ def get_config(arg: str | None = None):
       "model.mlp_dim": 704,
       "model.dtype": "bfloat16",
       "data.validation_fraction": 0.02,
-      "data.mask_rate": 0.2,
+      "task.mask_rate": 0.2,
       "total_epochs": 3.0,
       "batch_size": 16,
       "sequence_length": 128,

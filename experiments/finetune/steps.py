@@ -25,7 +25,8 @@ from gptjax.devices import sharding
 from gptjax.devices.hosts import prepare_cpu
 from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.loop import init_or_restore, open_data
-from gptjax.training.setup import make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent
@@ -36,19 +37,19 @@ def make_step(method: str, workdir: Path) -> Callable[[], float]:
   """The step that `gptjax.train` runs; tells its seconds."""
   spec, overrides = training_config(TASKS["peft"], method, seed=0)
   config = config_lib.load(spec, {name: str(value) for name, value in overrides.items()})
-  plan = make_plan(config)
-  dataset = open_data(plan, workdir)
-  optimizer = plan.make_optimizer(RunLength.from_config(config, dataset.steps_per_epoch))
-  train_step = plan.make_train_step(optimizer)
-  with jax.set_mesh(plan.mesh), Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
-    state, frozen = init_or_restore(plan, optimizer, checkpoints)
+  setup = make_setup(resolve(config))
+  dataset = open_data(setup, workdir)
+  optimizer = setup.make_optimizer(RunLength.from_config(config, dataset.steps_per_epoch))
+  train_step = setup.make_train_step(optimizer)
+  with jax.set_mesh(setup.mesh), Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+    state, frozen = init_or_restore(setup, optimizer, checkpoints)
   batches = dataset.training_batches(0)
 
   def step() -> float:
     nonlocal state
     start = time.perf_counter()
-    with jax.set_mesh(plan.mesh):
-      batch = sharding.to_global(next(batches), plan.mesh)
+    with jax.set_mesh(setup.mesh):
+      batch = sharding.to_global(next(batches), setup.mesh)
       state, _ = train_step(state, batch, frozen)
       jax.block_until_ready(state)
     return time.perf_counter() - start

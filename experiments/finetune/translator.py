@@ -10,12 +10,11 @@ from gptjax import config
 
 def get_config(arg: str | None = None):
   return config.load(
-    "configs/pretrain.py:model=tiny,data=jsonl,optim=muon",
+    "configs/pretrain.py:model=tiny,task=prompt,data=jsonl,optim=muon",
     {
       "tokenizer": "bpe:8192",
-      "data.format": "prompt",
-      "data.prompt": "translation_en_zh.jinja",
-      "data.answer": "{{ zh }}",
+      "task.prompt": "translation_en_zh.jinja",
+      "task.answer": "{{ zh }}",
       "model.vocab_size": 0,
       "model.embed_dim": 256,
       "model.num_heads": 4,

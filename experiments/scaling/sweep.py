@@ -20,7 +20,8 @@ Result and cost: README.md.
 
 from experiments import prose
 from gptjax.sweeps.definition import make_trial
-from gptjax.training.setup import make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 
 # FLOPs of a run -> widths, around the best.
 WIDTHS = {
@@ -54,8 +55,8 @@ def arm(width: int, budget: float):
     "model.mlp_dim": 4 * width,
     "model.num_heads": width // 16,
   }
-  plan = make_plan(make_trial(base(), "", shape).config.copy_and_resolve_references())
-  tokens = round(budget / plan.flops_per_token)
+  setup = make_setup(resolve(make_trial(base(), "", shape).config.copy_and_resolve_references()))
+  tokens = round(budget / setup.flops_per_token)
   return f"width-{width},flops-{budget:g}", shape | {"total_tokens": tokens}
 
 

@@ -18,7 +18,8 @@ from gptjax.errors import UserError
 from gptjax.inference.decode import Decoding, append
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT, ParameterInfo
-from gptjax.training.setup import Plan, make_plan, tree_bytes
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import Setup, make_setup, tree_bytes
 
 FLOP_RULE = "2 N + 4 L H Q K per token, K = keys that the last position of the context sees"
 GREEDY = Sampling(temperature=0)
@@ -26,11 +27,11 @@ GREEDY = Sampling(temperature=0)
 
 def make_decoding_plan(
   config: ConfigDict, devices: Sequence[jax.Device], batch: int, context: int
-) -> Plan:
-  """The plan of a config whose model decodes `batch` rows with room for `context` positions each.
+) -> Setup:
+  """The setup of a config whose model decodes `batch` rows with room for `context` positions each.
 
   Raises:
-    UserError: as `make_plan`, and for what cannot be decoded.
+    UserError: as `make_setup`, and for what cannot be decoded.
   """
   mesh = sharding.make_mesh(config.mesh, devices)
   rows = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
@@ -52,81 +53,81 @@ def make_decoding_plan(
       f"mesh.context={mesh.shape['context']} has nothing to split where one token is decoded at a "
       "time: use mesh.tensor or mesh.data."
     )
-  with config.unlocked():
-    config.update({"batch_size": batch, "sequence_length": context, "grad_accumulation": 1})
-  return make_plan(config, devices)
+  config = ConfigDict(config.to_dict())
+  config.update({"batch_size": batch, "sequence_length": context, "grad_accumulation": 1})
+  return make_setup(resolve(config), devices)
 
 
-def compile_decoding(plan: Plan, target: Target) -> Report:
-  """The report of one step of greedy decoding, with the batch and the context of the plan.
+def compile_decoding(setup: Setup, target: Target) -> Report:
+  """The report of one step of greedy decoding, with the batch and the context of the setup.
 
   Parameters and cache are in `model.dtype`. The layers lie apart, as `GPT.unstack` leaves them: to
   take them out of their stack would be to copy every parameter for every token.
   """
-  batch, context = plan.config.batch_size, plan.config.sequence_length
-  graph, params = abstract_parameters(plan)
-  decoding = abstract_decoding(plan)
+  batch, context = setup.config.batch_size, setup.config.sequence_length
+  graph, params = abstract_parameters(setup)
+  decoding = abstract_decoding(setup)
   limits_B = jnp.full(batch, context)
 
   @functools.partial(
     jax.jit,
     donate_argnames=("decoding",),
     out_shardings=jax.tree.map(lambda leaf: leaf.sharding, decoding),
-    compiler_options=plan.compiler_options,
+    compiler_options=setup.compiler_options,
   )
   def step(params: Any, decoding: Decoding) -> Decoding:
     model = nnx.merge(graph, params)
     return append(model, decoding, limits_B, jnp.int32(-1), sampling=GREEDY)
 
-  return compile_report(plan, target, step, (params, decoding), _work(plan, params, decoding))
+  return compile_report(setup, target, step, (params, decoding), _work(setup, params, decoding))
 
 
-def abstract_parameters(plan: Plan) -> tuple[nnx.GraphDef, Any]:
+def abstract_parameters(setup: Setup) -> tuple[nnx.GraphDef, Any]:
   """The model with its layers apart: its static part, and its parameters as
   `jax.ShapeDtypeStruct`s in the compute dtype with the shardings of `sharding.RULES`."""
 
   def build() -> GPT:
-    model = GPT(plan.model, nnx.Rngs(0))
+    model = GPT(setup.model, nnx.Rngs(0))
     model.unstack()
     return model
 
   graph, state = nnx.split(nnx.eval_shape(build))
   flat = traverse_util.flatten_dict(nnx.to_pure_dict(state))
-  described = {path: _unstacked(plan, path) for path in flat}
+  described = {path: _unstacked(setup, path) for path in flat}
   shardings = sharding.parameter_shardings(
-    {"/".join(map(str, path)): info for path, info in described.items()}, plan.mesh
+    {"/".join(map(str, path)): info for path, info in described.items()}, setup.mesh
   )
   placed = {
     path: jax.ShapeDtypeStruct(
-      info.shape, plan.model.dtype, sharding=shardings["/".join(map(str, path))]
+      info.shape, setup.model.dtype, sharding=shardings["/".join(map(str, path))]
     )
     for path, info in described.items()
   }
   return graph, traverse_util.unflatten_dict(placed)
 
 
-def _unstacked(plan: Plan, path: tuple[Any, ...]) -> ParameterInfo:
-  """What `plan.parameters` says of a parameter of a single layer, or of one outside of layers."""
-  info = plan.parameters["/".join(str(part) for part in path if not isinstance(part, int))]
+def _unstacked(setup: Setup, path: tuple[Any, ...]) -> ParameterInfo:
+  """What `setup.parameters` says of a parameter of a single layer, or of one outside of layers."""
+  info = setup.parameters["/".join(str(part) for part in path if not isinstance(part, int))]
   if info.axes[0] != "layers":
     return info
   inputs = info.fan_in_axes
   return ParameterInfo(info.shape[1:], info.axes[1:], inputs and tuple(i - 1 for i in inputs))
 
 
-def abstract_decoding(plan: Plan) -> Decoding:
+def abstract_decoding(setup: Setup) -> Decoding:
   """The state between two steps, as `jax.ShapeDtypeStruct`s with shardings: rows are split as those
   of a batch, the cache by its heads too, the logits by the vocabulary."""
-  B, S = plan.config.batch_size, plan.config.sequence_length
+  B, S = setup.config.batch_size, setup.config.sequence_length
 
   def build() -> Decoding:
     return Decoding(
       tokens=jnp.zeros((B, S), jnp.int32),
       lengths=jnp.zeros(B, jnp.int32),
-      logits=jnp.zeros((B, plan.model.vocab_size), jnp.float32),
+      logits=jnp.zeros((B, setup.model.vocab_size), jnp.float32),
       finished=jnp.zeros(B, bool),
       keys=jax.vmap(jax.random.key)(jnp.zeros(B, jnp.uint32)),
-      cache=GPT(plan.model, nnx.Rngs(0)).empty_cache(B, S),
+      cache=GPT(setup.model, nnx.Rngs(0)).empty_cache(B, S),
     )
 
   pair = (("batch", None, "kv_heads", None),) * 2
@@ -136,17 +137,17 @@ def abstract_decoding(plan: Plan) -> Decoding:
     logits=("batch", "vocab"),
     finished=("batch",),
     keys=("batch",),
-    cache=[pair] * plan.model.num_layers,
+    cache=[pair] * setup.model.num_layers,
   )
 
   def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-    where = NamedSharding(plan.mesh, sharding.partition_spec(axes))
+    where = NamedSharding(setup.mesh, sharding.partition_spec(axes))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
   return jax.tree.map(place, jax.eval_shape(build), axes)
 
 
-def _work(plan: Plan, params: Any, decoding: Decoding) -> Work:
+def _work(setup: Setup, params: Any, decoding: Decoding) -> Work:
   """What a step must do, whatever the program.
 
   Read are the parameters that tokens are multiplied with or scaled by, not the tables that they
@@ -154,13 +155,13 @@ def _work(plan: Plan, params: Any, decoding: Decoding) -> Work:
   `fsdp` splits; of experts, those that some row is expected to choose if all are as likely. Of the
   cache, what the layers see: all of it, or a window.
   """
-  model, mesh = plan.model, plan.mesh
+  model, mesh = setup.model, setup.mesh
   batch, context = decoding.tokens.shape
   windows = model.windows * (model.num_layers // len(model.windows))
   keys = sum(context if window is None else min(window, context) for window in windows)
   _, cache = tree_bytes(decoding.cache)
   weights = read = 0
-  for info in plan.parameters.values():
+  for info in setup.parameters.values():
     is_scores = model.tied_head and info.axes == ("vocab", "embed")
     is_matrix = info.fan_in_axes is not None or is_scores
     active = model.active_experts if "experts" in info.axes else 1.0

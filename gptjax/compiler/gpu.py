@@ -23,7 +23,7 @@ from gptjax.compiler.report import Costs, read_costs
 from gptjax.compiler.topology import Target
 from gptjax.devices.chips import Chip, find_chip
 from gptjax.errors import UserError
-from gptjax.training.setup import Plan
+from gptjax.training.setup import Setup
 
 GPUS_PER_NODE = 8
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
@@ -278,8 +278,8 @@ def attention_flops(program: Program) -> float:
 
 
 @read_costs.register
-def _(target: Gpus, program: Program, plan: Plan, collectives: list[Collective]) -> Costs:
-  del plan
+def _(target: Gpus, program: Program, setup: Setup, collectives: list[Collective]) -> Costs:
+  del setup
   seconds = math.fsum(one.bytes / target.link_bandwidth(one.group) for one in collectives)
   return Costs(
     {"network": seconds},

@@ -16,7 +16,7 @@ from gptjax.compiler.hlo import Collective, Program
 from gptjax.compiler.topology import Slice, Target
 from gptjax.devices import chips
 from gptjax.errors import UserError
-from gptjax.training.setup import Plan
+from gptjax.training.setup import Setup
 
 # In the compiler's sentences about what does not fit.
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -74,18 +74,18 @@ class Costs:
 
 @functools.singledispatch
 def read_costs(
-  target: Target, program: Program, plan: Plan, collectives: list[Collective]
+  target: Target, program: Program, setup: Setup, collectives: list[Collective]
 ) -> Costs:
   """Reads the costs of a program that was compiled for the target. Each kind registers its own."""
   raise NotImplementedError(type(target).__name__)
 
 
 @read_costs.register
-def _(target: Slice, program: Program, plan: Plan, collectives: list[Collective]) -> Costs:
-  devices = list(plan.mesh.devices.flat)
-  model, experts = plan.model, plan.model.num_experts
+def _(target: Slice, program: Program, setup: Setup, collectives: list[Collective]) -> Costs:
+  devices = list(setup.mesh.devices.flat)
+  model, experts = setup.model, setup.model.num_experts
   # Of the rows that `model.moe` makes room for, those of an even load.
-  rows = max(model.experts_per_token, experts // plan.mesh.shape["expert"]) / (experts or 1)
+  rows = max(model.experts_per_token, experts // setup.mesh.shape["expert"]) / (experts or 1)
   times = estimate(program, target, devices, model.windows, collectives, rows)
   return Costs({"ici": times.collectives}, times.kernel_flops, estimate=times)
 
@@ -180,17 +180,17 @@ class Report:
 
 
 def compile_report(
-  plan: Plan, target: Target, step: Callable, arguments: tuple[Any, ...], work: Work
+  setup: Setup, target: Target, step: Callable, arguments: tuple[Any, ...], work: Work
 ) -> Report:
   """Compiles step(*arguments) for the target and reads what came out.
 
   Args:
-    plan: whose mesh is of the target's devices.
+    setup: whose mesh is of the target's devices.
     step: from `jax.jit`. arguments: abstract, with shardings.
     work: what the step does.
   """
   devices = len(target.devices)
-  with jax.set_mesh(plan.mesh):
+  with jax.set_mesh(setup.mesh):
     traced = step.trace(*arguments)
     lowered = traced.lower()
   flops = count_flops(traced.jaxpr.jaxpr) / devices
@@ -210,7 +210,7 @@ def compile_report(
     "chip": target.chip.name,
     "chips": target.chips,
     "devices": devices,
-    "mesh": {axis: size for axis, size in plan.mesh.shape.items() if size > 1},
+    "mesh": {axis: size for axis, size in setup.mesh.shape.items() if size > 1},
     "work": work,
     "capacity": target.hbm_bytes,
     "peak_flops": target.chip.peak_flops,
@@ -230,7 +230,7 @@ def compile_report(
   program = Program(text)
   memory = compiled.memory_analysis()
   collectives = program.collectives(devices)
-  costs = read_costs(target, program, plan, collectives)
+  costs = read_costs(target, program, setup, collectives)
   flops += costs.kernel_flops
   traffic: dict[str, Traffic] = {}
   for one in collectives:
@@ -288,11 +288,11 @@ def _refused_buffers(problem: str) -> list[tuple[int, str, str]]:
   return found
 
 
-def advice(report: Report, plan: Plan) -> list[str]:
+def advice(report: Report, setup: Setup) -> list[str]:
   """What would make the largest arrays smaller."""
   if report.work.advice:
     return list(report.work.advice)
-  model = plan.model
+  model = setup.model
   found = []
   for _, shape, _ in report.buffers:
     dims = [int(dim) for dim in re.findall(r"\d+", shape.partition("[")[2])]
@@ -307,7 +307,7 @@ def advice(report: Report, plan: Plan) -> list[str]:
   return list(dict.fromkeys(found))
 
 
-def to_text(report: Report, plan: Plan) -> str:
+def to_text(report: Report, setup: Setup) -> str:
   """The report for a person."""
   gib = 2**30
   mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items()) or "one device"
@@ -329,7 +329,7 @@ def to_text(report: Report, plan: Plan) -> str:
   for size, shape, origin in report.buffers:
     lines.append(f"  {size / gib:8.3f} GiB {shape} {_shorten(origin)}")
   if not report.fits:
-    lines += [f"  to shrink {what}" for what in advice(report, plan)]
+    lines += [f"  to shrink {what}" for what in advice(report, setup)]
   lines.append(f"model FLOPs a step: {report.work.model_flops:.4g} ({report.work.flop_rule})")
   extra = report.hardware_flops * report.devices / report.work.model_flops
   lines.append(f"hardware FLOPs a device: {report.hardware_flops:.4g} ({extra:.2f} of the model's)")

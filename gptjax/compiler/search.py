@@ -27,7 +27,8 @@ from gptjax.compiler.topology import Slice
 from gptjax.devices.hosts import cache_root
 from gptjax.devices.sharding import MAX_RING
 from gptjax.errors import UserError
-from gptjax.training.setup import make_plan, tree_bytes
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup, tree_bytes
 
 Overrides = dict[str, Any]
 
@@ -216,12 +217,12 @@ def misfit(config: ConfigDict, target: Slice) -> str:
   A lower bound: state, gradients, and what the layers save for the backward pass.
   """
   try:
-    plan = make_plan(config, target.devices)
-    state = plan.abstract_state(plan.make_optimizer(plan.run_length))
+    setup = make_setup(resolve(config), target.devices)
+    state = setup.abstract_state(setup.make_optimizer(setup.run_length))
   except UserError as error:
     return str(error)
   held = tree_bytes(state)[1] + tree_bytes(state.params)[1]
-  mesh, model = plan.mesh.shape, plan.model
+  mesh, model = setup.mesh.shape, setup.model
   rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * config.grad_accumulation)
   widths, wide = _SAVED[model.remat]
   per_token = widths * model.embed_dim + wide * model.mlp_dim / mesh["tensor"]

@@ -136,7 +136,7 @@ class ChatTemplate:
         raise UserError(
           f"the chat template of {self.tokenizer.spec!r} does not write message {number} behind "
           "what asks for it, so that its tokens cannot be told from the rest; set "
-          "--config.data.chat_template= to another, or train_on=all."
+          "--config.task.chat_template= to another, or train_on=all."
         )
       text, ends = examples[-1]
       before = text[: ends[0]] if ends else text
@@ -172,15 +172,15 @@ def set_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     if tokenizer.chat_template is None:
       raise UserError(
         f"tokenizer {tokenizer.spec!r} has no chat template of its own. "
-        f"Set --config.data.chat_template= to one of: {', '.join(TEMPLATES)}."
+        f"Set --config.task.chat_template= to one of: {', '.join(TEMPLATES)}."
       )
     return tokenizer
   if name not in TEMPLATES:
-    raise UserError(f"data.chat_template: no template {name!r}. {did_you_mean(name, TEMPLATES)}")
+    raise UserError(f"task.chat_template: no template {name!r}. {did_you_mean(name, TEMPLATES)}")
   template, needed = TEMPLATES[name]
   if missing := [text for text in needed if text not in tokenizer.specials]:
     raise UserError(
-      f"data.chat_template={name!r} needs the special token {missing[0]!r}, which tokenizer "
+      f"task.chat_template={name!r} needs the special token {missing[0]!r}, which tokenizer "
       f"{tokenizer.spec!r} does not have; 'alpaca' needs none."
     )
   return tokenizer.with_chat_template(template)

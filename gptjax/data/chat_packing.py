@@ -19,6 +19,7 @@ class PackedConversations:
   A conversation of n tokens takes n - 1 places. Which share a row depends on their lengths alone.
 
   Attributes:
+    sequence_length: T.
     truncated: how many conversations are longer than a row and lose what is beyond.
     dropped: how many are longer and left out.
   """
@@ -35,7 +36,7 @@ class PackedConversations:
     Raises:
       UserError: no conversation is left.
     """
-    self._tokens, self._sequence_length = cache.tokens, sequence_length
+    self._tokens, self.sequence_length = cache.tokens, sequence_length
     self._starts = np.asarray(cache.boundaries) + 1
     self._stops = np.append(self._starts[1:] - 1, cache.num_tokens - 1)
     places = self._stops - self._starts - 1
@@ -48,7 +49,7 @@ class PackedConversations:
     if not kept.any():
       raise UserError(
         f"none of {cache.num_documents} documents fits a row of {sequence_length} tokens "
-        f"(data.overlong={overlong!r}); the shortest takes {places.min()}. "
+        f"(task.overlong={overlong!r}); the shortest takes {places.min()}. "
         f"Set --config.sequence_length={places.min()} or more."
       )
     kept = np.flatnonzero(kept)
@@ -73,10 +74,10 @@ class PackedConversations:
       segment_ids.append(np.full(len(tokens) - 1, segment, np.int32))
       positions.append(np.arange(len(tokens) - 1, dtype=np.int32))
     fields = (inputs, targets, weights, segment_ids, positions)
-    return Batch(*(pad(np.concatenate(field), self._sequence_length) for field in fields))
+    return Batch(*(pad(np.concatenate(field), self.sequence_length) for field in fields))
 
   def _read(self, one: int) -> tuple[np.ndarray, np.ndarray]:
-    stop = min(self._stops[one], self._starts[one] + self._sequence_length + 1)
+    stop = min(self._stops[one], self._starts[one] + self.sequence_length + 1)
     return decode_flags(self._tokens[self._starts[one] : stop])
 
   def _has_target(self, one: int) -> bool:

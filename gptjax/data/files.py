@@ -291,10 +291,10 @@ def to_json(record: object) -> str:
   return json.dumps(record, ensure_ascii=False, default=plain)
 
 
-def missing_key(name: object, key: str, found: Sequence[str], option: str = "text_key") -> str:
-  """Returns the sentence for a record without the key that `data.option` names."""
+def missing_key(name: object, key: str, found: Sequence[str], option: str = "data.text_key") -> str:
+  """Returns the sentence for a record without the key that an option of the config names."""
   others = [other for other in found if other != key]
-  hint = f" Set --config.data.{option}={others[0]}." if others else ""
+  hint = f" Set --config.{option}={others[0]}." if others else ""
   return f"{name}: no key {key!r} (found: {', '.join(map(repr, others)) or 'nothing'}).{hint}"
 
 

@@ -39,7 +39,7 @@ class FillInTheMiddle:
     if None in (tokenizer.fim_prefix, tokenizer.fim_middle, tokenizer.fim_suffix):
       raise UserError(
         f"tokenizer {tokenizer.spec!r} has no fill-in-the-middle tokens. "
-        "Set --config.data.fim_rate=0, or use 'bytes' or 'bpe:N'."
+        "Set --config.task.fim_rate=0, or use 'bytes' or 'bpe:N'."
       )
 
   def __call__(self, window: np.ndarray, rng: np.random.Generator) -> np.ndarray:

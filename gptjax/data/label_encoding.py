@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import tqdm
@@ -15,28 +17,46 @@ _RECORDS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+  """A place among the tokens where the loss counts.
+
+  label: the index of its label, or 0. weight: what it counts.
+  """
+
+  place: int
+  label: int = 0
+  weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Example:
   """What a model reads, and what it is to say where.
 
   Attributes:
     name: where it comes from, FILE:LINE.
     tokens: int32 [n].
-    second: where among them the second text starts and stops, its end_of_text included, as BERT
-      has it; (0, 0) without one.
-    targets: (place among the tokens, index of its label, or 0) where the loss counts.
+    targets: where the loss counts; without any, nothing can be learnt of it.
+    second: where among the tokens the second text starts and stops, its end_of_text included, as
+      BERT has it; (0, 0) without one.
     values: (place among the tokens, column, value) of the values that are not 0.
+    truncated: whether it is longer than a row and loses what is beyond.
+    segments: lengths of the parts of the tokens, none of which sees another; () is one part.
+    empty_words: how many of its words have no token, and so no tag.
   """
 
   name: str
   tokens: np.ndarray
-  second: tuple[int, int]
-  targets: tuple[tuple[int, int], ...]
+  targets: tuple[Target, ...]
+  second: tuple[int, int] = (0, 0)
   values: tuple[tuple[int, int, float], ...] = ()
+  truncated: bool = False
+  segments: tuple[int, ...] = ()
+  empty_words: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Those of one side of a corpus.
+  """The examples of one side of a corpus.
 
   Attributes:
     examples: in the order of the records.
@@ -50,9 +70,52 @@ class Examples:
   dropped: int
   empty_words: int
 
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, index: int) -> Example:
+    return self.examples[index]
+
   @property
   def num_tokens(self) -> int:
     return sum(len(example.tokens) for example in self.examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A text or two as the tokens of a row, between special tokens.
+
+  Attributes:
+    tokens: all of them.
+    first, second: where the texts start and stop; the second's stop includes its end_of_text, and
+      is (0, 0) without a second text.
+    place: the token at which a model scores the whole.
+    truncated: whether the texts were cut to fit.
+  """
+
+  tokens: np.ndarray
+  first: tuple[int, int]
+  second: tuple[int, int]
+  place: int
+  truncated: bool
+
+
+class Assembler(Protocol):
+  """The part of a task that makes examples.
+
+  Attributes:
+    num_texts: how many texts an example has, 1 or 2, between special tokens.
+    overlong: 'truncate' or 'drop'.
+  """
+
+  num_texts: int
+  overlong: str
+
+  def pieces(self, record: Record, encoder: "LabelEncoder") -> list[str]:
+    """The texts to tokenise, each apart."""
+
+  def example(self, record: Record, pieces: list[np.ndarray], encoder: "LabelEncoder") -> Example:
+    """Makes an example of the tokens of the pieces, without targets if none fit."""
 
 
 class LabelEncoder:
@@ -60,22 +123,29 @@ class LabelEncoder:
 
   For BERT, [CLS] and [SEP]. What reads from left to right and would start as it ends does without
   the start, as classifiers on GPT-2 do. RoBERTa's family has two separators between texts.
+
+  Attributes:
+    tokenizer: it.
+    scores_at: as of `DataOptions`.
+    room: tokens of a row that are not special.
   """
 
-  def __init__(self, tokenizer: Tokenizer, options: DataOptions):
+  def __init__(self, tokenizer: Tokenizer, data: DataOptions, assembler: Assembler):
     """Prepares the encoding; UserError if a row has no room for any text."""
-    self._tokenizer, self._options = tokenizer, options
+    self.tokenizer, self.scores_at = tokenizer, data.scores_at
+    self._assembler, self._sequence_length = assembler, data.sequence_length
     end = tokenizer.end_of_text
     self._start = list(tokenizer.start)
-    if options.label_at == "last" and end in self._start:
+    if data.scores_at == "last" and end in self._start:
       self._start = []
     self._between = [end] * (2 if tokenizer.roles.get("sep_token") == "</s>" else 1)
-    specials = len(self._start) + bool(options.pair_key) * len(self._between) + 1
-    self._room = options.sequence_length - specials
-    smallest = specials + 1 + bool(options.pair_key)
-    if options.sequence_length < smallest:
+    pairs = assembler.num_texts == 2
+    specials = len(self._start) + pairs * len(self._between) + 1
+    self.room = data.sequence_length - specials
+    smallest = specials + 1 + pairs
+    if data.sequence_length < smallest:
       raise UserError(
-        f"sequence_length={options.sequence_length} has no room for a text beside {specials} "
+        f"sequence_length={data.sequence_length} has no room for a text beside {specials} "
         f"special tokens. Set --config.sequence_length={smallest} or more."
       )
 
@@ -85,109 +155,58 @@ class LabelEncoder:
     Raises:
       UserError: a record cannot be read, or none fits a row.
     """
-    records, examples = texts.records, []
+    assembler, records, examples = self._assembler, texts.records, []
     truncated = dropped = empty_words = 0
     with tqdm.tqdm(desc="Tokenising", total=len(records), disable=not progress) as bar:
       for begin in range(0, len(records), _RECORDS_AT_ONCE):
         chunk = records[begin : begin + _RECORDS_AT_ONCE]
-        pieces = [self._pieces(record) for record in chunk]
-        encoded = iter(self._tokenizer.encode_batch([*itertools.chain(*pieces)]))
+        pieces = [assembler.pieces(record, self) for record in chunk]
+        encoded = iter(self.tokenizer.encode_batch([*itertools.chain(*pieces)]))
         for record, own in zip(chunk, pieces, strict=True):
           tokens = [*itertools.islice(encoded, len(own))]
-          if self._options.objective == "tagging":
-            empty_words += sum(not len(word) for word in tokens)
-          overlong = sum(map(len, tokens)) > self._room
-          example = self._example(record, tokens)
-          if (overlong and self._options.overlong == "drop") or not example.targets:
+          example = assembler.example(record, tokens, self)
+          empty_words += example.empty_words
+          if (example.truncated and assembler.overlong == "drop") or not example.targets:
             dropped += 1
             continue
-          truncated += overlong
+          truncated += example.truncated
           examples.append(example)
         bar.update(len(chunk))
     if not examples:
       raise UserError(
         f"none of {len(records)} records from {texts.name(0)} on fits a row of "
-        f"{self._options.sequence_length} tokens with what is to be learnt of it "
-        f"(data.overlong={self._options.overlong!r}). Raise --config.sequence_length."
+        f"{self._sequence_length} tokens with what is to be learnt of it "
+        f"(task.overlong={assembler.overlong!r}). Raise --config.sequence_length."
       )
     return Examples(examples, truncated, dropped, empty_words)
 
-  def _pieces(self, record: Record) -> list[str]:
-    match self._options.objective:
-      case "tagging":
-        separator = self._options.word_separator
-        first, *others = record.texts
-        return [first, *(self._after(separator, word) for word in others)]
-      case "span":
-        question, context = record.texts
-        start, stop = record.label
-        # A space is part of the token after it.
-        before, answer = context[:start].removesuffix(" "), context[start:stop]
-        space = context[len(before) : start]
-        return [question, before, self._after(space, answer), self._after("", context[stop:])]
-    return list(record.texts)
-
-  def _after(self, separator: str, text: str) -> str:
+  def after(self, separator: str, text: str) -> str:
     """A text that is to follow another, which some tokenizers put a space before anyway."""
     text = separator + text
-    return text.removeprefix(" ") if self._tokenizer.adds_space else text
+    return text.removeprefix(" ") if self.tokenizer.adds_space else text
 
-  def _example(self, record: Record, pieces: list[np.ndarray]) -> Example:
-    """Without targets if what is to be learnt does not fit."""
-    objective = self._options.objective
-    if objective == "tagging":
-      texts = [np.concatenate(pieces)]
-    elif objective == "span":
-      texts = [pieces[0], np.concatenate(pieces[1:])]
-    else:
-      texts = pieces
+  def lay_out(self, texts: Sequence[np.ndarray]) -> Layout:
+    """Puts special tokens around one text or two, cut to fit a row."""
     first, *others = self._cut(texts)
+    start = len(self._start)
     tokens, second = [*self._start, *first], (0, 0)
     for other in others:
       tokens += [*self._between, *other]
       second = (len(tokens) - len(other), len(tokens) + 1)
-    tokens.append(self._tokenizer.end_of_text)
-    place = len(tokens) - 1 if self._options.label_at == "last" else 0
-    targets, values = ((place, 0),), ()
-    match objective:
-      case "classification":
-        targets = ((place, record.label),)
-      case "multi_label":
-        values = tuple((place, label, 1.0) for label in record.label)
-      case "regression":
-        values = ((place, 0, record.label),)
-      case "tagging":
-        targets = self._tags(record, pieces, len(self._start) + len(first))
-      case "span":
-        start, stop = (second[0] + place for place in self._answer(pieces))
-        values = ((start, 0, 1.0), (stop - 1, 1, 1.0))
-        if not start < stop < second[1]:
-          targets = ()
-    return Example(record.name, np.array(tokens, np.int32), second, targets, values)
+    tokens.append(self.tokenizer.end_of_text)
+    return Layout(
+      tokens=np.array(tokens, np.int32),
+      first=(start, start + len(first)),
+      second=second,
+      place=len(tokens) - 1 if self.scores_at == "last" else 0,
+      truncated=sum(map(len, texts)) > self.room,
+    )
 
-  def _cut(self, texts: list[np.ndarray]) -> list[np.ndarray]:
+  def _cut(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Takes from the end of the longer text until both fit, as the `tokenizers` library does."""
     if len(texts) == 1:
-      return [texts[0][: self._room]]
+      return [texts[0][: self.room]]
     first, second = texts
-    half = (self._room + (len(first) > len(second))) // 2
-    first = first[: max(self._room - len(second), half)]
-    return [first, second[: self._room - len(first)]]
-
-  def _tags(
-    self, record: Record, words: list[np.ndarray], stop: int
-  ) -> tuple[tuple[int, int], ...]:
-    ends = np.cumsum([len(word) for word in words]) + len(self._start)
-    tags = []
-    for word, end, label in zip(words, ends.tolist(), record.label, strict=True):
-      place = end - 1 if self._options.label_at == "last" else end - len(word)
-      if len(word) and place < stop:
-        tags.append((place, label))
-    return tuple(tags)
-
-  def _answer(self, pieces: list[np.ndarray]) -> tuple[int, int]:
-    """Where among the context's tokens the answer's start and stop."""
-    _, before, answer, _ = pieces
-    # A tokenizer may have the space before the answer as a token of its own.
-    blank = itertools.takewhile(lambda one: self._tokenizer.decode_bytes([one]).isspace(), answer)
-    return len(before) + len(list(blank)), len(before) + len(answer)
+    half = (self.room + (len(first) > len(second))) // 2
+    first = first[: max(self.room - len(second), half)]
+    return [first, second[: self.room - len(first)]]

@@ -1,111 +1,71 @@
-"""Examples with labels as rows: whole ones side by side, none of which sees another."""
+"""Examples with labels as the rows of a batch: whole ones, none of which sees another."""
 
-import collections
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from gptjax.data.batch import Batch
 from gptjax.data.chat_packing import first_fit_decreasing
-from gptjax.data.label_encoding import Examples
-from gptjax.data.options import DataOptions
-from gptjax.errors import UserError
-
-
-class PackedExamples:
-  """Rows of T tokens with every example once. Which share a row depends on their lengths alone.
-
-  Attributes:
-    truncated, dropped, empty_words: as of `Examples`.
-  """
-
-  def __init__(self, examples: Examples, options: DataOptions, class_weights: np.ndarray):
-    """Packs what a `LabelEncoder` encoded.
-
-    Args:
-      examples: none of them longer than T.
-      options: sequence_length is T.
-      class_weights: float32 [labels], what a target counts in the loss.
-    """
-    self.truncated, self.dropped = examples.truncated, examples.dropped
-    self.empty_words = examples.empty_words
-    self._examples, self._class_weights = examples.examples, class_weights
-    self._sequence_length = options.sequence_length
-    self._has_pairs = bool(options.pair_key)
-    self._columns = {"multi_label": len(options.labels), "regression": 1, "span": 2}.get(
-      options.objective
-    )
-    lengths = [len(example.tokens) for example in examples.examples]
-    self._rows = first_fit_decreasing(lengths, options.sequence_length)
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  @property
-  def names(self) -> list[str]:
-    """Where the examples come from, in the order of the rows and in each from left to right."""
-    return [self._examples[member].name for row in self._rows for member in row]
-
-  def __getitem__(self, index: int) -> Batch:
-    """Returns a row, each field [T]; token_types are there with pairs, and values [T, K] where an
-    example has not one label of a set."""
-    T = self._sequence_length
-    inputs, targets, segment_ids, positions, token_types = np.zeros((5, T), np.int32)
-    weights = np.zeros(T, np.float32)
-    values = np.zeros((T, self._columns or 0), np.float32)
-    start = 0
-    for segment, member in enumerate(self._rows[index], start=1):
-      example = self._examples[member]
-      stop = start + len(example.tokens)
-      inputs[start:stop] = example.tokens
-      segment_ids[start:stop] = segment
-      positions[start:stop] = np.arange(stop - start)
-      token_types[start + example.second[0] : start + example.second[1]] = 1
-      for place, label in example.targets:
-        targets[start + place] = label
-        weights[start + place] = self._class_weights[label]
-      for place, column, value in example.values:
-        values[start + place, column] = value
-      start = stop
-    return Batch(
-      inputs,
-      targets,
-      weights,
-      segment_ids,
-      positions,
-      token_types=token_types if self._has_pairs else None,
-      values=values if self._columns else None,
-    )
+from gptjax.data.label_encoding import Example
 
 
 def pack_examples(
-  parts: Mapping[str, Examples], options: DataOptions, *, training: bool
-) -> dict[str, PackedExamples]:
-  """Packs each part; in training the classes have their weights, over all parts.
+  examples: Sequence[Example],
+  sequence_length: int,
+  *,
+  columns: int = 0,
+  pairs: bool = False,
+  row_multiple: int = 1,
+) -> tuple[Batch, list[int]]:
+  """Packs examples into the fewest rows that first-fit-decreasing finds.
 
-  Raises:
-    UserError: in training, a label has no example.
+  The number of rows is `row_multiple` times a power of two, so that batches have few shapes; what
+  is beyond the examples is padding.
+
+  Args:
+    examples: none of them longer than T.
+    sequence_length: T.
+    columns: K of the batch's `values`; 0 is none.
+    pairs: whether the batch has `token_types`.
+    row_multiple: the number of rows is a multiple of it.
+
+  Returns:
+    The batch, fields [B, T] and values [B, T, K]; and the examples' indices in the order in which
+    they lie in it, row by row and from left to right.
   """
-  weights = np.ones(max(len(options.labels), 1), np.float32)
-  if training and options.labels:
-    weights = _class_weights(parts.values(), options)
-  return {name: PackedExamples(examples, options, weights) for name, examples in parts.items()}
+  rows = first_fit_decreasing([len(example.tokens) for example in examples], sequence_length)
+  shape = (_round_up(len(rows), row_multiple), sequence_length)
+  inputs, targets, segment_ids, positions, token_types = np.zeros((5, *shape), np.int32)
+  weights, values = np.zeros(shape, np.float32), np.zeros((*shape, columns), np.float32)
+  for row, members in enumerate(rows):
+    start, segment = 0, 0
+    for member in members:
+      example = examples[member]
+      inputs[row, start : start + len(example.tokens)] = example.tokens
+      first, last = (start + place for place in example.second)
+      token_types[row, first:last] = 1
+      for target in example.targets:
+        targets[row, start + target.place] = target.label
+        weights[row, start + target.place] = target.weight
+      for place, column, value in example.values:
+        values[row, start + place, column] = value
+      for length in example.segments or (len(example.tokens),):
+        segment += 1
+        segment_ids[row, start : start + length] = segment
+        positions[row, start : start + length] = np.arange(length)
+        start += length
+  batch = Batch(
+    inputs,
+    targets,
+    weights,
+    segment_ids,
+    positions,
+    token_types=token_types if pairs else None,
+    values=values if columns else None,
+  )
+  return batch, [int(member) for members in rows for member in members]
 
 
-def _class_weights(parts: Iterable[Examples], options: DataOptions) -> np.ndarray:
-  """1, or for 'balanced' n / (K n_k) (King & Zeng 2001, as in scikit-learn): float32 [K]."""
-  found = collections.Counter()
-  for example in (example for part in parts for example in part.examples):
-    if options.objective == "multi_label":
-      found.update(column for _, column, _ in example.values)
-    else:
-      found.update(label for _, label in example.targets)
-  counts = np.array([found[index] for index in range(len(options.labels))])
-  if not counts.all():
-    missing = options.labels[int(np.argmin(counts))]
-    raise UserError(
-      f"data.labels: label {missing!r} has no training example; leave it out or add one."
-    )
-  if options.class_weights == "none":
-    return np.ones(len(counts), np.float32)
-  return (counts.sum() / (len(counts) * counts)).astype(np.float32)
+def _round_up(rows: int, multiple: int) -> int:
+  return multiple * 2 ** math.ceil(math.log2(max(1, math.ceil(rows / multiple))))

@@ -6,28 +6,22 @@
     {"text": ["John", "lives"], "label": ["B-PER", "O"]}                             tagging
     {"text": ..., "context": ..., "label": {"text": [...], "answer_start": [...]}}   span
 
-data.text_key, label_key and pair_key, of a second text, name the keys; the last line has a
-pair_key of 'context'.
+Which keys a record has, and what its label means, is the task's to say (`Reader`).
 """
 
 import dataclasses
 import functools
 import json
-import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
 
 from gptjax.data import files, sources
-from gptjax.data.options import DataOptions, PartOptions
+from gptjax.data.options import PartOptions
 from gptjax.data.sources import Source, Subset
 from gptjax.errors import UserError, did_you_mean
-
-_WITH_CLASSES = ("classification", "tagging")  # A text or a word has one label of a set.
-_WITH_LABELS = (*_WITH_CLASSES, "multi_label")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,126 +30,96 @@ class Record:
 
   Attributes:
     name: where it comes from, FILE:LINE.
-    texts: the text, and the second one if there is any; of tagging the words.
-    label: of classification an index into the labels; of multi_label any number of them, of tagging
-      one a word; of regression a number; of span where in the context the answer starts and stops.
+    texts: the text, and the second one if there is any; or the words of one.
+    label: what is to be said of it, in the form that the task reads.
   """
 
   name: str
   texts: tuple[str, ...]
-  label: int | float | tuple[int, ...]
+  label: Any
+
+
+class Reader(Protocol):
+  """The part of a task that reads records.
+
+  Attributes:
+    between: what is written between the texts of a record where they are shown as one.
+  """
+
+  between: str
+
+  def record_keys(self, text_key: str) -> Mapping[str, str]:
+    """{option that names it: key} of the texts and then of the label, in order."""
+
+  def read(self, fields: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:
+    """{key: value} of a record -> (texts, label); UserError for a value that cannot be read."""
+
+  def label_names(self, label: Any) -> list[str]:
+    """The names of the labels that a record has, known or not."""
 
 
 class LabelledTexts:
   """A source of records as one whose documents are their texts."""
 
-  def __init__(self, source: Source, text_key: str, options: DataOptions):
-    self._source, self._options = source, options
-    self._text_key = text_key
-    self._indices = {label: index for index, label in enumerate(options.labels)}
+  def __init__(self, source: Source, text_key: str, reader: Reader):
+    self.source, self._reader, self._text_key = source, reader, text_key
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self.source)
 
   def __getitem__(self, index: int) -> str:
     """Returns the texts together; '' for an empty line."""
-    record = self._records[index]
-    between = self._options.word_separator if self._options.objective == "tagging" else "\n"
-    return between.join(record.texts) if record else ""
+    record = self.all_records[index]
+    return self._reader.between.join(record.texts) if record else ""
 
   def name(self, index: int) -> str:
-    return self._source.name(index)
+    return self.source.name(index)
 
   @property
   def records(self) -> list[Record]:
     """All of them, without empty lines; UserError for one that cannot be read."""
-    return [record for record in self._records if record]
+    return [record for record in self.all_records if record]
 
-  def labels_by_name(self) -> list[list[str]]:
-    """Returns the labels of each record, whether or not the options have them; none of an empty
+  @functools.cached_property
+  def all_records(self) -> list[Record | None]:
+    """A record for each line, None for an empty one."""
+    return [self._read(index) for index in range(len(self))]
+
+  def label_names(self) -> list[list[str]]:
+    """The names of the labels of each record, whether or not the task has them; none of an empty
     line."""
     found = []
     for index in range(len(self)):
       fields = self._read_fields(index)
       try:
-        found.append([_label_text(one) for one in self._label_list(fields[-1])] if fields else [])
+        found.append(self._reader.label_names([*fields.values()][-1]) if fields else [])
       except UserError as error:
         raise UserError(f"{self.name(index)}: {error}") from error
     return found
-
-  @functools.cached_property
-  def _records(self) -> list[Record | None]:
-    return [self._read(index) for index in range(len(self))]
 
   def _read(self, index: int) -> Record | None:
     fields = self._read_fields(index)
     if fields is None:
       return None
-    *texts, label = fields
     try:
-      if self._options.objective == "tagging":
-        texts = self._listed(texts[0], self._text_key, "words")
+      texts, label = self._reader.read(fields)
       for text in texts:
         _check_text(text)
-      blank = [not text.strip() for text in texts]
-      if all(blank) or (any(blank) and self._options.objective != "tagging"):
-        raise UserError("an empty text; fill it or leave the record out.")
-      return Record(self.name(index), tuple(texts), self._read_label(label, texts))
+      return Record(self.name(index), tuple(texts), label)
     except UserError as error:
       raise UserError(f"{self.name(index)}: {error}") from error
 
-  def _read_fields(self, index: int) -> list[Any] | None:
-    """The text, the second one if there is to be any, and the label of a record."""
-    text = self._source[index]
+  def _read_fields(self, index: int) -> dict[str, Any] | None:
+    text = self.source[index]
     if not text:
       return None
     record = {key: value for key, value in json.loads(text).items() if value is not None}
-    options = self._options
-    keys = {
-      "text_key": self._text_key,
-      "pair_key": options.pair_key,
-      "label_key": options.label_key,
-    }
+    keys = self._reader.record_keys(self._text_key)
     for option, key in keys.items():
-      if key and key not in record:
+      if key not in record:
         others = sorted(record, key=lambda other: other in keys.values())
         raise UserError(files.missing_key(self.name(index), key, others, option))
-    return [record[key] for key in keys.values() if key]
-
-  def _read_label(self, label: Any, texts: Sequence[str]) -> int | float | tuple[int, ...]:
-    match self._options.objective:
-      case "classification":
-        return self._index(label)
-      case "regression":
-        if (
-          isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label)
-        ):
-          raise UserError(f"{self._options.label_key!r} is {label!r}, not a number.")
-        return float(label)
-      case "span":
-        return _read_answer(label, texts[1])
-    indices = tuple(map(self._index, self._label_list(label)))
-    if self._options.objective == "tagging" and len(indices) != len(texts):
-      raise UserError(f"{len(indices)} tags for {len(texts)} words; each word needs one.")
-    return indices
-
-  def _label_list(self, label: Any) -> list[Any]:
-    if self._options.objective == "classification":
-      return [label]
-    return self._listed(label, self._options.label_key, "labels")
-
-  def _listed(self, values: Any, key: str, what: str) -> list[Any]:
-    if not isinstance(values, list):
-      raise UserError(f"{key!r} is {type(values).__name__}, not a list of {what}.")
-    return values
-
-  def _index(self, label: Any) -> int:
-    text = _label_text(label)
-    if text in self._indices:
-      return self._indices[text]
-    if not isinstance(label, str) and 0 <= label < len(self._indices):
-      return int(label)
-    raise UserError(f"no label {text!r}. {did_you_mean(text, self._indices)}")
+    return {key: record[key] for key in keys.values()}
 
 
 def _check_text(text: Any) -> None:
@@ -169,7 +133,14 @@ def _check_text(text: Any) -> None:
     ) from error
 
 
-def _label_text(label: Any) -> str:
+def check_not_empty(texts: Sequence[str]) -> None:
+  """Raises UserError if one of the texts is blank."""
+  if any(isinstance(text, str) and not text.strip() for text in texts):
+    raise UserError("an empty text; fill it or leave the record out.")
+
+
+def label_text(label: Any) -> str:
+  """The name of a label, as a record has it: a string, a whole number or a boolean."""
   if isinstance(label, str):
     return label
   if isinstance(label, int):
@@ -177,81 +148,39 @@ def _label_text(label: Any) -> str:
   raise UserError(f"a label is {label!r}, not a string, a boolean or a whole number.")
 
 
-def _read_answer(answers: Any, context: str) -> tuple[int, int]:
-  """Where the first of SQuAD's answers (Rajpurkar et al. 2016) starts and stops."""
-  match answers:
-    case {"text": [str(text), *_], "answer_start": [int(start), *_]}:
-      if not text or start < 0 or not context.startswith(text, start):
-        raise UserError(
-          f"the answer {text!r} is not at character {start} of the context, where there is "
-          f"{context[max(start, 0) :][: len(text)]!r}."
-        )
-      return start, start + len(text)
-  raise UserError('the answer is not of the form {"text": [TEXT, ...], "answer_start": [N, ...]}.')
+def label_index(label: Any, labels: Sequence[str]) -> int:
+  """The place of a label among all, by its name or its number; UserError if it has none."""
+  text = label_text(label)
+  if text in labels:
+    return labels.index(text)
+  if not isinstance(label, str) and 0 <= label < len(labels):
+    return int(label)
+  raise UserError(f"no label {text!r}. {did_you_mean(text, labels)}")
 
 
-def open_pair(part: PartOptions, options: DataOptions) -> tuple[LabelledTexts, LabelledTexts]:
+def check_list(values: Any, key: str, what: str) -> list[Any]:
+  """Returns a list, or raises UserError for anything else under a key."""
+  if not isinstance(values, list):
+    raise UserError(f"{key!r} is {type(values).__name__}, not a list of {what}.")
+  return values
+
+
+def open_records(
+  part: PartOptions, reader: Reader, *, stratified: bool = False
+) -> tuple[Source, Source]:
   """Opens a corpus: (training records, validation records).
 
-  Where a fraction is for validation, it is so of each label of a classification: the share of none
+  Where a fraction is for validation and `stratified`, it is so of each label: the share of none
   differs by more than one example, and training keeps one.
-
-  Raises:
-    UserError: the options contradict each other, or a record cannot be read, among others.
   """
-  _check_options(options)
-  training, validation = _open_sources(part, options)
-  if options.examples_per_label:
-    training = _few_examples(LabelledTexts(training, part.text_key, options), training, options)
-  return tuple(LabelledTexts(side, part.text_key, options) for side in (training, validation))
 
-
-def find_labels(options: DataOptions) -> tuple[str, ...]:
-  """Returns the labels of the training records, sorted, as numbers if all are whole numbers.
-
-  There are none of regression and span.
-
-  Raises:
-    UserError: a record cannot be read.
-  """
-  if options.objective not in _WITH_LABELS:
-    return ()
-  found = set()
-  for part in options.parts.values():
-    training, _ = _open_sources(part, options)
-    found.update(*LabelledTexts(training, part.text_key, options).labels_by_name())
-  whole = all(re.fullmatch("-?[0-9]+", label) for label in found)
-  return tuple(sorted(found, key=int if whole else str))
-
-
-def _check_options(options: DataOptions) -> None:
-  objective = options.objective
-  if (objective == "span") > bool(options.pair_key):
-    raise UserError("objective='span' needs data.pair_key, the key of the context.")
-  if objective == "tagging" and options.pair_key:
-    raise UserError("objective='tagging' has no second text. Set --config.data.pair_key=''.")
-  if objective not in _WITH_CLASSES and options.class_weights != "none":
-    raise UserError(
-      f"data.class_weights={options.class_weights!r} needs objective='classification' or "
-      f"'tagging', not {objective!r}."
-    )
-  if options.examples_per_label and (objective != "classification" or len(options.parts) > 1):
-    raise UserError(
-      f"data.examples_per_label={options.examples_per_label} needs objective='classification' and "
-      f"a single corpus, not {objective!r} and {len(options.parts)}."
-    )
-  if len(set(options.labels)) < len(options.labels):
-    raise UserError(f"data.labels has a label twice: {', '.join(options.labels)}.")
-
-
-def _open_sources(part: PartOptions, options: DataOptions) -> tuple[Source, Source]:
   def split_by_label(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
-    labels = LabelledTexts(source, part.text_key, options).labels_by_name()
-    return _stratified_split(source, labels, fraction, seed)
+    names = LabelledTexts(source, part.text_key, reader).label_names()
+    return _stratified_split(source, names, fraction, seed)
 
-  by_label = options.objective == "classification"
   of_records = dataclasses.replace(part, text_key="")
-  return sources.open_pair(of_records, split_by_label if by_label else sources.split)
+  divide: Callable[..., tuple[Source, Source]] = split_by_label if stratified else sources.split
+  return sources.open_pair(of_records, divide)
 
 
 def _stratified_split(
@@ -275,21 +204,25 @@ def _stratified_split(
   return Subset(source, order[~taken]), Subset(source, order[taken])
 
 
-def _few_examples(texts: LabelledTexts, source: Source, options: DataOptions) -> Subset:
-  """The same number of examples of each label, drawn by the seed."""
-  count, rng = options.examples_per_label, np.random.default_rng(options.seed)
-  members: list[list[int]] = [[] for _ in options.labels]
-  for index, record in enumerate(texts._records):
+def few_of_each(texts: LabelledTexts, labels: Sequence[str], count: int, seed: int) -> Subset:
+  """The same number of training records of each label, drawn by the seed.
+
+  Raises:
+    UserError: a label has fewer than that.
+  """
+  members: list[list[int]] = [[] for _ in labels]
+  for index, record in enumerate(texts.all_records):
     if record:
       members[record.label].append(index)
-  for label, indices in zip(options.labels, members, strict=True):
+  for label, indices in zip(labels, members, strict=True):
     if len(indices) < count:
       raise UserError(
-        f"data.examples_per_label={count}, but label {label!r} has {len(indices)} training "
+        f"task.examples_per_label={count}, but label {label!r} has {len(indices)} training "
         "examples; ask for no more than that."
       )
+  rng = np.random.default_rng(seed)
   chosen = [rng.choice(indices, count, replace=False) for indices in members]
-  return Subset(source, np.concatenate(chosen))
+  return Subset(texts.source, np.concatenate(chosen))
 
 
 def warn_of_duplicates(

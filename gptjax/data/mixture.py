@@ -1,33 +1,29 @@
 """Corpora in given proportions, each shuffled anew in every epoch of its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
-from gptjax.data.batch import Batch
-from gptjax.data.chat_packing import PackedConversations
-from gptjax.data.label_packing import PackedExamples
-from gptjax.data.packing import Windows
-
-# Makes a row of an item of these: it depends on the item and the randomness alone.
-MakeRow = Callable[[np.ndarray | Batch, np.random.Generator], Batch]
+# Makes a row of an item: it depends on the item and the randomness alone.
+MakeRow = Callable[[Any, np.random.Generator], Any]
 
 
 def training_rows(
-  parts: Mapping[str, Windows | PackedConversations | PackedExamples],
+  parts: Mapping[str, Sequence[Any]],
   weights: Mapping[str, float],
   *,
   seed: int,
   make_row: MakeRow,
-) -> grain.MapDataset[Batch]:
+) -> grain.MapDataset[Any]:
   """Returns rows without end; row i depends on the arguments and i alone.
 
   Args:
-    parts: the windows, the packed conversations or examples of each corpus, none of them empty.
+    parts: the items of each corpus (windows, packed rows, examples), none of them empty.
     weights: the share of rows from each corpus, in any unit, above 0.
     seed: decides the order of each part, and the randomness of `make_row`.
-    make_row: the objective.
+    make_row: all that is random about a row.
   """
   datasets = []
   for name, child in zip(parts, np.random.SeedSequence(seed).spawn(len(parts)), strict=True):

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from gptjax.data import files
-from gptjax.data.options import PartOptions
+from gptjax.data.options import PartOptions, check_path
 from gptjax.errors import UserError, did_you_mean
 
 # The split must not move with config.seed: runs of several seeds share their validation set, their
@@ -47,6 +47,7 @@ def open_pair(
   Validation is a split of its own (`validation_split`), files of its own (`validation_path`), or
   `validation_fraction` of the training corpus, as `divide` or else `split` takes it.
   """
+  check_path(options)
   source = _open(options, options.path, options.split)
   if not len(source):
     raise UserError(f"{options.path or options.source}: no documents.")

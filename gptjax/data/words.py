@@ -66,7 +66,7 @@ def _chinese_segmenter() -> Callable[[str], list[str]]:
   except ImportError:
     raise UserError(
       "the text has Chinese words, which jieba finds: pip install jieba, or set "
-      "--config.data.whole_words=False."
+      "--config.task.whole_words=False."
     ) from None
   jieba.setLogLevel(logging.WARNING)
   return jieba.lcut

@@ -370,16 +370,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def check_batch(batch_size: int, sequence_length: int, grad_accumulation: int, mesh: Mesh) -> None:
-  """Raises UserError unless every micro-batch splits evenly over the mesh."""
-  rows = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-  spans = math.prod(mesh.shape[axis] for axis in RULES["time"])
-  if grad_accumulation < 1 or batch_size % (rows * grad_accumulation):
+def rows_multiple(grad_accumulation: int, mesh: Mesh) -> int:
+  """The number that a batch's rows are a multiple of, so that every micro-batch splits evenly over
+  the mesh; UserError for no micro-batch."""
+  if grad_accumulation < 1:
+    raise UserError(f"grad_accumulation={grad_accumulation} must be 1 or more.")
+  return grad_accumulation * math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def check_batch(
+  batch_size: int | None, sequence_length: int, grad_accumulation: int, mesh: Mesh
+) -> None:
+  """Raises UserError unless every micro-batch splits evenly over the mesh; None rows always do."""
+  multiple = rows_multiple(grad_accumulation, mesh)
+  if batch_size is not None and batch_size % multiple:
+    rows = multiple // grad_accumulation
     raise UserError(
       f"batch_size={batch_size} does not divide into grad_accumulation={grad_accumulation} "
-      f"micro-batches over {rows} device{'s' if rows > 1 else ''}: use a multiple of "
-      f"{rows * max(grad_accumulation, 1)}."
+      f"micro-batches over {rows} device{'s' if rows > 1 else ''}: use a multiple of {multiple}."
     )
+  spans = math.prod(mesh.shape[axis] for axis in RULES["time"])
   if spans > 1 and sequence_length % (2 * spans):
     raise UserError(
       f"sequence_length={sequence_length} does not split into the {2 * spans} chunks that "

@@ -27,7 +27,8 @@ from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.model.figures import Figures, root_mean_square
 from gptjax.training import step as step_lib
-from gptjax.training.setup import Plan, make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import Setup, make_setup
 
 # The branches and the residual stream of each layer, the final hidden state, the logits.
 QUANTITIES = ("attention", "mlp", "residual", "hidden", "logits")
@@ -63,34 +64,34 @@ def measure(config: Any, dataset: Dataset, steps: int, seeds: int) -> dict[str, 
     {quantity: [seeds, steps + 1, 2, L]}: root mean square on the first micro-batch, of the
     activation and of its difference from step 0. L is 1 for what is not of a layer.
   """
-  plan = make_plan(config)
-  plan.require_whole_model()
+  setup = make_setup(resolve(config))
+  setup.require_whole_model()
   optimizer = dataclasses.replace(
-    plan.make_optimizer(None), learning_rate=lambda _: jnp.float32(config.optim.learning_rate)
+    setup.make_optimizer(None), learning_rate=lambda _: jnp.float32(config.optim.learning_rate)
   )
-  train_step, look = plan.make_train_step(optimizer), _make_look(plan)
+  train_step, look = setup.make_train_step(optimizer), _make_look(setup)
   batches = [dataset.training_batch(step) for step in range(steps)]
   rows = config.batch_size // config.grad_accumulation
   runs = []
-  with jax.set_mesh(plan.mesh):
-    abstract = plan.abstract_state(optimizer)
-    batch = sharding.to_global(jax.tree.map(lambda x: x[:rows], batches[0]), plan.mesh)
+  with jax.set_mesh(setup.mesh):
+    abstract = setup.abstract_state(optimizer)
+    batch = sharding.to_global(jax.tree.map(lambda x: x[:rows], batches[0]), setup.mesh)
     for seed in range(config.seed, config.seed + seeds):
-      state = step_lib.init_state(plan.model, optimizer, seed, abstract)
+      state = step_lib.init_state(setup.model, optimizer, seed, abstract)
       initial = jax.tree.map(jnp.copy, state.params)  # the step takes the state's own
       seen = [jax.device_get(look(initial, initial, batch))]
       for one in batches:
-        state, _ = train_step(state, sharding.to_global(one, plan.mesh))
+        state, _ = train_step(state, sharding.to_global(one, setup.mesh))
         seen.append(jax.device_get(look(initial, state.params, batch)))
       runs.append(jax.tree.map(lambda *steps: np.stack(steps), *seen))
   return jax.tree.map(lambda *runs: np.stack(runs), *runs)
 
 
-def _make_look(plan: Plan) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+def _make_look(setup: Setup) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
   """jit(initial, params, batch) -> {quantity: [2, L]}, of `params` and of their difference."""
 
   def activations(params, batch: Batch) -> dict[str, jax.Array]:
-    model, found = nnx.merge(plan.graph, params), Figures(whole=True)
+    model, found = nnx.merge(setup.graph, params), Figures(whole=True)
     x_BTD, _ = model.hidden(
       batch.inputs,
       positions_BT=batch.positions,

@@ -14,7 +14,7 @@ from gptjax.data.pipeline import Dataset
 from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.training import step as step_lib
-from gptjax.training.setup import Plan
+from gptjax.training.setup import Setup
 
 # Nats, at least, that the moving average has to be above its best for the test to end.
 RISE = 0.2
@@ -23,20 +23,20 @@ _DECAY = 0.9
 _HALF_WINDOW = 5
 
 
-def sweep(plan: Plan, dataset: Dataset, rates: np.ndarray) -> list[float]:
+def sweep(setup: Setup, dataset: Dataset, rates: np.ndarray) -> list[float]:
   """The loss of each step, up to where the test ends. All but the schedule is the config's."""
-  plan.require_whole_model()
+  setup.require_whole_model()
   schedule = jnp.asarray(rates, jnp.float32)
   optimizer = dataclasses.replace(
-    plan.make_optimizer(None), learning_rate=lambda step: schedule[step]
+    setup.make_optimizer(None), learning_rate=lambda step: schedule[step]
   )
-  train_step = plan.make_train_step(optimizer)
+  train_step = setup.make_train_step(optimizer)
   losses: list[float] = []
-  with jax.set_mesh(plan.mesh):
-    abstract = plan.abstract_state(optimizer)
-    state = step_lib.init_state(plan.model, optimizer, plan.config.seed, abstract)
+  with jax.set_mesh(setup.mesh):
+    abstract = setup.abstract_state(optimizer)
+    state = step_lib.init_state(setup.model, optimizer, setup.config.seed, abstract)
     for batch in map(dataset.training_batch, range(len(rates))):
-      state, metrics = train_step(state, sharding.to_global(batch, plan.mesh))
+      state, metrics = train_step(state, sharding.to_global(batch, setup.mesh))
       loss = float(metrics["loss"])
       if not math.isfinite(loss):
         break
@@ -63,7 +63,7 @@ def smooth(losses: Sequence[float]) -> np.ndarray:
 
 
 def range_test(
-  plan: Plan, dataset: Dataset, workdir: epath.Path, *, low: float, high: float, steps: int
+  setup: Setup, dataset: Dataset, workdir: epath.Path, *, low: float, high: float, steps: int
 ) -> tuple[float, float]:
   """Runs the test, writes learning_rate.csv and .png, and prints what it found.
 
@@ -78,7 +78,7 @@ def range_test(
   if steps < 4 * _HALF_WINDOW:
     raise UserError(f"--steps={steps}: a range test needs at least {4 * _HALF_WINDOW}.")
   rates = np.geomspace(low, high, steps)
-  losses = sweep(plan, dataset, rates)
+  losses = sweep(setup, dataset, rates)
   rates, smoothed = rates[: len(losses)], smooth(losses)
   turn = int(np.argmin(smoothed)) if losses else 0
   if turn < 2:

@@ -19,11 +19,11 @@ from flax import nnx
 from scipy import stats
 
 from gptjax import config as config_lib
-from gptjax.data import pipeline
 from gptjax.data.batch import Batch
 from gptjax.data.pipeline import Dataset
 from gptjax.errors import UserError
-from gptjax.objectives import objectives
+from gptjax.objectives.task import Task, make_task
+from gptjax.training.datasets import open_dataset
 from gptjax.training.pretrained import load_checkpoint
 
 MIN_BATCHES = 4
@@ -79,13 +79,13 @@ def estimate(squares_N: np.ndarray, dots_N: np.ndarray, weights_N: np.ndarray) -
 
 
 def measure(
-  graph: nnx.GraphDef, params: nnx.State, batches: Callable[[], Iterator[Batch]]
+  task: Task, graph: nnx.GraphDef, params: nnx.State, batches: Callable[[], Iterator[Batch]]
 ) -> NoiseScale:
   """Two passes over the micro-batches, so that memory holds two gradients and not N."""
 
   @jax.jit
   def gradient(params, batch: Batch):
-    return jax.grad(lambda p: objectives.target_loss(nnx.merge(graph, p), batch).total)(params)
+    return jax.grad(lambda p: task.loss(nnx.merge(graph, p), batch).total)(params)
 
   @jax.jit
   def dot(a, b) -> jax.Array:
@@ -111,11 +111,15 @@ def report(workdir: epath.Path, count: int) -> NoiseScale:
     raise UserError(f"--batches={count}: an interval needs at least {MIN_BATCHES} micro-batches.")
   config = config_lib.open_saved(workdir)
   model, step = load_checkpoint(workdir)
-  dataset = pipeline.open_dataset(config, workdir)
-  rows = config.batch_size // config.grad_accumulation
-  found = measure(*nnx.split(model), lambda: _micro_batches(dataset, step, rows, count))
-  tokens = config.batch_size * config.sequence_length
-  print(f"{workdir} at step {step}, {count} micro-batches of {rows} rows:")
+  dataset = open_dataset(config, workdir)
+  parts = config.grad_accumulation
+  found = measure(
+    make_task(config.task),
+    *nnx.split(model),
+    lambda: _micro_batches(dataset, step, parts, count),
+  )
+  tokens = dataset.tokens_per_step
+  print(f"{workdir} at step {step}, {count} micro-batches of 1 / {parts} of a batch:")
   print(
     f"  |G|^2 {found.gradient_square:.4g}, tr(Sigma) {found.noise_trace:.4g} a token (unbiased)"
   )
@@ -128,8 +132,8 @@ def report(workdir: epath.Path, count: int) -> NoiseScale:
   )
   # Their trade-off (section 2): steps / fewest = 1 + B / batch, tokens / fewest = 1 + batch / B.
   print(
-    f"  batch_size={config.batch_size} x sequence_length={config.sequence_length} = {tokens:,} "
-    f"tokens a step: {1 + tokens / found.tokens:.2f} times the fewest tokens, "
+    f"  batch_size={config.batch_size} is {tokens:,} tokens a step: "
+    f"{1 + tokens / found.tokens:.2f} times the fewest tokens, "
     f"{1 + found.tokens / tokens:.2f} times the fewest steps"
   )
   if tokens < found.low:
@@ -141,13 +145,14 @@ def report(workdir: epath.Path, count: int) -> NoiseScale:
   return found
 
 
-def _micro_batches(dataset: Dataset, step: int, rows: int, count: int) -> Iterator[Batch]:
-  """Yields `count` micro-batches of the batches from `step` on."""
+def _micro_batches(dataset: Dataset, step: int, parts: int, count: int) -> Iterator[Batch]:
+  """Yields `count` micro-batches of the batches from `step` on, `parts` of each."""
 
   def micro_batches():
     for later in itertools.count(step):
       batch = dataset.training_batch(later)
+      rows = len(batch.inputs) // parts
       for start in range(0, len(batch.inputs), rows):
-        yield jax.tree.map(lambda x, start=start: x[start : start + rows], batch)
+        yield jax.tree.map(lambda x, start=start, rows=rows: x[start : start + rows], batch)
 
   return itertools.islice(micro_batches(), count)

@@ -11,9 +11,10 @@ from etils import epath
 from flax import nnx
 
 from gptjax import config as config_lib
-from gptjax.data import pipeline
 from gptjax.errors import UserError
+from gptjax.objectives.task import Task, make_task
 from gptjax.training import step as step_lib
+from gptjax.training.datasets import open_dataset
 from gptjax.training.metrics import read_metrics
 from gptjax.training.pretrained import load_checkpoint
 
@@ -95,12 +96,12 @@ def report(workdir: epath.Path, window: int, threshold: float) -> list[Spike]:
     )
   if not found:
     return found
-  dataset = pipeline.open_dataset(config, workdir)
+  dataset, task = open_dataset(config, workdir), make_task(config.task)
   for spike in sorted(found, key=lambda spike: -spike.excess)[:_SHOWN_SPIKES]:
     # The update of step N takes batch N - 1.
     batch = dataset.training_batch(spike.step - 1)
     model, at = load_checkpoint(workdir, near=spike.step)
-    losses = row_losses(model, batch)
+    losses = row_losses(task, model, batch)
     print(
       f"batch of step {spike.step}, under the checkpoint of step {at}: mean loss of a row "
       f"{losses.mean():.3f}, the highest:"
@@ -111,13 +112,13 @@ def report(workdir: epath.Path, window: int, threshold: float) -> list[Spike]:
   return found
 
 
-def row_losses(model: Any, batch: Any) -> np.ndarray:
+def row_losses(task: Task, model: Any, batch: Any) -> np.ndarray:
   """Mean loss of each row, in nats a token; NaN for one without a valid target."""
   graph, params = nnx.split(model)
-  eval_step = step_lib.make_eval_step(graph)
+  eval_step = step_lib.make_eval_step(graph, task)
   losses = []
   for row in range(len(batch.inputs)):
     one = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
-    nats, tokens = jax.device_get(eval_step(params, one)["loss"])
+    nats, tokens = jax.device_get(eval_step(params, one)[0]["loss"])
     losses.append(nats / tokens if tokens else math.nan)
   return np.array(losses)

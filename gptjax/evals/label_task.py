@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,9 +10,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from gptjax.data import files
-from gptjax.data.batch import Batch
-from gptjax.data.label_encoding import Examples, LabelEncoder
-from gptjax.data.label_packing import PackedExamples
+from gptjax.data.label_encoding import Examples
 from gptjax.data.labels import LabelledTexts
 from gptjax.data.options import DataOptions, read_options
 from gptjax.data.sources import Subset
@@ -22,17 +19,18 @@ from gptjax.evals.answers import Result
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import choose
 from gptjax.objectives import scores
-from gptjax.objectives.label_losses import LabelLoss
-from gptjax.objectives.label_outputs import LIBRARIES, METRICS, LabelOutputs
+from gptjax.objectives.labels import LabelOutputs, LabelTask
+from gptjax.objectives.task import make_task
 from gptjax.training import step
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledRecords:
-  """Encoded records of a file, and what the run says of labels."""
+  """Encoded records of a file, and the task that they are for."""
 
   path: str
-  options: DataOptions
+  task: LabelTask
+  data: DataOptions
   examples: Examples
   seed: int
 
@@ -54,16 +52,16 @@ def prepare(
   """
   if subject.model.label_head is None:
     raise UserError(f"labels:{path}: the model writes text; give it a task (gptjax/evals/task.py).")
-  scores.need(LIBRARIES[config.objective])
-  options = dataclasses.replace(read_options(config), examples_per_label=0)
+  task, data = make_task(config.task), read_options(config)
+  task.check_libraries()
   if subject.max_length is not None:
-    options = dataclasses.replace(options, sequence_length=subject.max_length)
-  text_key = next(iter(options.parts.values())).text_key
+    data = dataclasses.replace(data, sequence_length=subject.max_length)
+  text_key = next(iter(data.parts.values())).text_key
   lines = files.open_jsonl(path, "", "error")
   chosen = Subset(lines, np.array(choose([*range(len(lines))], limit, seed)))
-  texts = LabelledTexts(chosen, text_key, options)
-  examples = LabelEncoder(subject.tokenizer, options).encode(texts, progress=subject.progress)
-  return LabelledRecords(path, options, examples, seed)
+  texts = LabelledTexts(chosen, text_key, task)
+  examples = task.encode(texts, subject.tokenizer, data, progress=subject.progress)
+  return LabelledRecords(path, task, data, examples, seed)
 
 
 def evaluate(
@@ -71,65 +69,47 @@ def evaluate(
 ) -> Result:
   """Asks the model, and measures its answers with a bootstrap of so many `resamples`."""
   start = time.perf_counter()
-  options, labels = records.options, records.options.labels
-  rows = PackedExamples(records.examples, options, np.ones(max(len(labels), 1), np.float32))
-  outputs = _ask(rows, subject, options.objective)
-  measures = outputs.measures(labels)
-  n = len(outputs.golds)
+  task, examples = records.task, records.examples
+  outputs = ask(records, subject)
+  measures = task.measures(outputs)
   metrics = {
-    name: scores.bootstrap(measures[name], n, resamples=resamples, seed=records.seed)
-    for name in METRICS[options.objective]
+    name: scores.bootstrap(measures[name], len(examples), resamples=resamples, seed=records.seed)
+    for name in task.metrics
   }
   golds, predicted = (
-    [_say(answer, options) for answer in answers] for answers in (outputs.golds, outputs.predicted)
+    [task.say(answer) for answer in answers] for answers in (outputs.golds, outputs.predicted)
   )
   details: dict[str, Any] = {
-    "objective": options.objective,
-    "truncated": records.examples.truncated,
-    "left_out": records.examples.dropped,
+    "task": task.name,
+    "truncated": examples.truncated,
+    "left_out": examples.dropped,
   }
   confidence = correct = None
-  if options.objective == "classification":
-    confidence = np.max(outputs.probabilities, axis=1)
+  if (confidence := outputs.confidence) is not None:
     correct = np.array(outputs.golds) == np.array(outputs.predicted)
-    details |= scores.classification_report(golds, predicted, labels)
+    details |= scores.classification_report(golds, predicted, task.labels)
   details["seconds"] = time.perf_counter() - start
   predictions = [
-    {"place": place, "target": gold, "prediction": answer}
-    for place, gold, answer in zip(rows.names, golds, predicted, strict=True)
+    {"place": example.name, "target": gold, "prediction": answer}
+    for example, gold, answer in zip(examples.examples, golds, predicted, strict=True)
   ]
   return Result(f"labels:{records.path}", metrics, details, predictions, confidence, correct)
 
 
-def _ask(rows: PackedExamples, subject: Subject, objective: str) -> LabelOutputs:
+def ask(records: LabelledRecords, subject: Subject) -> LabelOutputs:
+  """The model's answers to the examples, in their order."""
   graph, params = nnx.split(subject.model)
-  label_step = step.make_label_step(graph, LabelLoss(objective))
-  outputs = LabelOutputs(objective)
-  size = min(subject.batch_size, len(rows))
-  bar = tqdm(total=len(rows), desc="labels", unit="row", disable=not subject.progress)
+  task, examples = records.task, records.examples
+  eval_step = step.make_eval_step(graph, task)
+  outputs, order = LabelOutputs(task), []
+  bar = tqdm(total=len(examples), desc="labels", unit="text", disable=not subject.progress)
   with bar:
-    for first in range(0, len(rows), size):
-      batch = [rows[index] for index in range(first, min(first + size, len(rows)))]
-      bar.update(len(batch))
-      batch += [jax.tree.map(np.zeros_like, batch[0])] * (size - len(batch))
-      _, *whole = label_step(params, Batch.stack(batch))
-      outputs.add(*jax.device_get(whole))
+    for first in range(0, len(examples), subject.batch_size):
+      some = examples.examples[first : first + subject.batch_size]
+      batch, packed = task.pack(some, records.data)
+      _, told = eval_step(params, batch)
+      outputs.add(jax.device_get(told))
+      order += [first + member for member in packed]
+      bar.update(len(some))
+  outputs.answers = [outputs.answers[place] for place in np.argsort(order)]
   return outputs
-
-
-def _say(answer: Any, options: DataOptions) -> Any:
-  """A label by its name, as JSON has it."""
-  match options.objective:
-    case "classification":
-      return options.labels[answer]
-    case "tagging":
-      return _names(answer, options.labels)
-    case "multi_label":
-      return _names(np.flatnonzero(answer), options.labels)
-    case "regression":
-      return float(answer[0])
-  return [int(place) for place in answer]
-
-
-def _names(indices: Sequence[int], labels: Sequence[str]) -> list[str]:
-  return [labels[index] for index in indices]

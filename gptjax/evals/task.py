@@ -68,7 +68,7 @@ class Task:
     ranked by their log-likelihood after the prompt.
   domain_premise: a text such as 'Next:'; what a label or a candidate gets after it alone is
     subtracted from its log-likelihood (PMI_DC of Holtzman et al. 2021, arXiv:2104.08315).
-  end_of_text: score it after a label or a candidate, as training with data.format='prompt' has it;
+  end_of_text: score it after a label or a candidate, as training with task='prompt' has it;
     without it, no text is less likely than one that goes on from it, as 'Heat' and 'Heat 2'.
   labels: of classification, each label and the text that stands for it, with its leading space.
   by: classification by the likelihood of these texts, or by what the model writes.

@@ -148,7 +148,7 @@ def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | N
   """Writes what `pretrained.load_model` reads: a work directory whose run is at step 0."""
   values: dict[str, Any] = {"model": vars(model.config), "tokenizer": tokenizer.spec}
   if labels:
-    values |= {"objective": labels.objective, "data": {"labels": labels.names}}
+    values["task"] = {"name": labels.task, "labels": labels.names}
   (folder / config_lib.CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
   tokenizer.save(folder / TOKENIZER)
   with Checkpoints(folder / CHECKPOINTS, keep=1) as checkpoints:

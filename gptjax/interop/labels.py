@@ -12,7 +12,7 @@ from gptjax.interop.fields import Fields, Rule
 from gptjax.interop.tensors import Entry, linear
 from gptjax.training.pretrained import Labels, number_labels
 
-# What `transformers` calls the head of an objective, and the problem that it is to solve.
+# What `transformers` calls the head of a task, and the problem that it is to solve.
 _TASKS = {
   "classification": ("SequenceClassification", "single_label_classification"),
   "multi_label": ("SequenceClassification", "multi_label_classification"),
@@ -65,7 +65,7 @@ class LabelHead:
 
 def transformers_task(labels: Labels) -> str:
   """The task in the name of a class of `transformers`, 'SequenceClassification'."""
-  return _TASKS[labels.objective][0]
+  return _TASKS[labels.task][0]
 
 
 def config_fields(labels: Labels) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def config_fields(labels: Labels) -> dict[str, Any]:
     "id2label": {str(index): name for index, name in enumerate(labels.names)},
     "label2id": {name: index for index, name in enumerate(labels.names)},
   }
-  problem = _TASKS[labels.objective][1]
+  problem = _TASKS[labels.task][1]
   return fields | ({"problem_type": problem} if problem else {})
 
 
@@ -97,9 +97,9 @@ def read_labels(values: Mapping[str, Any], task: str, source: str) -> Labels:
     raise UserError(f"{source}: field 'id2label' is {named!r}, not names by 0, 1, ...") from error
   single = "regression" if len(names) == 1 else "single_label_classification"
   problem = values.get("problem_type") or single
-  for objective, found in _TASKS.items():
+  for task_name, found in _TASKS.items():
     if found in ((task, problem), (task, None)):
-      return Labels(objective, names)
+      return Labels(task_name, names)
   known = " or ".join(repr(known) for _, known in _TASKS.values() if known)
   raise UserError(f"{source}: field 'problem_type' is {problem!r}; only {known} can be read.")
 

@@ -13,6 +13,7 @@ is 'best' or the validation does not tell bits per byte, else val/bits_per_byte.
 
 So the mean and deviation over the seeds of a fine-tuning are those of a sweep such as
 
+    from gptjax.training.resolve import resolve
     from gptjax import config
     from gptjax.sweeps.definition import cross, seeds
 
@@ -35,10 +36,12 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import config as config_lib
-from gptjax.data.options import read_options
+from gptjax.data.options import check_path
 from gptjax.errors import UserError, did_you_mean
+from gptjax.objectives.task import metrics_of
 from gptjax.training import validation
-from gptjax.training.setup import Plan, make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import Setup, make_setup
 
 Overrides = Mapping[str, Any]
 Axis = Mapping[str, Overrides] | Iterable[tuple[str, Overrides]]
@@ -84,7 +87,7 @@ class Sweep:
   baseline: str
   metric: str
   trials: dict[str, Trial | None]
-  plans: dict[str, Plan]
+  plans: dict[str, Setup]
   search: Search | None
   suggest: Callable[[Any], Overrides] | None
 
@@ -180,19 +183,20 @@ def load(path: str, overrides: Overrides, sample: Callable[[], Any]) -> Sweep:
     baseline = getattr(module, "BASELINE", arms[0])
     if baseline not in arms:
       raise UserError(f"BASELINE: no arm {baseline!r}. {did_you_mean(str(baseline), arms)}")
-    metric = str(getattr(module, "METRIC", default_metric(next(iter(plans.values())).config)))
-    for arm, plan in plans.items():
-      validation.check_metric(f"arm {arm!r}: METRIC", metric, plan.config)
+    metric = str(getattr(module, "METRIC", default_metric(next(iter(plans.values())))))
+    for arm, setup in plans.items():
+      validation.check_metric(f"arm {arm!r}: METRIC", metric, setup.task)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
   question = (module.__doc__ or "").strip()
   return Sweep(Path(path), question, base, baseline, metric, trials, plans, search, suggest)
 
 
-def default_metric(config: Any) -> str:
-  """What arms are compared by where the file says no METRIC; `config` is that of a plan."""
+def default_metric(setup: Setup) -> str:
+  """The metric that arms are compared by where the file says no METRIC."""
+  config = setup.config
   best, usual = config.checkpoint.best_metric, "val/bits_per_byte"
-  if config.checkpoint.final == "best" or usual not in validation.known_metrics(config):
+  if config.checkpoint.final == "best" or usual not in metrics_of(setup.task):
     return best or "val/loss"
   return usual
 
@@ -209,17 +213,17 @@ def make_trial(base: Any, arm: str, overrides: Overrides) -> Trial:
   return Trial(arm, config.seed, flat | {"seed": config.seed}, config.lock())
 
 
-def check(trial: Trial) -> Plan:
-  """The plan of a trial on the devices that JAX sees here; UserError names the arm."""
+def check(trial: Trial) -> Setup:
+  """The setup of a trial on the devices that JAX sees here; UserError names the arm."""
   try:
-    config = trial.config.copy_and_resolve_references()  # `make_plan` settles the vocabulary.
-    plan = make_plan(config)
-    plan.make_optimizer(plan.run_length)
-    read_options(config)
-    validation.check(config)
+    setup = make_setup(resolve(trial.config))
+    setup.make_optimizer(setup.run_length)
+    for part in setup.data.parts.values():
+      check_path(part)
+    validation.check(setup.config, setup.task)
   except UserError as error:
     raise UserError(f"arm {trial.arm!r}: {error}") from None
-  return plan
+  return setup
 
 
 def _list_trials(base: Any, pairs: Iterable[tuple[str, Overrides]]) -> dict[str, Trial]:

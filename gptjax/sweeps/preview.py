@@ -32,17 +32,17 @@ def preview(sweep: Sweep, workdir: Path, host: Host, parallel: int) -> str:
     trials[trial.arm] += 1
   lines = [f"{'arm':<32} {'trials':>6} {'parameters':>12} {'FLOPs a run':>12} {'seconds':>9}"]
   total = 0.0
-  for arm, plan in sweep.plans.items():
-    length = plan.run_length
-    row = f"{arm:<32} {trials[arm]:>6} {plan.num_parameters:>12,}"
+  for arm, setup in sweep.plans.items():
+    length = setup.run_length
+    row = f"{arm:<32} {trials[arm]:>6} {setup.num_parameters:>12,}"
     if length is None:
       lines.append(f"{row} {'unknown: the run is given in epochs':>22}")
       continue
-    flops = length.total_steps * length.tokens_per_step * plan.flops_per_token
+    flops = length.total_steps * length.tokens_per_step * setup.flops_per_token
     total += flops * trials[arm]
     lines.append(f"{row} {flops:>12.3g} {flops / rate:>9.0f}")
   seconds = total / rate / min(parallel, len(sweep.trials))
-  left_out = any(plan.run_length is None for plan in sweep.plans.values())
+  left_out = any(setup.run_length is None for setup in sweep.plans.values())
   lines.append(
     f"total: {len(sweep.trials)} trials, {total:.3g} FLOPs, {seconds:.0f} s with {parallel} at once"
     + ", without runs given in epochs" * left_out

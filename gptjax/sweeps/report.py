@@ -20,6 +20,7 @@ import numpy as np
 
 from gptjax.config import CONFIG_FILE, flatten
 from gptjax.errors import UserError
+from gptjax.objectives.task import TASKS, find_task
 from gptjax.sweeps import figures, statistics
 from gptjax.sweeps.page import Page
 from gptjax.sweeps.statistics import Comparison, Verdict
@@ -87,8 +88,9 @@ class Sweep:
   @property
   def of_tokens(self) -> bool:
     """Whether the metric is a mean over tokens, so that it depends on the tokenizer."""
-    labels = any(run.config.get("data.format") == "labels" for run in self.runs)
-    return self.metric in ("val/loss", "val/perplexity") and not labels
+    tasks = {run.config.get("task.name") for run in self.runs}
+    writes = all(find_task(task).num_labels == 0 for task in tasks if task in TASKS)
+    return self.metric in ("val/loss", "val/perplexity") and writes
 
   @property
   def label(self) -> str:

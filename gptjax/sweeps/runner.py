@@ -25,12 +25,12 @@ from rich.live import Live
 from rich.table import Table
 
 from gptjax import config as config_lib
-from gptjax.config import RunLength
 from gptjax.errors import UserError
 from gptjax.sweeps.definition import Sweep, Trial, changed_keys
 from gptjax.sweeps.devices import Slot, on_cores
 from gptjax.sweeps.study import Claim, Study
 from gptjax.training.metrics import read_metrics
+from gptjax.training.setup import length_without_data
 from gptjax.training.validation import History
 
 _POLL_SECONDS = 0.2
@@ -193,9 +193,8 @@ class Worker:
     folder = self._workdir / "trials" / trial.folder
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / ".lock").open("w")
-    total = None
-    if "total_epochs" not in trial.config:
-      total = RunLength.from_config(trial.config, None).total_steps
+    length = length_without_data(trial.config)
+    total = None if length is None else length.total_steps
     self._jobs.append(Job(claim, trial, folder, self._idle.pop(0), lock, total))
 
   def _advance(self, job: Job) -> None:

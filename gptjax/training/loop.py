@@ -1,7 +1,6 @@
 """The training loop: from a config and a work directory to a trained model."""
 
 import contextlib
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,6 @@ from flax import nnx
 from gptjax import config as config_lib
 from gptjax import wings
 from gptjax.config import RunLength
-from gptjax.data import pipeline
 from gptjax.data.pipeline import Dataset
 from gptjax.devices import chips, sharding
 from gptjax.devices.hosts import from_all_hosts, prepare_cpu
@@ -21,10 +19,12 @@ from gptjax.optim.optimizer import Optimizer
 from gptjax.training import baselines, plots, validation
 from gptjax.training import step as step_lib
 from gptjax.training.checkpoints import Checkpoints
+from gptjax.training.datasets import open_data
 from gptjax.training.metrics import StepLog, Writer, read_metrics
 from gptjax.training.preemption import Preemption
 from gptjax.training.pretrained import CHECKPOINTS, check_base, load_base, load_params_into
-from gptjax.training.setup import Plan, make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import Setup, make_setup
 from gptjax.training.step import TrainState
 from gptjax.training.validation import History
 
@@ -46,23 +46,24 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   """
   prepare_cpu()
   workdir = make_workdir(workdir)
-  plan = make_plan(config)
-  validation.check(config)
-  dataset = open_data(plan, workdir)
-  length = RunLength.from_config(config, dataset.steps_per_epoch)
+  config = resolve(config)
+  setup = make_setup(config)
+  validation.check(config, setup.task)
+  dataset = open_data(setup, workdir)
+  length = RunLength.from_config(config, dataset.tokens_per_step, dataset.steps_per_epoch)
   save_every, evaluate_every, sample_every, log_every = (
     length.steps(section, "every")
     for section in (config.checkpoint, config.eval, config.sample, config.log)
   )
   observe_every = length.steps(config.log, "layers_every")
-  optimizer = plan.make_optimizer(length)
-  train_step = plan.make_train_step(optimizer)
-  observe_step = plan.make_observe_step(optimizer)
-  evaluate = validation.make_evaluate(plan, dataset)
+  optimizer = setup.make_optimizer(length)
+  train_step = setup.make_train_step(optimizer)
+  observe_step = setup.make_observe_step(optimizer)
+  evaluate = validation.make_evaluate(setup, dataset)
   takes_best = config.checkpoint.final == "best"
 
   with (
-    jax.set_mesh(plan.mesh),
+    jax.set_mesh(setup.mesh),
     Checkpoints(
       workdir / CHECKPOINTS,
       keep=config.checkpoint.keep,
@@ -70,7 +71,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
       best_metric=config.checkpoint.best_metric,
     ) as checkpoints,
   ):
-    state, frozen = init_or_restore(plan, optimizer, checkpoints)
+    state, frozen = init_or_restore(setup, optimizer, checkpoints)
     start, total = int(state.step), length.total_steps
     with (
       Writer(
@@ -84,12 +85,12 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
       ) as writer,
       Preemption() as preemption,
     ):
-      introduce(writer, plan, dataset, length, start, workdir)
+      introduce(writer, setup, dataset, length, start, workdir)
       log = StepLog(
         writer,
         every_steps=log_every,
         tokens_per_step=length.tokens_per_step,
-        flops_per_token=plan.flops_per_token,
+        flops_per_token=setup.flops_per_token,
         first_step=start,
         first_seconds=seconds_before(workdir, start),
       )
@@ -115,18 +116,18 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
           writer.message(f"stopped after step {step}: {history.patience} validations, none better")
           break
         with profile(config.profile, step - start, workdir):
-          batch = sharding.to_global(next(batches), plan.mesh)
+          batch = sharding.to_global(next(batches), setup.mesh)
           if due(observe_every, step + 1):
             log.interrupt()
             figures = jax.device_get(observe_step(state, batch, frozen))
             writer.write(step + 1, step_lib.name_layers(figures))
           state, metrics = train_step(state, batch, frozen)  # dispatched, not awaited
         done = step + 1
-        check_finite(log.step(done, metrics), plan, step, checkpoints)  # of the step before
+        check_finite(log.step(done, metrics), setup, step, checkpoints)  # of the step before
         stop, last = preemption.requested(done), done == total
         evaluates = last or due(evaluate_every, done)
         if stop or due(save_every, done) or last or (takes_best and evaluates):
-          check_finite(log.interrupt(), plan, done, checkpoints)
+          check_finite(log.interrupt(), setup, done, checkpoints)
           checkpoints.save(done, state)  # before the evaluation, which may fail
         if stop and not last:
           writer.message(f"stopped by a signal after step {done}; run again to go on from there")
@@ -134,10 +135,9 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         if evaluates:
           log.interrupt()
           validate(done)
-        writes = plan.model.visibility != "bidirectional" and not plan.model.num_labels
-        if writes and sample_every and (last or due(sample_every, done)):
+        if setup.task.writes_text and sample_every and (last or due(sample_every, done)):
           log.interrupt()
-          write_samples(writer, done, plan, state, frozen, dataset)
+          write_samples(writer, done, setup, state, frozen, dataset)
       result = history.result
       if takes_best and history.best:
         writer.message(f"the best of the run is step {result['step']}, which is what it has made")
@@ -170,51 +170,29 @@ def make_workdir(workdir: epath.PathLike) -> epath.Path:
   return workdir
 
 
-def open_data(plan: Plan, workdir: epath.Path) -> Dataset:
-  dataset = pipeline.open_dataset(
-    plan.config,
-    workdir,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    progress=jax.process_index() == 0,
-  )
-  if dataset.tokenizer.vocab_size > plan.model.vocab_size:
-    raise UserError(
-      f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, more than "
-      f"model.vocab_size={plan.model.vocab_size}; set the latter to 0 to take the tokenizer's."
-    )
-  identity = f"{dataset.tokenizer.fingerprint()} {dataset.num_tokens} {dataset.steps_per_epoch}"
-  if len(set(from_all_hosts(zlib.crc32(identity.encode())))) > 1:
-    raise UserError(
-      f"the hosts read different data: process {jax.process_index()} has {dataset.num_tokens:,} "
-      "training tokens, another has others. Give all of them the same files."
-    )
-  return dataset
-
-
 def init_or_restore(
-  plan: Plan, optimizer: Optimizer, checkpoints: Checkpoints
+  setup: Setup, optimizer: Optimizer, checkpoints: Checkpoints
 ) -> tuple[TrainState, Any]:
   """The newest whole checkpoint of this run, or another model's weights, or a fresh start; and
   beside adapters the parameters that are not trained."""
-  abstract = plan.abstract_state(optimizer)
+  abstract = setup.abstract_state(optimizer)
   restored = checkpoints.restore_latest(abstract)
-  if not plan.adaptation.is_whole:
-    base, base_checksum = load_base(plan.config.init_from, plan.model, plan.abstract_base())
+  if not setup.adaptation.is_whole:
+    base, base_checksum = load_base(setup.config.init_from, setup.model, setup.abstract_base())
     if restored is None:
       state = step_lib.init_state(
-        plan.model, optimizer, plan.config.seed, abstract, plan.adaptation, base, base_checksum
+        setup.model, optimizer, setup.config.seed, abstract, setup.adaptation, base, base_checksum
       )
     else:
       state = restored[0]
-      check_base(int(state.base_checksum), base_checksum, checkpoints.directory, plan.config)
-    return state, plan.frozen(base)
+      check_base(int(state.base_checksum), base_checksum, checkpoints.directory, setup.config)
+    return state, setup.frozen(base)
   if restored is not None:
     return restored[0], None
-  state = step_lib.init_state(plan.model, optimizer, plan.config.seed, abstract)
-  if plan.config.init_from:
-    labels = plan.config.data.labels
-    loaded, report = load_params_into(plan.config.init_from, plan.model, abstract.params, labels)
+  state = step_lib.init_state(setup.model, optimizer, setup.config.seed, abstract)
+  if setup.config.init_from:
+    labels = setup.config.task.get("labels", ())
+    loaded, report = load_params_into(setup.config.init_from, setup.model, abstract.params, labels)
     if jax.process_index() == 0:
       print(f"init_from {report}")
     state = step_lib.replace_params(state, loaded)
@@ -235,35 +213,36 @@ def seconds_before(workdir: epath.Path, start: int) -> float | None:
 
 
 def write_samples(
-  writer: Writer, step: int, plan: Plan, state: TrainState, frozen: Any, dataset: Dataset
+  writer: Writer, step: int, setup: Setup, state: TrainState, frozen: Any, dataset: Dataset
 ) -> None:
   """Continues each prompt of `config.sample`, for the terminal and TensorBoard."""
   continue_prompts = wings.load(
     "gptjax.inference.generate:continue_prompts", "sample.every_steps (0 is never)"
   )
-  model = nnx.merge(plan.graph, state.params, frozen or {})
-  for number, text in enumerate(continue_prompts(model, dataset.tokenizer, plan.config.sample)):
+  model = nnx.merge(setup.graph, state.params, frozen or {})
+  for number, text in enumerate(continue_prompts(model, dataset.tokenizer, setup.config.sample)):
     writer.write_text(step, f"sample/{number}", text)
 
 
 def introduce(
-  writer: Writer, plan: Plan, dataset: Dataset, length: RunLength, start: int, workdir: epath.Path
+  writer: Writer, setup: Setup, dataset: Dataset, length: RunLength, start: int, workdir: epath.Path
 ) -> None:
   """Saves and prints the config, and says what is about to happen."""
-  config = plan.config
+  config = setup.config
   changes = config_lib.save(config, workdir) if jax.process_index() == 0 else []
   writer.message(config_lib.to_text(config))
-  whole = plan.num_trained == plan.num_parameters
-  trained = "" if whole else f", of which {plan.num_trained:,} are trained"
-  writer.message(f"parameters: {plan.num_parameters:,}{trained}")
+  whole = setup.num_trained == setup.num_parameters
+  trained = "" if whole else f", of which {setup.num_trained:,} are trained"
+  writer.message(f"parameters: {setup.num_parameters:,}{trained}")
+  examples = f" of {config.batch_size} examples" if setup.task.packs_batches else ""
   writer.message(
-    f"{dataset.num_tokens:,} training tokens, {length.tokens_per_step:,} a step; "
+    f"{dataset.num_tokens:,} training tokens, {length.tokens_per_step:,} a step{examples}; "
     f"{length.total_steps:,} steps are {length.total_steps / dataset.steps_per_epoch:.2f} epochs"
   )
   kind = jax.devices()[0].device_kind
   chip = chips.find_chip(kind)
   peak = f"{chip.name}, {chip.peak_flops / 1e12:.0f} TFLOP/s" if chip else f"unknown chip {kind!r}"
-  writer.message(f"mfu counts {plan.flop_rule}, against the peak of each device: {peak}")
+  writer.message(f"mfu counts {setup.flop_rule}, against the peak of each device: {peak}")
   for change in changes:
     writer.message(f"changed since the last start: {change}")
   if start:
@@ -298,16 +277,17 @@ def conclude(
 
 
 def check_finite(
-  metrics: Mapping[str, Any], plan: Plan, step: int, checkpoints: Checkpoints
+  metrics: Mapping[str, Any], setup: Setup, step: int, checkpoints: Checkpoints
 ) -> None:
   """Stops the run when too many updates were skipped; `metrics` are those of `step`, or empty."""
   skipped = int(metrics.get("skipped", 0))
-  if skipped > plan.config.max_skipped_steps:
+  if skipped > setup.config.max_skipped_steps:
     raise UserError(
       f"step {step}: loss or gradient is not finite, for the {skipped}th time "
-      f"(max_skipped_steps={plan.config.max_skipped_steps}). The weights of the last checkpoint, "
+      f"(max_skipped_steps={setup.config.max_skipped_steps}). The weights of the last checkpoint, "
       f"step {checkpoints.latest_step()}, are finite. The batch can be rebuilt: "
-      f"open_dataset(config, workdir).training_batch({step - 1}) with seed={plan.config.seed}."
+      f"gptjax.training.datasets.open_dataset(config, workdir).training_batch({step - 1}), with "
+      f"seed={setup.config.seed}."
     )
 
 

@@ -37,7 +37,7 @@ _FORMATS = {
 class Labels:
   """The task that a head of labels was trained for, and the names of its labels."""
 
-  objective: str
+  task: str
   names: tuple[str, ...]
 
 
@@ -144,7 +144,7 @@ def labels_of(checkpoint: epath.PathLike) -> Labels | None:
   config = config_lib.open_saved(epath.Path(checkpoint))
   if not (count := config.model.get("num_labels")):
     return None
-  return Labels(config.objective, tuple(config.data.labels) or number_labels(count))
+  return Labels(config.task.name, config.task.get("labels", ()) or number_labels(count))
 
 
 def tokenizer_of(checkpoint: epath.PathLike) -> str:
@@ -213,7 +213,7 @@ def _differences_of_heads(
   names = foreign.labels.names
   if names in (tuple(labels), number_labels(len(names))):
     return []
-  return [f"data.labels={','.join(labels)}, not {','.join(names)}"]
+  return [f"task.labels={','.join(labels)}, not {','.join(names)}"]
 
 
 def load_base(

@@ -16,8 +16,7 @@ from gptjax.devices import sharding
 from gptjax.model.config import ModelConfig
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import ParameterInfo
-from gptjax.objectives import objectives
-from gptjax.objectives.label_losses import LabelLoss
+from gptjax.objectives.task import Task
 from gptjax.optim.optimizer import Optimizer
 from gptjax.training.adaptation import WHOLE, WholeModel
 
@@ -135,21 +134,24 @@ def replace_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:
 
 def _make_gradients(
   graph: nnx.GraphDef,
+  task: Task,
   *,
   seed: int,
   grad_accumulation: int,
   dropout: bool,
-  factors: Mapping[str, Any],
+  router_balance_loss: float,
+  router_z_loss: float,
   observe: bool = False,
 ) -> Callable[..., tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
   """Returns (state, batch, frozen) -> (metrics, gradient, figures).
 
   `frozen` are the parameters of the model that are not in the state, and have no gradient.
 
-  The metrics are the loss without what the `factors` of `objectives.target_loss` add to it, the
-  weight of the batch, and what the routers of a mixture of experts tell. The loss is the mean over
-  the valid tokens of the whole global batch: each micro-batch is divided by that one count, so
-  their gradients add up to the gradient of the whole. Randomness is a function of (seed, step). The
+  The metrics are the loss that the task tells, the weight of the batch, and what the routers of a
+  mixture of experts tell; the routers' two losses, means over the layers, are minimised with the
+  task's, times their factors. The loss is the mean over the valid targets of the whole global
+  batch: each micro-batch is divided by that one count, so their gradients add up to the gradient of
+  the whole. Randomness is a function of (seed, step). The
   figures, [L] each, are none unless `observe`.
   """
 
@@ -157,10 +159,14 @@ def _make_gradients(
     model = nnx.merge(graph, params, frozen or {})
     figures = Figures() if observe else None
     routing = Routing() if model.config.num_experts else None
-    sums = objectives.target_loss(model, micro, key, figures=figures, routing=routing, **factors)
+    sums = task.loss(model, micro, key, figures=figures, routing=routing)
     share = micro.weights.sum() / weight
+    total = sums.total / weight
+    if routing is not None:
+      balance, z = routing["balance_loss"].mean(), routing["z_loss"].mean()
+      total += share * (router_balance_loss * balance + router_z_loss * z)
     told = {f"router/{name}": x * share for name, x in (routing or {}).items()}
-    return sums.total / weight, ({"loss": sums.cross_entropy / weight} | told, dict(figures or {}))
+    return total, ({"loss": sums.cross_entropy / weight} | told, dict(figures or {}))
 
   def gradients(state: TrainState, batch: Batch, frozen: Any):
     batch = sharding.balance_time(batch)
@@ -202,22 +208,30 @@ def _over_layers(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 def make_train_step(
   graph: nnx.GraphDef,
+  task: Task,
   optimizer: Optimizer,
   *,
   seed: int,
-  grad_accumulation: int,
-  dropout: bool,
-  ema_decay: float,
+  grad_accumulation: int = 1,
+  dropout: bool = False,
+  ema_decay: float = 0.0,
+  router_balance_loss: float = 0.0,
+  router_z_loss: float = 0.0,
   compiler_options: Mapping[str, Any] | None = None,
-  **factors: Any,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns jit(state, batch, frozen=None) -> (state, metrics), which donates the state alone.
 
-  Metrics and gradient are those of `_make_gradients`, `factors` those of `objectives.target_loss`.
-  An update whose loss or gradient is not finite is not applied.
+  Metrics and gradient are those of `_make_gradients`. An update whose loss or gradient is not
+  finite is not applied.
   """
   gradients = _make_gradients(
-    graph, seed=seed, grad_accumulation=grad_accumulation, dropout=dropout, factors=factors
+    graph,
+    task,
+    seed=seed,
+    grad_accumulation=grad_accumulation,
+    dropout=dropout,
+    router_balance_loss=router_balance_loss,
+    router_z_loss=router_z_loss,
   )
 
   def train_step(state: TrainState, batch: Batch, frozen: Any = None):
@@ -252,13 +266,15 @@ def make_train_step(
 
 def make_observe_step(
   graph: nnx.GraphDef,
+  task: Task,
   optimizer: Optimizer,
   *,
   seed: int,
-  grad_accumulation: int,
-  dropout: bool,
+  grad_accumulation: int = 1,
+  dropout: bool = False,
+  router_balance_loss: float = 0.0,
+  router_z_loss: float = 0.0,
   compiler_options: Mapping[str, Any] | None = None,
-  **factors: Any,
 ) -> Callable[..., dict[str, jax.Array]]:
   """Returns jit(state, batch, frozen=None) -> figures of the update that the step would make.
 
@@ -270,10 +286,12 @@ def make_observe_step(
   """
   gradients = _make_gradients(
     graph,
+    task,
     seed=seed,
     grad_accumulation=grad_accumulation,
     dropout=dropout,
-    factors=factors,
+    router_balance_loss=router_balance_loss,
+    router_z_loss=router_z_loss,
     observe=True,
   )
 
@@ -312,30 +330,14 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 
 
 def make_eval_step(
-  graph: nnx.GraphDef,
-) -> Callable[..., dict[str, tuple[jax.Array, jax.Array]]]:
-  """Returns jit(params, batch, frozen=None) -> {"loss": (nats, tokens)}, sums over targets."""
+  graph: nnx.GraphDef, task: Task
+) -> Callable[..., tuple[dict[str, tuple[jax.Array, jax.Array]], Any]]:
+  """Returns jit(params, batch, frozen=None) -> what `Task.evaluate` tells: sums over targets, and
+  outputs, whole on every host."""
 
   def eval_step(params, batch: Batch, frozen: Any = None):
     batch = sharding.balance_time(batch)
-    sums = objectives.target_loss(nnx.merge(graph, params, frozen or {}), batch)
-    return {"loss": (sums.cross_entropy, batch.weights.sum())}
+    sums, outputs = task.evaluate(nnx.merge(graph, params, frozen or {}), batch)
+    return sums, jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), outputs)
 
   return jax.jit(eval_step)
-
-
-def make_label_step(
-  graph: nnx.GraphDef, labels: LabelLoss
-) -> Callable[..., tuple[dict[str, tuple[jax.Array, jax.Array]], Batch, jax.Array]]:
-  """As `make_eval_step`, with the batch and the scores of its labels [B, T, K], whole on every
-  host."""
-
-  def label_step(params, batch: Batch, frozen: Any = None):
-    batch = sharding.balance_time(batch)
-    model = nnx.merge(graph, params, frozen or {})
-    logits_BTK = objectives.label_logits(model, batch)
-    sums = {"loss": (labels(logits_BTK, batch).cross_entropy, batch.weights.sum())}
-    whole = jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), (batch, logits_BTK))
-    return sums, *whole
-
-  return jax.jit(label_step)

@@ -5,83 +5,59 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from gptjax.data.pipeline import Dataset
 from gptjax.devices import sharding
 from gptjax.errors import UserError, did_you_mean
-from gptjax.objectives import label_outputs as labels
-from gptjax.objectives import scores
-from gptjax.objectives.label_outputs import LabelOutputs
+from gptjax.objectives.task import Task, metrics_of
 from gptjax.training import step
 from gptjax.training.checkpoints import Checkpoints, is_better
 from gptjax.training.metrics import Sums, read_metrics
-from gptjax.training.setup import Plan
+from gptjax.training.setup import Setup
 from gptjax.training.step import TrainState
 
-VALIDATION_METRICS = ("val/loss", "val/perplexity", "val/bits_per_byte")
 
-
-def known_metrics(config: Any) -> tuple[str, ...]:
-  """The names of what a validation of this config tells."""
-  if config.data.format == "labels":
-    return ("val/loss", *(f"val/{name}" for name in labels.METRICS[config.objective]))
-  if config.data.format == "text" and config.objective == "next_token":
-    return VALIDATION_METRICS
-  return VALIDATION_METRICS[:2]  # Bits per byte are of all of a text.
-
-
-def check(config: Any) -> None:
+def check(config: Any, task: Task) -> None:
   """Refuses a metric that the validation does not tell, or a library of one that is missing."""
   best = config.checkpoint.best_metric
   if best:
-    check_metric("checkpoint.best_metric", best, config)
+    check_metric("checkpoint.best_metric", best, task)
   if not best and (config.eval.patience or config.checkpoint.final == "best"):
     raise UserError("eval.patience and checkpoint.final='best' need checkpoint.best_metric.")
   if config.checkpoint.final not in ("best", "newest"):
     raise UserError(f"checkpoint.final={config.checkpoint.final!r} is neither 'best' nor 'newest'.")
   if config.eval.patience < 0:
     raise UserError(f"eval.patience={config.eval.patience} is negative; 0 never stops early.")
-  if config.objective in labels.LIBRARIES:
-    scores.need(labels.LIBRARIES[config.objective])
+  task.check_libraries()
 
 
-def check_metric(key: str, metric: str, config: Any) -> None:
-  """Refuses a metric that the validation of a config does not tell; UserError names the key."""
-  known = known_metrics(config)
+def check_metric(key: str, metric: str, task: type[Task] | Task) -> None:
+  """Refuses a metric that the validation of a task does not tell; UserError names the key."""
+  known = metrics_of(task)
   if metric not in known:
-    raise UserError(
-      f"{key}: no metric {metric!r} of objective={config.objective!r} and "
-      f"data.format={config.data.format!r}. {did_you_mean(metric, known)}"
-    )
+    hint = did_you_mean(metric, known)
+    raise UserError(f"{key}: no metric {metric!r} of task={task.name!r}. {hint}")
 
 
-def make_evaluate(plan: Plan, dataset: Dataset) -> Callable[[TrainState, Any], dict[str, float]]:
-  """Returns (state, frozen) -> {'val/NAME': value}, exact over the whole validation set.
-
-  That is loss, perplexity and bits per byte as far as the objective knows them, or the metrics of
-  labels. The weights are those of the moving average, where there is one.
-  """
-  loss = plan.label_loss
-  run = step.make_eval_step(plan.graph) if loss is None else step.make_label_step(plan.graph, loss)
+def make_evaluate(setup: Setup, dataset: Dataset) -> Callable[[TrainState, Any], dict[str, float]]:
+  """Returns (state, frozen) -> {'val/NAME': value}, exact over the whole validation set: the loss
+  and the metrics of the task. The weights are those of the moving average, where there is one."""
+  run = step.make_eval_step(setup.graph, setup.task)
+  names = ("loss", *setup.task.metrics)
 
   def evaluate(state: TrainState, frozen: Any) -> dict[str, float]:
     params = state.params if state.ema is None else state.ema
-    sums, outputs = Sums(), None if loss is None else LabelOutputs(loss.objective)
+    sums, outputs = Sums(), setup.task.outputs()
     for batch in dataset.validation_batches():
-      told = run(params, sharding.to_global(batch, plan.mesh), frozen)
-      if outputs is not None:
-        told, *whole = told
-        outputs.add(*jax.device_get(whole))
+      told, output = run(params, sharding.to_global(batch, setup.mesh), frozen)
       sums.add(told)
-    means = sums.finish(text_bytes=dataset.validation_bytes)
+      if outputs is not None:
+        outputs.add(jax.device_get(output))
+    found = sums.finish(text_bytes=dataset.validation_bytes)
     if outputs is not None:
-      del means["perplexity"]
-      everything = np.arange(len(outputs.golds))
-      found = outputs.measures(tuple(plan.config.data.labels))
-      means |= {name: float(found[name](everything)) for name in labels.METRICS[loss.objective]}
-    return {f"val/{name}": value for name, value in means.items()}
+      found |= outputs.metrics()
+    return {f"val/{name}": found[name] for name in names}
 
   return evaluate
 

@@ -45,9 +45,9 @@ def make_plan(devices, mesh, batch=BATCH, context=CONTEXT, **overrides):
   return make_decoding_plan(load(**sizes, **overrides), devices, batch, context)
 
 
-def work_of(plan):
-  _, params = decoding.abstract_parameters(plan)
-  return decoding._work(plan, params, decoding.abstract_decoding(plan))
+def work_of(setup):
+  _, params = decoding.abstract_parameters(setup)
+  return decoding._work(setup, params, decoding.abstract_decoding(setup))
 
 
 def test_what_a_device_holds_and_reads():
@@ -73,27 +73,27 @@ def test_a_window_and_tables_are_not_read_as_a_whole():
 
 
 def test_arrays_lie_as_the_rules_say():
-  plan = make_plan(jax.devices(), {"fsdp": 2, "tensor": 2})
-  _, params = decoding.abstract_parameters(plan)
+  setup = make_plan(jax.devices(), {"fsdp": 2, "tensor": 2})
+  _, params = decoding.abstract_parameters(setup)
   flat = {"/".join(map(str, k)): v for k, v in traverse_util.flatten_dict(params).items()}
   assert {leaf.dtype for leaf in flat.values()} == {jnp.dtype("bfloat16")}
   kernel = flat["blocks/1/attention/key/kernel"]
   assert kernel.shape == (256, 2, 64)
   assert kernel.sharding.shard_shape(kernel.shape) == (128, 1, 64)
-  state = decoding.abstract_decoding(plan)
+  state = decoding.abstract_decoding(setup)
   shards = {leaf.sharding.shard_shape(leaf.shape) for pair in state.cache for leaf in pair}
   assert shards == {(BATCH // 2, CONTEXT, 1, 64)}
 
 
 def test_a_step_with_the_layers_apart_is_a_step_of_generation():
-  plan = make_plan(jax.devices()[:1], {"data": 1}, **{"model.dtype": "float32"})
-  model = GPT(plan.model, nnx.Rngs(0))
+  setup = make_plan(jax.devices()[:1], {"data": 1}, **{"model.dtype": "float32"})
+  model = GPT(setup.model, nnx.Rngs(0))
   stacked, params = nnx.split(model)
   tokens, lengths = np.array([[5, 3, 9, 0, 0], [7, 1, 0, 0, 0]]), np.array([3, 2])
   keys = jax.random.split(jax.random.key(0), 2)
   state = prefill(stacked, params, tokens, lengths, keys, prompt_length=3)
   model.unstack()
-  apart, abstract = decoding.abstract_parameters(plan)
+  apart, abstract = decoding.abstract_parameters(setup)
   own = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, abstract)
   limits, never = np.array([5, 5]), jnp.int32(-1)
@@ -134,8 +134,8 @@ def test_bad_values_are_refused_in_a_line(mesh, sizes, overrides, message):
 
 def test_the_batch_and_length_of_training_do_not_matter():
   training = {"batch_size": 3, "sequence_length": 999, "grad_accumulation": 7}
-  plan = make_plan(jax.devices(), {"data": 4}, **training)
-  assert (plan.config.batch_size, plan.config.sequence_length) == (BATCH, CONTEXT)
+  setup = make_plan(jax.devices(), {"data": 4}, **training)
+  assert (setup.config.batch_size, setup.config.sequence_length) == (BATCH, CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +143,8 @@ def compiled():
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("the TPU compiler is not installed: pip install 'jax[tpu]'")
   target = find_slice("v5e-4")
-  plan = make_plan(target.devices, {"fsdp": 2, "tensor": 2})
-  return compile_decoding(plan, target), plan
+  setup = make_plan(target.devices, {"fsdp": 2, "tensor": 2})
+  return compile_decoding(setup, target), setup
 
 
 def test_of_experts_only_those_chosen_count():
@@ -173,11 +173,11 @@ def test_the_compiled_step_holds_what_was_counted(compiled):
 
 
 def test_the_report_names_the_cache_and_the_bound(compiled):
-  report, plan = compiled
+  report, setup = compiled
   reads = sum(report.work.read.values())
   assert report.roofline["hbm"] == pytest.approx(reads / 819e9)
   assert 0 < report.tokens_per_second < BATCH / report.roofline["hbm"]
-  text = to_text(report, plan)
+  text = to_text(report, setup)
   assert "    KV cache" in text
   assert f"memory bandwidth allows {BATCH / report.roofline['hbm']:,.0f} tokens/s" in text
   found = report.to_json()

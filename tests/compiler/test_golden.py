@@ -13,7 +13,8 @@ from gptjax.compiler.hlo import Program, shape_bytes
 from gptjax.compiler.topology import find_slice
 from gptjax.devices import sharding
 from gptjax.objectives import cross_entropy as losses
-from gptjax.training.setup import make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
@@ -41,8 +42,8 @@ def compile_small(topology, **mesh):
     "configs/pretrain.py:model=tiny-gpt2", {key: str(value) for key, value in overrides.items()}
   )
   target = find_slice(topology)
-  plan = make_plan(config, target.devices)
-  return plan, compile_training(plan, target)
+  setup = make_setup(resolve(config), target.devices)
+  return setup, compile_training(setup, target)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,9 @@ def test_it_fits_and_every_loop_was_understood(fsdp_v5e, tensor_v5p):
 
 
 def test_fsdp_sends_parameters_and_gradients_only(fsdp_v5e):
-  plan, report = fsdp_v5e
+  setup, report = fsdp_v5e
   matrices = sum(
-    math.prod(info.shape) for info in plan.parameters.values() if info.fan_in_axes is not None
+    math.prod(info.shape) for info in setup.parameters.values() if info.fan_in_axes is not None
   )
   share = 15 / 16
   gathered = report.collectives["all-gather"].bytes
@@ -108,9 +109,9 @@ def test_no_activations_are_gathered_over_fsdp(fsdp_v5e):
 
 
 def test_no_large_parameter_is_whole_on_a_device(fsdp_v5e, tensor_v5p):
-  for plan, _ in (fsdp_v5e, tensor_v5p):
-    with jax.set_mesh(plan.mesh):
-      state = plan.abstract_state(plan.make_optimizer(plan.run_length))
+  for setup, _ in (fsdp_v5e, tensor_v5p):
+    with jax.set_mesh(setup.mesh):
+      state = setup.abstract_state(setup.make_optimizer(setup.run_length))
     for leaf in jax.tree.leaves(state):
       whole = leaf.sharding.shard_shape(leaf.shape) == leaf.shape
       assert not whole or leaf.size <= LAYERS * MLP
@@ -133,7 +134,7 @@ def test_tensor_parallel_norms_are_split_over_the_sequence(tensor_v5p):
 
 
 def test_splash_attention_and_the_chunked_loss_are_in_the_program(fsdp_v5e, tensor_v5p):
-  for plan, report in (fsdp_v5e, tensor_v5p):
+  for setup, report in (fsdp_v5e, tensor_v5p):
     program = Program(report.program)
     kernels = {kernel.name: kernel.count for kernel in program.kernels()}
     assert sorted(kernels) == [
@@ -141,7 +142,7 @@ def test_splash_attention_and_the_chunked_loss_are_in_the_program(fsdp_v5e, tens
       "splash_mha_fwd_segmented_residuals",
     ]
     assert kernels["splash_mha_dkv_segmented_no_residuals"] == LAYERS
-    with jax.set_mesh(plan.mesh):
+    with jax.set_mesh(setup.mesh):
       vocab = VOCAB // sharding.axis_parts("vocab")
       tokens = ROWS * LENGTH // math.prod(sharding.axis_parts(axis) for axis in ("batch", "time"))
     largest = max(
@@ -164,7 +165,7 @@ def _logit_shapes(shape, vocab):
 
 @pytest.mark.slow
 def test_context_parallelism_gathers_keys_and_scatters_their_gradients(chunked):
-  plan, report = compile_small("v5e-16", fsdp=4, context=4)
+  setup, report = compile_small("v5e-16", fsdp=4, context=4)
   in_layers = [one for one in Program(report.program).collectives(16) if one.count >= LAYERS]
   # One matrix of keys, in bfloat16: all rows of a device, the whole length.
   keys = ROWS // 4 * LENGTH * WIDTH * 2
@@ -173,6 +174,6 @@ def test_context_parallelism_gathers_keys_and_scatters_their_gradients(chunked):
   scattered = [one for one in in_layers if one.kind == "reduce-scatter"]
   assert sum(one.bytes for one in scattered) <= 1.01 * 2 * LAYERS * keys * 3 / 4
   # What is all-reduced is each device's part of the gradient of the weights, over `context`.
-  matrices = sum(math.prod(i.shape) for i in plan.parameters.values() if i.fan_in_axes is not None)
+  matrices = sum(math.prod(i.shape) for i in setup.parameters.values() if i.fan_in_axes is not None)
   reduced = sum(one.bytes for one in in_layers if one.kind == "all-reduce")
   assert reduced <= 1.05 * 2 * 3 / 4 * matrices / 4 * 2

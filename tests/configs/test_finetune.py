@@ -61,7 +61,7 @@ def finetuned(tmp_path_factory, tiny_config, random_params):
       "init_from": f"hf:{folder}/model",
       "data.path": str(folder / "chats.jsonl"),
       "data.cache_dir": str(folder / "cache"),
-      "data.chat_template": "alpaca",
+      "task.chat_template": "alpaca",
       "batch_size": 4,
       "sequence_length": 256,
       "optim.learning_rate": 1e-2,

@@ -10,7 +10,8 @@ from gptjax.config import RunLength
 from gptjax.devices import sharding
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import count_parameters, describe_parameters
-from gptjax.training.setup import make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 
 # What the model cards and reference implementations count.
 PUBLISHED = {
@@ -112,24 +113,24 @@ def test_every_model_preset_builds_and_all_its_parameters_are_sharded(name):
 )
 def test_pretrain_composes_every_preset(part, name):
   config = config_lib.load(f"configs/pretrain.py:{part}={name}")
-  plan = make_plan(config)
+  setup = make_setup(resolve(config))
   # The rules of the optimizer cover every parameter, or this raises.
-  optimizer = plan.make_optimizer(RunLength.from_config(config, steps_per_epoch=None))
-  assert set(optimizer.groups) == set(plan.parameters)
+  optimizer = setup.make_optimizer(RunLength.from_config(config, steps_per_epoch=None))
+  assert set(optimizer.groups) == set(setup.parameters)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_muon_takes_every_projection_of_the_layers_and_nothing_else(name):
-  plan = make_plan(config_lib.load(f"configs/pretrain.py:model={name},optim=muon"))
-  groups = plan.make_optimizer(None).groups
+  setup = make_setup(resolve(config_lib.load(f"configs/pretrain.py:model={name},optim=muon")))
+  groups = setup.make_optimizer(None).groups
   muon = {name for name, group in groups.items() if group.algorithm == "muon"}
   assert muon == {name for name in groups if re.fullmatch(r"(encoder/)?blocks/.*/kernel", name)}
 
 
 @pytest.mark.parametrize("name", ["tiny", "gpt2-124m"])
 def test_decay_is_for_matrices(name):
-  plan = make_plan(config_lib.load(f"configs/pretrain.py:model={name}"))
-  for name, group in plan.make_optimizer(None).groups.items():
+  setup = make_setup(resolve(config_lib.load(f"configs/pretrain.py:model={name}")))
+  for name, group in setup.make_optimizer(None).groups.items():
     assert (group.decay > 0) == name.endswith(("kernel", "embedding"))
 
 
@@ -151,7 +152,9 @@ def test_of_experts_only_the_active_count_in_the_flops():
 
   def flops(**changes):
     overrides = {f"model.{key}": value for key, value in changes.items()}
-    return make_plan(config_lib.load("configs/pretrain.py:model=tiny-moe", load | overrides))
+    return make_setup(
+      resolve(config_lib.load("configs/pretrain.py:model=tiny-moe", load | overrides))
+    )
 
   mixture, twice_as_wide = flops(), flops(**dense, mlp_dim=2 * 256)
   routers = 6 * 4 * 192 * 8

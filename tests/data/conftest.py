@@ -9,10 +9,10 @@ import ml_collections
 import pytest
 
 from configs.parts import data as presets
-from gptjax.data import labels
+from gptjax.data import pipeline
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.label_encoding import LabelEncoder
 from gptjax.data.options import read_options
+from gptjax.objectives.task import make_task, task_defaults
 
 DOCUMENTS = [
   inspect.getsource(textwrap),
@@ -25,6 +25,14 @@ DOCUMENTS = [
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>",
             "<|end_header_id|>"]  # fmt: skip
+
+
+def open_dataset(config, workdir, **options):
+  """Opens the data of a config with the labels of its records, as a run does."""
+  task = make_task(config.task)
+  if task.packs_batches:
+    task = task.settle(read_options(config), ())
+  return pipeline.open_dataset(config, workdir, task, **options)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +67,8 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def make_config(tmp_path, corpus):
-  """Returns a function that makes a config over the corpus, with some data keys changed."""
+  """Returns a function that makes a config over the corpus, with some keys of the task or of the
+  data changed."""
 
   def make(
     tokenizer="bytes",
@@ -67,10 +76,12 @@ def make_config(tmp_path, corpus):
     sequence_length=64,
     seed=0,
     preset="text",
-    objective="next_token",
+    task="next_token",
     visibility="causal",
-    **data,
+    **keys_of_both,
   ):
+    task = task_defaults(task)
+    task |= {key: keys_of_both.pop(key) for key in task if key in keys_of_both}
     keys = presets.get(preset) | {"cache_dir": str(tmp_path / "cache")}
     if preset == "text":
       keys |= {"path": str(corpus), "validation_fraction": 0.2}
@@ -80,9 +91,9 @@ def make_config(tmp_path, corpus):
         "batch_size": batch_size,
         "sequence_length": sequence_length,
         "tokenizer": tokenizer,
-        "objective": objective,
+        "task": task,
         "model": {"decoder_start": 0, "visibility": visibility},
-        "data": keys | data,
+        "data": keys | keys_of_both,
       }
     )
 
@@ -96,12 +107,12 @@ def make_label_config(make_config, tmp_path):
   They are for training and validation both, unless there is a `validation_fraction`.
   """
 
-  def make(records, objective="classification", **keys):
+  def make(records, task="classification", **keys):
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     if "validation_fraction" not in keys:
       keys.setdefault("validation_path", str(path))
-    return make_config(preset="jsonl", path=str(path), objective=objective, format="labels", **keys)
+    return make_config(preset="jsonl", path=str(path), task=task, **keys)
 
   return make
 
@@ -121,9 +132,9 @@ def encode(make_label_config):
 
   def make(records, tokenizer="bytes", **keys):
     config = make_label_config(records, tokenizer=str(tokenizer), **keys)
-    options = read_options(config)
-    texts, _ = labels.open_pair(options.parts["jsonl"], options)
+    task, options = make_task(config.task), read_options(config)
+    texts, _ = task.open_pair(options.parts["jsonl"], options)
     tokenizer = tokenizer_lib.load(str(tokenizer))
-    return LabelEncoder(tokenizer, options).encode(texts), tokenizer
+    return task.encode(texts, tokenizer, options, progress=False), tokenizer
 
   return make

@@ -246,9 +246,9 @@ def test_a_tokenizer_made_here_ends_alpaca_turns_with_its_separator(tmp_path):
 @pytest.mark.parametrize(
   ("name", "problem"),
   [
-    ("", "tokenizer 'bytes' has no chat template of its own. Set --config.data.chat_template= to"),
-    ("chatm", "data.chat_template: no template 'chatm'. Did you mean 'chatml'"),
-    ("llama3", "data.chat_template='llama3' needs the special token '<|start_header_id|>', which"),
+    ("", "tokenizer 'bytes' has no chat template of its own. Set --config.task.chat_template= to"),
+    ("chatm", "task.chat_template: no template 'chatm'. Did you mean 'chatml'"),
+    ("llama3", "task.chat_template='llama3' needs the special token '<|start_header_id|>', which"),
   ],
 )
 def test_a_template_that_cannot_be_had_is_named(name, problem):

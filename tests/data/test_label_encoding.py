@@ -15,6 +15,12 @@ def pair(first, second):
   return {"text": first, "other": second, "label": "a"}
 
 
+def placed(example):
+  """The (place, label) of each target; all of them count 1."""
+  assert all(target.weight == 1 for target in example.targets)
+  return tuple((target.place, target.label) for target in example.targets)
+
+
 def bert(path):
   return tokenizers.BertWordPieceTokenizer(str(path))
 
@@ -25,7 +31,7 @@ def test_a_text_is_what_its_tokenizer_makes_of_it(encode, wordpiece):
   (example,) = examples.examples
   assert example.tokens.tolist() == bert(wordpiece).encode("the cat sat").ids
   assert example.tokens.dtype == np.int32
-  assert example.targets == ((0, 0),)
+  assert placed(example) == ((0, 0),)
 
 
 @pytest.mark.parametrize("sequence_length", [5, 6, 7, 8, 12, 40])
@@ -72,7 +78,7 @@ def test_the_label_is_where_the_model_has_read_all(encode, visibility, tokens, p
   keys = {"pair_key": "other", "labels": ("b", "a"), "visibility": visibility}
   (example,) = encode([pair("hi", "yo")], **keys)[0].examples
   assert example.tokens.tolist() == tokens
-  assert example.targets == ((place, 1),)
+  assert placed(example) == ((place, 1),)
   assert tokens[slice(*example.second)] == [*b"yo", END]
 
 
@@ -93,31 +99,31 @@ def test_what_is_longer_than_a_row_may_be_left_out(encode):
 )
 def test_a_tag_is_at_the_token_of_its_word(encode, visibility, tokens, places):
   record = {"text": ["Ann", "saw", "X"], "label": ["P", "O", "P"]}
-  keys = {"objective": "tagging", "labels": ("O", "P"), "visibility": visibility}
+  keys = {"task": "tagging", "label_key": "label", "labels": ("O", "P"), "visibility": visibility}
   (example,) = encode([record], **keys)[0].examples
   assert example.tokens.tolist() == tokens
   # The first token of a word after another is the space before it.
   places = places or (1, 4, 8)
-  assert example.targets == tuple(zip(places, (1, 0, 1), strict=True))
+  assert placed(example) == tuple(zip(places, (1, 0, 1), strict=True))
 
 
 def test_words_of_chinese_characters_have_nothing_between_them(encode, wordpiece):
   record = {"text": ["我", "爱", "\u200b", "cats"], "label": ["O", "P", "O", "P"]}
-  keys = {"objective": "tagging", "labels": ("O", "P"), "word_separator": ""}
+  keys = {"task": "tagging", "label_key": "label", "labels": ("O", "P"), "word_separator": ""}
   examples, _ = encode([record], wordpiece, visibility="bidirectional", **keys)
   (example,) = examples.examples
   assert example.tokens.tolist() == bert(wordpiece).encode("我爱cats").ids
   # The third has no token at all; a tag is at the first token of 'cat', '##s'.
-  assert example.targets == ((1, 0), (2, 1), (3, 1))
+  assert placed(example) == ((1, 0), (2, 1), (3, 1))
   assert examples.empty_words == 1
 
 
 def test_tags_of_what_is_cut_are_lost(encode):
   record = {"text": ["Ann", "saw", "X"], "label": ["P", "O", "P"]}
-  keys = {"objective": "tagging", "labels": ("O", "P")}
+  keys = {"task": "tagging", "label_key": "label", "labels": ("O", "P")}
   examples, _ = encode([record, record], sequence_length=8, **keys)
   assert examples.examples[0].tokens.tolist() == [*b"Ann saw", END]
-  assert examples.examples[0].targets == ((2, 1), (6, 0))
+  assert placed(examples.examples[0]) == ((2, 1), (6, 0))
   assert examples.truncated == 2
 
 
@@ -129,7 +135,7 @@ def question(answer, context=CONTEXT):
   return {"text": "Who was it?", "context": context, "label": answers}
 
 
-SPAN = {"objective": "span", "pair_key": "context"}
+SPAN = {"task": "span", "pair_key": "context", "label_key": "label"}
 
 
 def answer_of(example, tokenizer):
@@ -145,7 +151,7 @@ def test_an_answer_is_whole_tokens_of_the_context(encode, visibility, answer):
   assert [column for _, column, _ in example.values] == [0, 1]
   context = example.tokens[slice(*example.second)].tolist()
   assert context == [*CONTEXT.encode(), examples[1].end_of_text]
-  assert example.targets == ((len(example.tokens) - 1 if visibility == "causal" else 0, 0),)
+  assert placed(example) == ((len(example.tokens) - 1 if visibility == "causal" else 0, 0),)
 
 
 def test_a_cut_context_has_the_tokens_of_a_whole_one(encode, wordpiece, tmp_path):
@@ -187,7 +193,9 @@ def spacing_tokenizer(tmp_path):
 
 def test_a_tokenizer_that_adds_a_space_gets_no_second_one(encode, spacing_tokenizer):
   tagged = {"text": ["a", "b"], "label": ["O", "O"]}
-  examples, tokenizer = encode([tagged], spacing_tokenizer, objective="tagging", labels=("O",))
+  examples, tokenizer = encode(
+    [tagged], spacing_tokenizer, task="tagging", label_key="label", labels=("O",)
+  )
   assert tokenizer.adds_space
   assert examples.examples[0].tokens.tolist() == [*tokenizer.encode("a b"), tokenizer.end_of_text]
   examples, _ = encode([question("b", "a b a")], spacing_tokenizer, **SPAN)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from gptjax.data import labels, pipeline
 from gptjax.data.options import read_options
 from gptjax.errors import UserError
+from gptjax.objectives.task import make_task
+from tests.data.conftest import open_dataset
 
 
 def record(text, label, **others):
@@ -18,7 +19,11 @@ def record(text, label, **others):
 def open_sides(config):
   options = read_options(config)
   (part,) = options.parts.values()
-  return labels.open_pair(part, options)
+  return make_task(config.task).open_pair(part, options)
+
+
+def find_labels(config):
+  return make_task(config.task).settle(read_options(config), ()).labels
 
 
 def counts(side):
@@ -26,7 +31,7 @@ def counts(side):
 
 
 @pytest.mark.parametrize(
-  ("objective", "given", "found"),
+  ("task", "given", "found"),
   [
     ("classification", ["neu", "pos", "neg", "pos"], ("neg", "neu", "pos")),
     ("classification", [10, 9, 2, 2], ("2", "9", "10")),
@@ -34,20 +39,17 @@ def counts(side):
     ("classification", [True, False], ("false", "true")),
     ("multi_label", [["joy"], [], ["fear", "joy"]], ("fear", "joy")),
     ("tagging", [["O", "B-PER"], ["O"]], ("B-PER", "O")),
-    ("regression", [1.5, 2], ()),
   ],
 )
-def test_labels_are_found_in_order(make_label_config, objective, given, found):
-  records = [
-    record(["a"] * len(label) if objective == "tagging" else "a", label) for label in given
-  ]
-  assert labels.find_labels(read_options(make_label_config(records, objective))) == found
+def test_labels_are_found_in_order(make_label_config, task, given, found):
+  records = [record(["a"] * len(label) if task == "tagging" else "a", label) for label in given]
+  assert find_labels(make_label_config(records, task, label_key="label")) == found
 
 
 def test_labels_are_those_of_the_training_records_alone(make_label_config, tmp_path):
   (tmp_path / "validation.jsonl").write_text(json.dumps(record("b", "other")))
   config = make_label_config([record("a", "x")], validation_path=f"{tmp_path}/validation.jsonl")
-  assert labels.find_labels(read_options(config)) == ("x",)
+  assert find_labels(config) == ("x",)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_empty_lines_are_passed_over(make_label_config, tmp_path):
   config = make_label_config([record("a", "x"), record("b", "y")], labels=("x", "y"))
   path = tmp_path / "records.jsonl"
   path.write_text("\n\n" + path.read_text().replace("\n", "\n\n"))
-  assert labels.find_labels(read_options(config)) == ("x", "y")
+  assert find_labels(config) == ("x", "y")
   training, _ = open_sides(config)
   assert [one.name.rpartition(":")[2] for one in training.records] == ["3", "5"]
   config.data.update(validation_path="", validation_fraction=0.5)
@@ -88,7 +90,7 @@ def test_a_split_has_its_share_of_each_label(make_label_config, fraction):
   np.random.default_rng(1).shuffle(records)
   keys = {"labels": tuple(sizes), "validation_fraction": fraction}
   config = make_label_config(records, **keys)
-  assert labels.find_labels(read_options(config)) == tuple(sizes)
+  assert sorted(find_labels(make_label_config(records, **keys | {"labels": ()}))) == [*sizes]
   training, validation = open_sides(config)
   texts = [[one.texts for one in side.records] for side in (training, validation)]
   assert sorted(texts[0] + texts[1]) == sorted((one["text"],) for one in records)
@@ -124,7 +126,7 @@ def test_texts_of_both_sides_are_told_once(make_label_config, tmp_path, caplog):
   keys = {"labels": ("x", "y"), "validation_path": f"{tmp_path}/v.jsonl"}
   config = make_label_config(records, **keys)
   for index in range(2):
-    pipeline.open_dataset(config, tmp_path / "run", process_index=index, process_count=2)
+    open_dataset(config, tmp_path / "run", process_index=index, process_count=2)
   assert caplog.text.count("3 of 4 validation texts are training texts too") == 1
   assert "the first is " in caplog.text
   assert "v.jsonl:2, as " in caplog.text
@@ -135,7 +137,7 @@ ANSWER = {"text": ["cat"], "answer_start": [4]}
 
 
 @pytest.mark.parametrize(
-  ("objective", "bad", "keys", "problem"),
+  ("task", "bad", "keys", "problem"),
   [
     (
       "classification",
@@ -147,7 +149,7 @@ ANSWER = {"text": ["cat"], "answer_start": [4]}
       "classification",
       {"text": "a", "stars": 5},
       {},
-      "no key 'label' (found: 'stars', 'text'). Set --config.data.label_key=stars.",
+      "no key 'label' (found: 'stars', 'text'). Set --config.task.label_key=stars.",
     ),
     ("classification", record("a", 0), {"pair_key": "b"}, "no key 'b' (found: 'text', 'label')."),
     ("classification", record("a", None), {}, "no key 'label' (found: 'text')."),
@@ -182,15 +184,17 @@ ANSWER = {"text": ["cat"], "answer_start": [4]}
     ),
   ],
 )
-def test_a_bad_record_is_named_with_its_line(make_label_config, objective, bad, keys, problem):
+def test_a_bad_record_is_named_with_its_line(make_label_config, task, bad, keys, problem):
   good = {
     "classification": record("a", "x", b="b"),
     "multi_label": record("a", ["x"]),
     "regression": record("a", 1),
     "tagging": record(["a"], ["x"]),
     "span": record("q", ANSWER, b="the cat"),
-  }[objective]
-  training, _ = open_sides(make_label_config([good, bad], objective, labels=("x", "y"), **keys))
+  }[task]
+  if task not in ("regression", "span"):
+    keys = keys | {"labels": ("x", "y")}
+  training, _ = open_sides(make_label_config([good, bad], task, label_key="label", **keys))
   with pytest.raises(UserError) as error:
     _ = training.records
   place, _, sentence = str(error.value).partition("jsonl:2: ")
@@ -201,35 +205,35 @@ def test_a_bad_record_is_named_with_its_line(make_label_config, objective, bad, 
 def test_a_bad_label_is_named_when_labels_are_looked_for(make_label_config):
   config = make_label_config([record("a", "x"), record("b", [])])
   with pytest.raises(UserError, match=r"records\.jsonl:2: a label is \[\], not a string"):
-    labels.find_labels(read_options(config))
+    find_labels(config)
 
 
 @pytest.mark.parametrize(
-  ("objective", "keys", "problem"),
+  ("task", "keys", "problem"),
   [
-    ("span", {}, "objective='span' needs data.pair_key"),
-    ("tagging", {"pair_key": "b"}, "objective='tagging' has no second text"),
-    ("regression", {"class_weights": "balanced"}, "needs objective='classification' or 'tagging'"),
-    ("tagging", {"examples_per_label": 1}, "examples_per_label=1 needs objective='classification'"),
-    ("classification", {"labels": ("x", "x")}, "data.labels has a label twice: x, x."),
+    ("span", {"pair_key": ""}, "task='span' needs task.pair_key"),
+    ("tagging", {"pair_key": "b"}, "task.pair_key is no option of task='tagging'"),
+    ("regression", {"class_weights": "balanced"}, "task.class_weights is no option of task='reg"),
+    ("tagging", {"examples_per_label": 1}, "task.examples_per_label is no option of task='tag"),
+    ("span", {"label_smoothing": 0.1}, "task.label_smoothing is no option of task='span'"),
+    ("classification", {"labels": ("x", "x")}, "task.labels has a label twice: x, x."),
   ],
 )
-def test_options_that_contradict_each_other_are_an_error(
-  make_label_config, objective, keys, problem
-):
+def test_options_that_contradict_each_other_are_an_error(make_label_config, task, keys, problem):
+  config = make_label_config([record("a", "x")], task)
+  config.task.update(keys)
   with pytest.raises(UserError, match=problem):
-    open_sides(make_label_config([record("a", "x")], objective, **keys))
+    open_sides(config)
 
 
-@pytest.mark.parametrize("objective", ["classification", "tagging"])
-def test_a_run_trains_its_tokenizer_on_the_texts(make_label_config, tmp_path, objective):
-  of_words = objective == "tagging"
+@pytest.mark.parametrize("task", ["classification", "tagging"])
+def test_a_run_trains_its_tokenizer_on_the_texts(make_label_config, tmp_path, task):
+  of_words = task == "tagging"
   words = [f"word{n}" for n in range(30)]
   records = [record(words if of_words else " ".join(words), ["x"] * 30 if of_words else "x")] * 4
-  config = make_label_config(
-    records, objective, labels=("x",), tokenizer="bpe:300", sequence_length=128
-  )
-  dataset = pipeline.open_dataset(config, tmp_path / "run")
+  keys = {"label_key": "label", "tokenizer": "bpe:300", "sequence_length": 128}
+  config = make_label_config(records, task, labels=("x",), **keys)
+  dataset = open_dataset(config, tmp_path / "run")
   assert [*dataset.training_text()] == [" ".join(words)] * 4
   assert len(dataset.tokenizer.encode(" word1")) < 4
   assert dataset.num_tokens == 4 * (len(dataset.tokenizer.encode(" ".join(words))) + 1)
@@ -241,11 +245,11 @@ def test_validation_is_filled_up_with_rows_of_no_weight(make_label_config, tmp_p
   config = make_label_config(
     records, "multi_label", labels=("x", "y"), pair_key="b", batch_size=4, validation_fraction=0.4
   )
-  config.data.labels = ("y",)
+  config.task.labels = ("y",)
   with pytest.raises(UserError, match="no label '1'"):
-    pipeline.open_dataset(config, tmp_path)
-  config.data.labels = ("1",)
-  (batch,) = pipeline.open_dataset(config, tmp_path).validation_batches()
+    open_dataset(config, tmp_path)
+  config.task.labels = ("1",)
+  (batch,) = open_dataset(config, tmp_path, row_multiple=4).validation_batches()
   assert batch.weights.sum() == 1
   assert batch.values.shape == (4, 64, 1)
   assert batch.values.sum() == 1
@@ -254,12 +258,11 @@ def test_validation_is_filled_up_with_rows_of_no_weight(make_label_config, tmp_p
 
 def test_a_set_of_tfds_opens_by_its_names_of_labels(make_config, tmp_path):
   part = {"source": "tfds", "path": "imdb_reviews", "validation_split": "test"}
-  config = make_config(
-    preset="tfds", format="labels", objective="classification", labels=("neg", "pos"), **part
-  )
+  config = make_config(preset="tfds", task="classification", labels=("neg", "pos"), **part)
   with tfds.testing.mock_data(num_examples=20):
-    dataset = pipeline.open_dataset(config, tmp_path)
-    assert labels.find_labels(read_options(config)) == ("0", "1")
+    dataset = open_dataset(config, tmp_path)
+    unsettled = make_config(preset="tfds", task="classification", **part)
+    assert find_labels(unsettled) == ("0", "1")
     batches = [dataset.training_batch(step) for step in range(10)]
   assert {target for b in batches for target in b.targets[b.weights > 0].tolist()} == {0, 1}
 
@@ -269,11 +272,16 @@ def test_what_is_cut_and_what_has_no_token_is_said_once(
 ):
   records = [record(["cat", "\u200b"], ["x", "x"]), record(["cat"] * 9, ["x"] * 9)]
   config = make_label_config(
-    records, "tagging", labels=("x",), tokenizer=str(wordpiece), sequence_length=8
+    records,
+    "tagging",
+    label_key="label",
+    labels=("x",),
+    tokenizer=str(wordpiece),
+    sequence_length=8,
   )
   for index in range(2):
-    pipeline.open_dataset(config, tmp_path / "run", process_index=index, process_count=2)
+    open_dataset(config, tmp_path / "run", process_index=index, process_count=2)
   for side in ("training", "validation"):
     said = f"data part 'jsonl', {side}: "
     assert caplog.text.count(f"{said}words without any token, and so without a tag: 1.") == 1
-    assert caplog.text.count(f"{said}of the records longer than a row of 8 tokens, 1 are t") == 1
+    assert caplog.text.count(f"{said}of the records longer than a row, 1 are t") == 1

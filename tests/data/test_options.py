@@ -1,8 +1,10 @@
 import pytest
 
 from configs.parts import data as presets
+from gptjax.data import sources
 from gptjax.data.options import read_options
 from gptjax.errors import UserError
+from gptjax.objectives.task import make_task
 
 
 @pytest.mark.parametrize(
@@ -10,33 +12,7 @@ from gptjax.errors import UserError
   [
     ({"source": "txt"}, "data.source: no source 'txt'. Did you mean 'text'"),
     ({"undecodable": "skp"}, "data.undecodable: no policy 'skp'. Did you mean 'skip'"),
-    ({"path": ""}, "data.path: a 'text' source needs one. Set --config.data.path="),
     ({"validation_fraction": 0.0}, "data.validation_fraction is 0.0; it must be between 0 and 1"),
-    ({"fim_rate": 1.5}, "data.fim_rate is 1.5; it must be from 0 to 1"),
-    ({"spm_rate": -1}, "data.spm_rate is -1; it must be from 0 to 1"),
-    ({"mask_rate": 0.0}, "data.mask_rate is 0.0; it must be between 0 and 1"),
-    ({"mean_span": 0.5}, "data.mean_span is 0.5; it must be 1 or more"),
-    ({"format": "chats"}, "data.format: no choice 'chats'. Did you mean 'chat'"),
-    ({"train_on": "al"}, "data.train_on: no choice 'al'. Did you mean 'all'"),
-    ({"overlong": "cut"}, "data.overlong: no choice 'cut'. Choose one of: drop, truncate"),
-    (
-      {"format": "chat"},
-      "data part 'text': a 'text' source has no records. data.format='chat'",
-    ),
-    (
-      {"format": "chat", "source": "jsonl", "objective": "prefix"},
-      "data.format='chat' needs objective='next_token' and data.fim_rate=0, not 'prefix' and 0.0",
-    ),
-    (
-      {"format": "labels", "source": "jsonl"},
-      "data.format='labels' needs an objective one of classification, multi_label, regression, ",
-    ),
-    ({"objective": "span"}, "data.format='text' needs an objective of tokens, not 'span'"),
-    ({"objective": "maskd"}, "objective: no choice 'maskd'. Did you mean 'masked'"),
-    (
-      {"objective": "prefix", "fim_rate": 0.5},
-      "data.fim_rate=0.5 needs objective='next_token', not 'prefix'",
-    ),
     ({"seed": -1}, "seed is -1; it must be 0 or more"),
     ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
     ({"sequence_length": 0}, "sequence_length is 0; it must be 1 or more"),
@@ -46,6 +22,42 @@ def test_a_bad_value_is_named_with_the_right_ones(make_config, changes, problem)
   with pytest.raises(UserError) as error:
     read_options(make_config(**changes))
   assert problem in str(error.value)
+
+
+def test_a_corpus_needs_a_path_when_it_is_opened(make_config):
+  options = read_options(make_config(path=""))
+  with pytest.raises(UserError, match=r"data\.path: a 'text' source needs one\."):
+    sources.open_pair(options.parts["text"])
+
+
+@pytest.mark.parametrize(
+  ("task", "key", "value", "problem"),
+  [
+    ("next_token", "fim_rate", 1.5, "task.fim_rate=1.5 must be from 0 to 1"),
+    ("next_token", "spm_rate", -1, "task.spm_rate=-1 must be from 0 to 1"),
+    ("masked", "mask_rate", 0.0, "task.mask_rate=0.0 must be between 0 and 1"),
+    ("span_corruption", "mean_span", 0.5, "task.mean_span=0.5 must be 1 or more"),
+    ("chat", "train_on", "al", "task.train_on: no choice 'al'. Did you mean 'all'"),
+    ("prompt", "overlong", "cut", "task.overlong: no choice 'cut'. Choose one of: drop, truncate"),
+    ("classification", "class_weights", "x", "task.class_weights: no choice 'x'"),
+    ("classification", "label_smoothing", 1.0, "task.label_smoothing=1.0 is not in [0, 1)"),
+    ("regression", "r_drop", -1.0, "task.r_drop=-1.0 must be 0 or more"),
+    ("prefix", "fim_rate", 0.5, "task.fim_rate is no option of task='prefix'. Choose one of: z_l"),
+    ("chat", "mask_rate", 0.5, "task.mask_rate is no option of task='chat'"),
+    ("maskd", "z_loss", 0.0, "task: no task 'maskd'. Did you mean 'masked'"),
+  ],
+)
+def test_a_task_refuses_an_option_that_it_cannot_use(task, key, value, problem):
+  with pytest.raises(UserError) as error:
+    make_task({"name": task, key: value})
+  assert problem in str(error.value)
+
+
+def test_a_task_of_records_refuses_plain_text(make_config):
+  config = make_config(task="chat")
+  options = read_options(config)
+  with pytest.raises(UserError, match=r"data part 'text': a 'text' source has no rec"):
+    make_task(config.task).open_pair(options.parts["text"], options)
 
 
 @pytest.mark.parametrize("weight", [0, -1.0])

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptjax.data import pipeline, prompts
+from gptjax.data import prompts
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.chat_encoding import decode_flags
 from gptjax.data.prompts import PROMPTS, Example, PromptEncoder, Prompts, Template, open_template
@@ -18,9 +18,10 @@ from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
 from gptjax.inference.score import Score, encode_pair
 from gptjax.training.show import describe_row
+from tests.data.conftest import open_dataset
 from tests.data.test_chat_encoding import spaced  # noqa: F401
 
-ANSWER = Template("data.answer", " {{ label }}")
+ANSWER = Template("task.answer", " {{ label }}")
 
 
 def records(*found):
@@ -61,8 +62,8 @@ def test_a_template_is_a_file_of_ones_own_or_one_of_ours(tmp_path):
   mine.write_text("{{ text }}\n=>\n")
   assert open_template(str(mine), tmp_path / "elsewhere", "x").source == "{{ text }}\n=>"
   assert open_template("sentiment.jinja", tmp_path / "elsewhere", "x").source.startswith("Review")
-  with pytest.raises(UserError, match=r"^data\.prompt: 'sentimant\.jinja' is .* Did you mean 'sen"):
-    open_template("sentimant.jinja", tmp_path, "data.prompt")
+  with pytest.raises(UserError, match=r"^task\.prompt: 'sentimant\.jinja' is .* Did you mean 'sen"):
+    open_template("sentimant.jinja", tmp_path, "task.prompt")
   mine.write_bytes(b"\xff")
   with pytest.raises(UserError, match=r"sentiment\.jinja: cannot be read"):
     open_template("sentiment.jinja", tmp_path, "x")
@@ -122,7 +123,7 @@ def test_the_candidate_that_was_learnt_is_scored_as_it_was_learnt(
   source = Prompts(
     records(record),
     open_template("recommendation.jinja", PROMPTS, "x"),
-    Template("data.answer", " {{ next }}"),
+    Template("task.answer", " {{ next }}"),
   )
   tokens, _ = decode_flags(PromptEncoder(tokenizer).encode_batch([source[0]])[0])
   end = [] if end_of_text else [tokenizer.end_of_text]
@@ -132,7 +133,7 @@ def test_the_candidate_that_was_learnt_is_scored_as_it_was_learnt(
 
 def test_records_of_bytes_numbers_and_lists_are_as_in_json():
   found = records({"text": "é".encode(), "label": np.int64(1), "names": np.array(["a", "b"])})
-  answer = Template("data.answer", " {{ names[label] }}")
+  answer = Template("task.answer", " {{ names[label] }}")
   source = Prompts(found, Template("p", "{{ text }}"), answer)
   assert json.loads(source[0]) == ["é", " b", "mine[0]"]
 
@@ -154,7 +155,7 @@ def make_prompt_config(make_config, tmp_path):
   pq.write_table(pa.Table.from_pylist(reviews), tmp_path / "reviews.parquet")
 
   def make(preset="jsonl", **changes):
-    keys = {"path": str(tmp_path / f"reviews.{preset}"), "format": "prompt"}
+    keys = {"path": str(tmp_path / f"reviews.{preset}"), "task": "prompt"}
     keys |= {"prompt": "sentiment.jinja", "answer": " {{ label }}", "validation_fraction": 0.2}
     return make_config(preset=preset, batch_size=2, **(keys | changes))
 
@@ -165,7 +166,7 @@ def make_prompt_config(make_config, tmp_path):
 def test_rows_are_whole_prompts_with_their_answers_alone_learnt(
   make_prompt_config, tmp_path, preset
 ):
-  dataset = pipeline.open_dataset(make_prompt_config(preset), tmp_path)
+  dataset = open_dataset(make_prompt_config(preset), tmp_path)
   row = jax.tree.map(lambda field: field[0], dataset.training_batch(0))
   first, _, text, label = "\n".join(describe_row(row, dataset.tokenizer, colours=False)).split("\n")
   assert first.startswith("1 segments in ")
@@ -179,7 +180,7 @@ def test_rows_are_whole_prompts_with_their_answers_alone_learnt(
 def test_another_template_makes_other_tokens(make_prompt_config, tmp_path):
   (tmp_path / "mine.jinja").write_text("{{ text }}:")
   first, other, again = (
-    pipeline.open_dataset(make_prompt_config(**changes), tmp_path).num_tokens
+    open_dataset(make_prompt_config(**changes), tmp_path).num_tokens
     for changes in ({}, {"prompt": str(tmp_path / "mine.jinja")}, {"answer": "{{ n }}"})
   )
   assert len({first, other, again}) == 3
@@ -189,15 +190,15 @@ def test_another_template_makes_other_tokens(make_prompt_config, tmp_path):
   ("changes", "problem"),
   [
     ({"prompt": "code.jinja"}, r"code\.jinja: .*reviews\.jsonl:\d+: 'prompt' is undefined"),
-    ({"answer": "{{ lable }}"}, r"data\.answer: .*reviews\.jsonl:\d+: 'lable' is undefined"),
-    ({"answer": " "}, r"reviews\.jsonl:\d+: data\.answer makes an answer without text of it"),
-    ({"prompt": "sentimant.jinja"}, r"data\.prompt: 'sentimant\.jinja' is neither"),
-    ({"prompt": ""}, r"data\.format='prompt' needs data\.prompt"),
+    ({"answer": "{{ lable }}"}, r"task\.answer: .*reviews\.jsonl:\d+: 'lable' is undefined"),
+    ({"answer": " "}, r"reviews\.jsonl:\d+: task\.answer makes an answer without text of it"),
+    ({"prompt": "sentimant.jinja"}, r"task\.prompt: 'sentimant\.jinja' is neither"),
+    ({"prompt": ""}, r"task='prompt' needs task\.prompt"),
   ],
 )
 def test_what_cannot_be_made_is_named_and_nothing_is_cached(
   make_prompt_config, tmp_path, changes, problem
 ):
   with pytest.raises(UserError, match=problem):
-    pipeline.open_dataset(make_prompt_config(**changes), tmp_path)
+    open_dataset(make_prompt_config(**changes), tmp_path)
   assert not [*(tmp_path / "cache" / "tokens").glob("*/")]

@@ -3,9 +3,9 @@ import csv
 import numpy as np
 import pytest
 
-from gptjax.data import pipeline
 from gptjax.diagnosis import coordinates
 from gptjax.errors import UserError
+from gptjax.training.datasets import open_dataset
 
 WIDTHS = (32, 256)
 STEPS = 3
@@ -22,7 +22,7 @@ def slopes(make_config, tmp_path_factory):
     config = make_config(
       **{"model.parametrization": parametrization, "model.base_embed_dim": 32}, **changes
     )
-    dataset = pipeline.open_dataset(config, workdir)
+    dataset = open_dataset(config, workdir)
     found = coordinates.check(config, dataset, workdir, widths=WIDTHS, steps=STEPS, seeds=2)
     return found, workdir
 

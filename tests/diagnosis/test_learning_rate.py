@@ -3,10 +3,11 @@ import csv
 import numpy as np
 import pytest
 
-from gptjax.data import pipeline
 from gptjax.diagnosis import learning_rate
 from gptjax.errors import UserError
-from gptjax.training.setup import make_plan
+from gptjax.training.datasets import open_dataset
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 
 
 def test_it_ends_when_half_of_the_descent_is_lost():
@@ -25,9 +26,9 @@ def test_smoothing_does_not_lag():
 
 def test_a_tiny_model_has_its_range(make_config, tmp_path, capsys):
   config = make_config()
-  plan, dataset = make_plan(config), pipeline.open_dataset(config, tmp_path)
+  setup, dataset = make_setup(resolve(config)), open_dataset(config, tmp_path)
   steepest, turned = learning_rate.range_test(
-    plan, dataset, tmp_path, low=1e-4, high=100.0, steps=120
+    setup, dataset, tmp_path, low=1e-4, high=100.0, steps=120
   )
   assert 1e-3 < steepest < turned < 1.0
   printed = capsys.readouterr().out

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax.data import pipeline
 from gptjax.diagnosis import noise_scale
 from gptjax.errors import UserError
 from gptjax.objectives import objectives
+from gptjax.training.datasets import open_dataset
 from gptjax.training.pretrained import load_checkpoint
 
 # Tokens of the micro-batches: unequal, so that a mean of means would be another.
@@ -48,7 +48,7 @@ def test_a_run_is_measured_on_the_batches_that_come_next(trained, make_config, c
   found = noise_scale.report(trained, 6)
   model, step = load_checkpoint(trained)
   graph, params = nnx.split(model)
-  dataset = pipeline.open_dataset(make_config(), trained)
+  dataset = open_dataset(make_config(), trained)
 
   @jax.jit
   def gradient(params, batch):

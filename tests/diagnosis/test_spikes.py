@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.data import pipeline
 from gptjax.diagnosis import spikes
 from gptjax.errors import UserError
+from gptjax.training.datasets import open_dataset
 from gptjax.training.pretrained import load_checkpoint
 
 
@@ -47,7 +47,7 @@ def test_the_batch_of_a_spike_is_shown(trained, make_config, write_losses, tmp_p
   assert "batch of step 11, under the checkpoint of step 12" in printed
   assert "only every" not in printed
 
-  dataset = pipeline.open_dataset(make_config(), workdir)
+  dataset = open_dataset(make_config(), workdir)
   batch = dataset.training_batch(10)
   model, step = load_checkpoint(workdir, near=9)
   assert step == 8

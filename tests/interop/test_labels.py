@@ -196,7 +196,7 @@ def test_what_was_fine_tuned_here_answers_the_same_there(
     "classification": "single_label_classification",
     "multi_label": "multi_label_classification",
   }
-  assert theirs.config.problem_type == kinds.get(labels.objective)
+  assert theirs.config.problem_type == kinds.get(labels.task)
   assert_same(ours, their_logits(torch, theirs), config)
   opened = HuggingFaceModel(str(folder))
   assert opened.labels == labels

@@ -71,7 +71,7 @@ def batch(llama, tmp_path_factory):
       "objective": "next_token",
       "data.path": str(folder / "chats.jsonl"),
       "data.validation_path": str(folder / "chats.jsonl"),
-      "data.chat_template": "chatml",
+      "task.chat_template": "chatml",
       "data.cache_dir": str(folder / "cache"),
       "batch_size": 1,
       "sequence_length": 128,

@@ -9,8 +9,8 @@ from flax import nnx
 from gptjax.data.batch import Batch
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, describe_parameters, model_graph
-from gptjax.objectives import objectives
-from gptjax.objectives.label_losses import LabelLoss
+from gptjax.objectives.classification import Classification
+from gptjax.objectives.forward import label_logits
 
 K = 3
 
@@ -95,7 +95,7 @@ def test_the_second_text_has_its_type(make_model):
   _, tokens, positions, ids = rows([6])
   batch = Batch(tokens, tokens, np.ones((1, 6), np.float32), ids, positions)
   second = Batch(**(batch.__dict__ | {"token_types": np.array([[0, 0, 0, 1, 1, 1]], np.int32)}))
-  plain, typed = (objectives.label_logits(model, one) for one in (batch, second))
+  plain, typed = (label_logits(model, one) for one in (batch, second))
   assert np.abs(plain - typed).max() > 0.01
 
 
@@ -107,16 +107,16 @@ def test_two_passes_with_other_dropout_are_to_agree(make_model):
   weights[0, [3, 7]] = 1
   batch = Batch(tokens, np.full_like(tokens, 2), weights, ids, positions)
   key = jax.random.key(0)
-  a, b = (objectives.label_logits(model, batch, one) for one in jax.random.split(key))
-  plain = LabelLoss("classification")
-  sums = objectives.target_loss(model, batch, key, labels=LabelLoss("classification", r_drop=2.0))
-  mean = (plain(a, batch).total + plain(b, batch).total) / 2
+  a, b = (label_logits(model, batch, one) for one in jax.random.split(key))
+  plain, agreeing = Classification(), Classification(r_drop=2.0)
+  sums = agreeing.loss(model, batch, key)
+  mean = sum(plain.loss_of_logits(one, batch).total for one in (a, b)) / 2
   assert float(sums.cross_entropy) == pytest.approx(float(mean), rel=1e-5)
-  added = 0.5 * float(plain.divergence(a, b, batch))
+  added = 0.5 * float((plain.divergence(a, b, batch) * weights).sum())
   assert added > 0.01
   assert float(sums.total) == pytest.approx(float(mean) + added, rel=1e-5)
   # There is no dropout without a key, and nothing to agree on.
-  still = objectives.target_loss(model, batch, labels=LabelLoss("classification", r_drop=2.0))
+  still = agreeing.loss(model, batch)
   assert float(still.total) == float(still.cross_entropy)
 
 

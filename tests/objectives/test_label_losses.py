@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from gptjax.data.batch import Batch
-from gptjax.objectives.label_losses import LabelLoss
+from gptjax.objectives.classification import Classification, MultiLabel, Regression
+from gptjax.objectives.span import Span
 
 K = 3
 
@@ -23,6 +24,11 @@ def make_batch(**fields):
   return dataclasses.replace(batch, **fields)
 
 
+def divergence(task, a, b, batch):
+  """The divergence of each place by its weight, summed."""
+  return float((np.asarray(task.divergence(a, b, batch)) * batch.weights).sum())
+
+
 def scores(columns=K, seed=1):
   return np.random.default_rng(seed).normal(size=(2, 6, columns)).astype(np.float32)
 
@@ -30,7 +36,7 @@ def scores(columns=K, seed=1):
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_one_label_of_many_is_the_cross_entropy_of_torch(smoothing):
   batch, logits = make_batch(), scores()
-  sums = LabelLoss("classification", smoothing)(logits, batch)
+  sums = Classification(label_smoothing=smoothing).loss_of_logits(logits, batch)
   for found, epsilon in ((sums.total, smoothing), (sums.cross_entropy, 0.0)):
     expected = functional.cross_entropy(
       torch.tensor(logits).reshape(-1, K),
@@ -48,14 +54,14 @@ def test_many_labels_are_the_binary_cross_entropy_of_torch():
     torch.tensor(logits), torch.tensor(values), reduction="none"
   )
   expected = float((loss.numpy().mean(-1) * batch.weights).sum())
-  assert float(LabelLoss("multi_label")(logits, batch).total) == pytest.approx(expected)
+  assert float(MultiLabel().loss_of_logits(logits, batch).total) == pytest.approx(expected)
 
 
 def test_a_number_has_the_squared_error():
   values = scores(1, seed=3)
   batch, logits = make_batch(values=values), scores(1)
   expected = float((np.square(logits - values)[..., 0] * batch.weights).sum())
-  assert float(LabelLoss("regression")(logits, batch).total) == pytest.approx(expected)
+  assert float(Regression().loss_of_logits(logits, batch).total) == pytest.approx(expected)
 
 
 def test_a_span_is_chosen_among_the_context_of_its_own_segment():
@@ -74,7 +80,7 @@ def test_a_span_is_chosen_among_the_context_of_its_own_segment():
     for column, place in ((0, first), (1, last)):
       of = logits[row, places, column]
       expected += weight / 2 * (np.log(np.exp(of).sum()) - logits[row, place, column])
-  loss, gradient = jax.value_and_grad(lambda x: LabelLoss("span")(x, batch).total)(logits)
+  loss, gradient = jax.value_and_grad(lambda x: Span().loss_of_logits(x, batch).total)(logits)
   assert float(loss) == pytest.approx(expected, rel=1e-5)
   # Nothing is learnt of what cannot be an answer.
   assert np.isfinite(gradient).all()
@@ -87,9 +93,9 @@ def test_the_divergence_is_the_two_kullback_leibler_divergences():
   both = functional.kl_div(log_a, log_b, reduction="none", log_target=True)
   both = both + functional.kl_div(log_b, log_a, reduction="none", log_target=True)
   expected = float((both.numpy().sum(-1) * batch.weights).sum())
-  found = LabelLoss("classification").divergence(a, b, batch)
-  assert float(found) == pytest.approx(expected, rel=1e-5)
-  assert float(LabelLoss("classification").divergence(a, a, batch)) == 0
+  found = divergence(Classification(), a, b, batch)
+  assert found == pytest.approx(expected, rel=1e-5)
+  assert divergence(Classification(), a, a, batch) == 0
 
 
 def test_the_divergence_of_many_labels_is_that_of_their_probabilities():
@@ -98,4 +104,27 @@ def test_the_divergence_of_many_labels_is_that_of_their_probabilities():
   p, q = (1 / (1 + np.exp(-x)) for x in (a, b))
   kl = lambda p, q: p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))  # noqa: E731
   expected = float(((kl(p, q) + kl(q, p)).mean(-1) * batch.weights).sum())
-  assert float(LabelLoss("multi_label").divergence(a, b, batch)) == pytest.approx(expected, 1e-4)
+  assert divergence(MultiLabel(), a, b, batch) == pytest.approx(expected, 1e-4)
+
+
+def test_two_numbers_differ_by_the_square_of_their_distance():
+  """Two normal distributions of variance 1 have it as the sum of both divergences."""
+  batch, a, b = make_batch(values=scores(1, seed=3)), scores(1, seed=4), scores(1, seed=5)
+  expected = float((np.square(a - b)[..., 0] * batch.weights).sum())
+  assert divergence(Regression(), a, b, batch) == pytest.approx(expected, rel=1e-5)
+  assert expected > 0.1
+
+
+def test_two_spans_differ_by_where_they_begin_and_by_where_they_end():
+  types = np.array([[0, 1, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]], np.int32)
+  batch = make_batch(token_types=types, values=np.zeros((2, 6, 2), np.float32))
+  a, b = scores(2, seed=4), scores(2, seed=5)
+  expected = 0.0
+  # Row and places of each segment's context, but for its end.
+  for row, places, weight in ((0, [1, 2], 1.0), (0, [], 0.5), (1, [1], 2.0)):
+    for column in (0, 1) if places else ():
+      p, q = (np.exp(x[row, places, column]) for x in (a, b))
+      p, q = p / p.sum(), q / q.sum()
+      expected += weight / 2 * ((p - q) * np.log(p / q)).sum()
+  assert divergence(Span(), a, b, batch) == pytest.approx(expected, rel=1e-4)
+  assert divergence(Span(), a, a, batch) == 0

@@ -19,7 +19,8 @@ from gptjax.peft.surgery import abstract_model, adapt, merge, unmerge
 from gptjax.training.checkpoints import checksum, restore_params
 from gptjax.training.loop import train
 from gptjax.training.pretrained import load_checkpoint, load_model, load_params_into
-from gptjax.training.setup import dry_run, make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import dry_run, make_setup
 from tests.peft.conftest import TOKENS
 from tests.peft.test_runs import logged, make_config  # noqa: F401
 
@@ -269,12 +270,12 @@ def test_a_run_is_loaded_with_its_adapters_merged_into_the_dequantised_kernels(
 
 
 def test_the_checksum_is_of_the_base_before_it_was_quantised(quantized_run, make_config):  # noqa: F811
-  plan = make_plan(make_config("lora", **NF4_RUN))
-  base, _ = load_params_into(plan.config.init_from, plan.model, plan.abstract_base())
-  whole = sharding.replicated(plan.mesh)
+  setup = make_setup(resolve(make_config("lora", **NF4_RUN)))
+  base, _ = load_params_into(setup.config.init_from, setup.model, setup.abstract_base())
+  whole = sharding.replicated(setup.mesh)
   adapters = {
     name: jax.ShapeDtypeStruct(info.shape, np.float32, sharding=whole)
-    for name, info in plan.trained.items()
+    for name, info in setup.trained.items()
   }
   _, report = restore_params(quantized_run / "checkpoints", adapters)
   assert report.base_checksum == checksum(base)
@@ -282,8 +283,8 @@ def test_the_checksum_is_of_the_base_before_it_was_quantised(quantized_run, make
 
 def test_a_dry_run_tells_the_memory_of_what_is_kept(make_config, capsys):  # noqa: F811
   config = make_config("lora", **NF4_RUN, **{"mesh.data": 1, "mesh.fsdp": 4})
-  plan = make_plan(config)
-  frozen = plan.frozen(plan.abstract_base())
+  setup = make_setup(resolve(config))
+  frozen = setup.frozen(setup.abstract_base())
   kernel = frozen["blocks"]["mlp"]["up"]["kernel"]
   assert kernel["values"].sharding.shard_shape(kernel["values"].shape) == (2, 2, 32)
   dry_run(config)

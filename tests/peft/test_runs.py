@@ -16,7 +16,8 @@ from gptjax.model.gpt import GPT
 from gptjax.peft.layers import Adapter
 from gptjax.training.loop import train
 from gptjax.training.pretrained import load_checkpoint, load_model
-from gptjax.training.setup import dry_run, make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import dry_run, make_setup
 from tests.interop.conftest import LLAMA, save_folder
 
 SMALL = {
@@ -147,8 +148,8 @@ def test_adapters_need_a_model_to_adapt(make_config, tmp_path):
 # AdaLoRA also keeps how important each is, and how sure that is.
 @pytest.mark.parametrize(("method", "copies", "rank"), [("lora", 3, 8), ("adalora", 5, 12)])
 def test_adapters_and_their_moments_are_split_over_the_mesh(method, copies, rank, make_config):
-  plan = make_plan(make_config(method, **{"mesh.data": 1, "mesh.fsdp": 4}))
-  state = plan.abstract_state(plan.make_optimizer(None))
+  setup = make_setup(resolve(make_config(method, **{"mesh.data": 1, "mesh.fsdp": 4})))
+  state = setup.abstract_state(setup.make_optimizer(None))
   named = tree.named_leaves((state.params, state.opt_state))
   split = [leaf for name, leaf in named.items() if name.endswith("query/lora_a")]
   assert len(split) == copies
@@ -158,7 +159,7 @@ def test_adapters_and_their_moments_are_split_over_the_mesh(method, copies, rank
 def test_frozen_matrices_count_two_thirds_of_the_flops_and_a_dry_run_tells_what_is_trained(
   make_config, capsys
 ):
-  lora, full = (make_plan(make_config(name)) for name in ("lora", "none"))
+  lora, full = (make_setup(resolve(make_config(name))) for name in ("lora", "none"))
   matrices = sum(np.prod(i.shape) for i in full.parameters.values() if i.fan_in_axes is not None)
   expected = full.flops_per_token - 2 * matrices + 6 * 896
   assert lora.flops_per_token == pytest.approx(expected)

@@ -93,7 +93,7 @@ def test_a_search_makes_its_trials_as_they_are_suggested(read):
     ("def sweep(): yield 'a', {'model.num_heads': 5}", r"arm 'a': model\.embed_dim=32 is not div"),
     ("def sweep(): yield 'a', {'batch_size': 7}", r"arm 'a': batch_size=7 does not divide"),
     ("def sweep(): yield 'a', {'optim.name': 'adamx'}", r"arm 'a': .*no algorithm 'adamx'"),
-    ("def sweep(): yield 'a', {'data.fim_rate': 2.0}", r"arm 'a': data\.fim_rate is 2\.0"),
+    ("def sweep(): yield 'a', {'task.fim_rate': 2.0}", r"arm 'a': data\.fim_rate is 2\.0"),
     ("def sweep(): yield 'a', {}; yield 'a', {}", r"arm 'a' has seed 0 twice"),
     ("def sweep(): yield 'a b', {}; yield 'a/b', {}", r"'a b' and 'a/b' both make the folder"),
     (

@@ -9,7 +9,8 @@ from gptjax import config as config_lib
 from gptjax.errors import UserError
 from gptjax.sweeps import scaling
 from gptjax.sweeps.scaling import Law, fit_law
-from gptjax.training.setup import make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 
 # Hoffmann et al. 2022, appendix D.
 PAPER = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
@@ -147,9 +148,11 @@ def tiny(width, layers, tokens, **changes):
 def test_the_parameters_are_those_whose_flops_are_counted(tied):
   config = tiny(32, 2, 1000, **{"model.tied_head": tied, "sequence_length": 8})
   counted = scaling.matmul_parameters(config)
-  plan = make_plan(config)
-  attention = 12 * plan.model.num_layers * plan.model.num_heads * plan.model.head_dim * (8 + 1) / 2
-  assert plan.flops_per_token == pytest.approx(6 * counted + attention)
+  setup = make_setup(resolve(config))
+  attention = (
+    12 * setup.model.num_layers * setup.model.num_heads * setup.model.head_dim * (8 + 1) / 2
+  )
+  assert setup.flops_per_token == pytest.approx(6 * counted + attention)
 
 
 def write_sweep(root, *, flops=True, sizes=((32, 2), (64, 2), (96, 3), (128, 4))):

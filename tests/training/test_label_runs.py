@@ -36,7 +36,8 @@ from gptjax.training.pretrained import (
   load_params_into,
   on_one_device,
 )
-from gptjax.training.setup import make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 from tests.training.test_loop import ROOT
 
 SMALL = {
@@ -222,12 +223,12 @@ def test_padding_is_told_where_it_does_not_end_a_text(exported, tmp_path):
     ({}, {}, ("loud", "quiet"), ""),
     ({"id2label": {"0": "quiet", "1": "loud"}}, {}, ("quiet", "loud"), ""),
     ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, {}, ("loud", "quiet"), ""),
-    ({"id2label": {"0": "a", "1": "b"}}, {}, ("loud", "quiet"), "data.labels=loud,quiet, not a,b"),
+    ({"id2label": {"0": "a", "1": "b"}}, {}, ("loud", "quiet"), "task.labels=loud,quiet, not a,b"),
     (
       {},
-      {"data.labels": "quiet,loud"},
+      {"task.labels": "quiet,loud"},
       ("quiet", "loud"),
-      "data.labels=quiet,loud, not loud,quiet",
+      "task.labels=quiet,loud, not loud,quiet",
     ),
     (
       {},
@@ -235,7 +236,7 @@ def test_padding_is_told_where_it_does_not_end_a_text(exported, tmp_path):
       ("loud", "quiet"),
       "model.label_pooling='mean', not 'none'",
     ),
-    ({}, {"data.labels": "loud,quiet,x"}, ("loud", "quiet", "x"), "model.num_labels=3, not 2"),
+    ({}, {"task.labels": "loud,quiet,x"}, ("loud", "quiet", "x"), "model.num_labels=3, not 2"),
   ],
 )
 def test_a_head_is_kept_where_it_is_of_the_same_labels(
@@ -245,12 +246,11 @@ def test_a_head_is_kept_where_it_is_of_the_same_labels(
   shutil.copytree(exported, folder)
   config = json.loads((folder / "config.json").read_text()) | fields
   (folder / "config.json").write_text(json.dumps(config))
-  plan = make_plan(
-    load(records, "task=classification", **START | {"init_from": f"hf:{folder}"} | changes)
-  )
-  assert tuple(plan.config.data.labels) == wanted
-  abstract = plan.abstract_state(plan.make_optimizer(plan.run_length)).params
-  loaded, report = load_params_into(plan.config.init_from, plan.model, abstract, wanted)
+  changes = START | {"init_from": f"hf:{folder}"} | changes
+  setup = make_setup(resolve(load(records, "task=classification", **changes)))
+  assert setup.task.labels == wanted
+  abstract = setup.abstract_state(setup.make_optimizer(setup.run_length)).params
+  loaded, report = load_params_into(setup.config.init_from, setup.model, abstract, wanted)
   # Its bias went into that of the last norm, and a new one is 0.
   assert loaded.get("label_head", {}).keys() == ({"kernel"} if not new else set())
   assert report.endswith(f"; the head of labels is new ({new})" if new else " parameters")

@@ -157,7 +157,7 @@ def test_killed_run_resumes_bit_for_bit(case, corpus, environment, tmp_path):
     (corpus.parent / "more.jsonl").write_text("\n".join(map(json.dumps, rows)))
     argument, overrides = "model=debug,data=text+jsonl", mixture(corpus)
   elif case == "fim":
-    overrides = {"data.fim_rate": 0.7}
+    overrides = {"task.fim_rate": 0.7}
   elif case == "tfds":
     Sayings(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     argument = "model=debug,data=tfds"

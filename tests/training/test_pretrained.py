@@ -24,7 +24,8 @@ from gptjax.training.pretrained import (
   read_model_config,
   tokenizer_of,
 )
-from gptjax.training.setup import make_plan
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 from tests.interop.conftest import LLAMA
 from tests.interop.test_gguf import SHAPE, Type, make_pair, write
 from tests.training.test_loop import ROOT
@@ -165,7 +166,7 @@ def test_a_run_starts_from_the_imported_model_and_goes_on(
 
   # The loss of the first step is that of the imported model on its batch.
   model, _ = load_model(checkpoints["hf"])
-  config = make_plan(make_config()).config
+  config = make_setup(resolve(make_config())).config
   dataset = open_dataset(config, tmp_path / "run", process_index=0, process_count=1)
   batch = dataset.training_batch(0)
 
@@ -206,10 +207,10 @@ def test_a_run_starts_from_the_imported_model_and_goes_on(
 )
 def test_a_model_to_start_from_must_be_there(make_config, argument, changes, message):
   with pytest.raises(UserError, match=message):
-    make_plan(make_config(argument, **changes))
+    make_setup(resolve(make_config(argument, **changes)))
 
 
 def test_the_plan_has_the_model_of_the_checkpoint(checkpoints, make_config):
-  plan = make_plan(make_config())
-  assert plan.model.differences(read_model_config(checkpoints["hf"])) == []
-  assert plan.config.tokenizer == checkpoints["hf"].removeprefix("hf:")
+  setup = make_setup(resolve(make_config()))
+  assert setup.model.differences(read_model_config(checkpoints["hf"])) == []
+  assert setup.config.tokenizer == checkpoints["hf"].removeprefix("hf:")

@@ -55,7 +55,7 @@ def test_the_program_shows_a_row(tmp_path):
     command = [sys.executable, "-m", "gptjax.show", "--config=configs/finetune.py:model=tiny"]
     command += [f"--config.data.path={path}", "--config.data.validation_fraction=0.5"]
     command += [f"--config.data.cache_dir={tmp_path}", "--config.tokenizer=bytes"]
-    command += ["--config.data.chat_template=alpaca", "--config.batch_size=1", *arguments]
+    command += ["--config.task.chat_template=alpaca", "--config.batch_size=1", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
   # There is one row, so that the fourth is that of a later epoch.
