@@ -16,8 +16,9 @@ said. The tasks:
     regression      a number
     tagging         one tag of each word, such as B-PER (names of people, places ...)
     span            the part of a context (task.pair_key) that answers a question
+    preference      which of two answers is better, by a reward for each
 
-The last five have a head of labels in the place of the vocabulary's, and batch_size counts their
+The last six have a head of labels in the place of the vocabulary's, and batch_size counts their
 examples. What the rows are is shown by
 
     python -m gptjax.show --config=configs/finetune.py:task=chat --config.init_from=hf:FOLDER \\
@@ -33,6 +34,7 @@ from ml_collections import ConfigDict
 
 from configs import pretrain
 from gptjax.config import override, parse_argument
+from gptjax.objectives.task import TASKS, find_task
 
 _COMMON = {
   "total_epochs": 3.0,
@@ -59,26 +61,20 @@ _LABELS = _COMMON | {
   "optim.warmup_percent": 10.0,
 }
 
-TASKS = {
-  "chat": _WRITING,
-  "prompt": _WRITING,
-  "text": _WRITING,
-  "classification": _LABELS,
-  "multi_label": _LABELS,
-  "regression": _LABELS,
-  "tagging": _LABELS | {"data.text_key": "tokens"},
-  "span": _LABELS | {"data.text_key": "question"},
-}
+# Plain text, learnt as the model was pretrained.
+_TEXT = "text"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   items = [item for item in (arg or "").split(",") if item]
   own = [item for item in items if item.startswith("task=")]
-  name = parse_argument(",".join(own), task=("chat", tuple(TASKS)))["task"]
+  name = parse_argument(",".join(own), task=("chat", (*TASKS, _TEXT)))["task"]
   others = [item for item in items if item not in own]
-  # Plain text is learnt as the model was pretrained.
-  task = [] if name == "text" else [f"task={name}"]
+  overrides = _WRITING
+  task = [] if name == _TEXT else [f"task={name}"]
+  if task and not find_task(name).predicts_tokens:
+    overrides = _LABELS | {"data.text_key": find_task(name).text_key}
   config = pretrain.get_config(",".join(["model=init_from,data=jsonl", *task, *others]))
-  for key, value in TASKS[name].items():
+  for key, value in overrides.items():
     override(config, key, value)
   return config

@@ -20,7 +20,7 @@ from gptjax.data.tokenizer import open_saved
 from gptjax.errors import UserError
 from gptjax.training.datasets import open_dataset
 from gptjax.training.pretrained import TOKENIZER, tokenizer_of
-from gptjax.training.setup import INIT_FROM
+from gptjax.training.resolve import INIT_FROM
 from gptjax.training.show import describe_row
 
 FLAGS = flags.FLAGS

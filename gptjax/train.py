@@ -14,8 +14,8 @@ from absl import flags
 from gptjax import config as config_lib
 from gptjax.devices.hosts import join_hosts
 from gptjax.errors import UserError
+from gptjax.training.dry_run import dry_run
 from gptjax.training.loop import train
-from gptjax.training.setup import dry_run
 
 FLAGS = flags.FLAGS
 

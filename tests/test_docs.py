@@ -12,7 +12,7 @@ from gptjax import config as config_lib
 from gptjax.compiler import gpu, topology
 from gptjax.data import tokenizer as tokenizers
 from gptjax.interop import huggingface
-from gptjax.training.setup import dry_run
+from gptjax.training.dry_run import dry_run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -60,7 +60,7 @@ def compare(workdir: str) -> tuple[float, float]:
   graph, params = nnx.split(load_checkpoint(workdir)[0])
   eval_step, sums = make_eval_step(graph, make_task(config.task)), Sums()
   for batch in validation:
-    sums.add(eval_step(params, jax.tree.map(jnp.asarray, batch)))
+    sums.add(eval_step(params, jax.tree.map(jnp.asarray, batch))[0])
   return float(unigram), sums.finish()["loss"]
 
 

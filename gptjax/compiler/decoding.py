@@ -18,8 +18,9 @@ from gptjax.errors import UserError
 from gptjax.inference.decode import Decoding, append
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT, ParameterInfo
+from gptjax.training.dry_run import tree_bytes
 from gptjax.training.resolve import resolve
-from gptjax.training.setup import Setup, make_setup, tree_bytes
+from gptjax.training.setup import Setup, make_setup
 
 FLOP_RULE = "2 N + 4 L H Q K per token, K = keys that the last position of the context sees"
 GREEDY = Sampling(temperature=0)

@@ -27,8 +27,9 @@ from gptjax.compiler.topology import Slice
 from gptjax.devices.hosts import cache_root
 from gptjax.devices.sharding import MAX_RING
 from gptjax.errors import UserError
+from gptjax.training.dry_run import tree_bytes
 from gptjax.training.resolve import resolve
-from gptjax.training.setup import make_setup, tree_bytes
+from gptjax.training.setup import make_setup
 
 Overrides = dict[str, Any]
 

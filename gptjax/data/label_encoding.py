@@ -127,13 +127,14 @@ class LabelEncoder:
   Attributes:
     tokenizer: it.
     scores_at: as of `DataOptions`.
-    room: tokens of a row that are not special.
+    sequence_length: tokens of a row.
+    room: those that are not special.
   """
 
   def __init__(self, tokenizer: Tokenizer, data: DataOptions, assembler: Assembler):
     """Prepares the encoding; UserError if a row has no room for any text."""
     self.tokenizer, self.scores_at = tokenizer, data.scores_at
-    self._assembler, self._sequence_length = assembler, data.sequence_length
+    self._assembler, self.sequence_length = assembler, data.sequence_length
     end = tokenizer.end_of_text
     self._start = list(tokenizer.start)
     if data.scores_at == "last" and end in self._start:
@@ -175,7 +176,7 @@ class LabelEncoder:
     if not examples:
       raise UserError(
         f"none of {len(records)} records from {texts.name(0)} on fits a row of "
-        f"{self._sequence_length} tokens with what is to be learnt of it "
+        f"{self.sequence_length} tokens with what is to be learnt of it "
         f"(task.overlong={assembler.overlong!r}). Raise --config.sequence_length."
       )
     return Examples(examples, truncated, dropped, empty_words)

@@ -62,7 +62,7 @@ def evaluate(
       names.append(name)
     elif name.startswith(_LABELS):
       path = name.removeprefix(_LABELS)
-      if config is None or "format" not in config.get("data", ()):  # As of a model converted.
+      if config is None or "data" not in config:  # As of a model converted.
         raise UserError(f"{name}: --checkpoint is no run, which would say what the labels are.")
       prepared.append(label_task.prepare(path, config, subject, seed=seed, limit=limit))
       names.append(name)

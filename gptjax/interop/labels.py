@@ -10,16 +10,11 @@ from gptjax import tree
 from gptjax.errors import UserError
 from gptjax.interop.fields import Fields, Rule
 from gptjax.interop.tensors import Entry, linear
+from gptjax.objectives.task import find_task
 from gptjax.training.pretrained import Labels, number_labels
 
-# What `transformers` calls the head of a task, and the problem that it is to solve.
-_TASKS = {
-  "classification": ("SequenceClassification", "single_label_classification"),
-  "multi_label": ("SequenceClassification", "multi_label_classification"),
-  "regression": ("SequenceClassification", "regression"),
-  "tagging": ("TokenClassification", None),
-  "span": ("QuestionAnswering", None),
-}
+# The tasks that a head of `transformers` is read as, by `LabelTask.transformers_head`.
+_READ_AS = ("classification", "multi_label", "regression", "tagging", "span")
 # Where a bias of the labels can go that a head has no place for.
 _FOLDS_INTO = "final_norm/bias"
 
@@ -65,7 +60,7 @@ class LabelHead:
 
 def transformers_task(labels: Labels) -> str:
   """The task in the name of a class of `transformers`, 'SequenceClassification'."""
-  return _TASKS[labels.task][0]
+  return find_task(labels.task).transformers_head[0]
 
 
 def config_fields(labels: Labels) -> dict[str, Any]:
@@ -74,7 +69,7 @@ def config_fields(labels: Labels) -> dict[str, Any]:
     "id2label": {str(index): name for index, name in enumerate(labels.names)},
     "label2id": {name: index for index, name in enumerate(labels.names)},
   }
-  problem = _TASKS[labels.task][1]
+  problem = find_task(labels.task).transformers_head[1]
   return fields | ({"problem_type": problem} if problem else {})
 
 
@@ -97,10 +92,11 @@ def read_labels(values: Mapping[str, Any], task: str, source: str) -> Labels:
     raise UserError(f"{source}: field 'id2label' is {named!r}, not names by 0, 1, ...") from error
   single = "regression" if len(names) == 1 else "single_label_classification"
   problem = values.get("problem_type") or single
-  for task_name, found in _TASKS.items():
-    if found in ((task, problem), (task, None)):
-      return Labels(task_name, names)
-  known = " or ".join(repr(known) for _, known in _TASKS.values() if known)
+  heads = {name: find_task(name).transformers_head for name in _READ_AS}
+  for name, head in heads.items():
+    if head in ((task, problem), (task, None)):
+      return Labels(name, names)
+  known = " or ".join(repr(known) for _, known in heads.values() if known)
   raise UserError(f"{source}: field 'problem_type' is {problem!r}; only {known} can be read.")
 
 

@@ -31,9 +31,11 @@ class _OfWholeTexts(LabelTask):
 
   Attributes:
     pair_key: where the second text of a record is, such as a hypothesis; '' is none.
+    label_key: where its label is.
   """
 
   pair_key: str = ""
+  label_key: str = "label"
 
   @abc.abstractmethod
   def target(self, label: Any, place: int) -> tuple[Target, tuple[tuple[int, int, float], ...]]:
@@ -60,6 +62,7 @@ class Classification(_OfWholeTexts, ClassTask):
   name = "classification"
   metrics = ("accuracy", "f1_macro", "mcc", "ece")
   best_metric = "val/accuracy"
+  transformers_head = ("SequenceClassification", "single_label_classification")
 
   def __post_init__(self):
     super().__post_init__()
@@ -111,6 +114,7 @@ class MultiLabel(_OfWholeTexts, NamedLabelTask):
   name = "multi_label"
   metrics = ("exact_match", "f1_micro", "f1_macro")
   best_metric = "val/f1_micro"
+  transformers_head = ("SequenceClassification", "multi_label_classification")
   columns = True
 
   def read_label(self, label: Any, texts: Sequence[str]) -> tuple[int, ...]:
@@ -155,6 +159,7 @@ class Regression(_OfWholeTexts):
   name = "regression"
   metrics = ("spearman", "mean_absolute_error")
   best_metric = "val/spearman"
+  transformers_head = ("SequenceClassification", "regression")
   library = "scipy.stats"
   columns = True
   num_labels = 1

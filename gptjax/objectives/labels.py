@@ -40,24 +40,27 @@ class LabelTask(Task):
   """Scores the labels of a text, or of a pair of texts, by a head in the place of the vocabulary's.
 
   Attributes:
-    label_key: where the label of a record is.
     overlong: what becomes of a text that is longer than a row: 'truncate' or 'drop'.
     r_drop: factor of what makes two passes with other dropout agree: half of equation 4 of Liang et
       al. 2021 (arXiv:2106.14448) is the mean of their losses, plus r_drop / 4 times `divergence`.
     library: what the metrics need.
     columns: whether an example has a value for each label (`Batch.values`), and not one label.
     pair_key: where the second text of a record is; '' is none.
+    label_key: where its label is.
+    transformers_head: what `transformers` calls a head for it, and the problem that it solves.
   """
 
-  label_key: str = "label"
   overlong: str = "truncate"
   r_drop: float = 0.0
 
+  predicts_tokens: ClassVar[bool] = False
   writes_text: ClassVar[bool] = False
   packs_batches: ClassVar[bool] = True
   library: ClassVar[str] = ""
   columns: ClassVar[bool] = False
   pair_key: ClassVar[str] = ""
+  label_key: ClassVar[str] = ""
+  transformers_head: ClassVar[tuple[str, str | None]] = ("", None)
   between: ClassVar[str] = "\n"
 
   def __post_init__(self):
@@ -80,9 +83,10 @@ class LabelTask(Task):
     records.check_not_empty(texts)
     return texts, self.read_label(label, texts)
 
-  @abc.abstractmethod
   def read_label(self, label: Any, texts: Sequence[Any]) -> Any:
     """The label of a record as it is to be learnt; UserError for one that cannot be read."""
+    del texts
+    return label
 
   def label_names(self, label: Any) -> list[str]:
     return [records.label_text(label)]

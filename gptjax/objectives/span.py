@@ -33,6 +33,7 @@ class Span(LabelTask):
 
   Attributes:
     pair_key: where the context of a record is.
+    label_key: where its answers are.
   """
 
   label_key: str = "answers"
@@ -43,6 +44,8 @@ class Span(LabelTask):
   best_metric = "val/f1"
   columns = True
   num_labels = 2
+  text_key = "question"
+  transformers_head = ("QuestionAnswering", None)
 
   def __post_init__(self):
     super().__post_init__()

@@ -25,6 +25,7 @@ class Tagging(ClassTask):
   model that sees only what came before.
 
   Attributes:
+    label_key: where the tags of a record are.
     word_separator: what is between the words; '' for Chinese characters.
   """
 
@@ -35,6 +36,8 @@ class Tagging(ClassTask):
   metrics = ("f1", "precision", "recall")
   best_metric = "val/f1"
   library = "seqeval.metrics.sequence_labeling"
+  text_key = "tokens"
+  transformers_head = ("TokenClassification", None)
 
   @property
   def between(self) -> str:

@@ -37,6 +37,7 @@ TASKS = {
   "regression": "gptjax.objectives.classification:Regression",
   "tagging": "gptjax.objectives.tagging:Tagging",
   "span": "gptjax.objectives.span:Span",
+  "preference": "gptjax.objectives.preference:Preference",
 }
 # In the place of a name: the task that the model of `init_from` was made for.
 OF_THE_MODEL = "of_the_model"
@@ -75,6 +76,8 @@ class Task(abc.ABC):
     name: in `config.task.name`.
     metrics: what a validation tells beside the loss, without 'val/'.
     best_metric: the metric of a validation that says which checkpoint is the best, with 'val/'.
+    text_key: where the text of a record is, unless `data.text_key` says otherwise.
+    predicts_tokens: whether the targets are tokens, not labels that a head of their own scores.
     writes_text: whether the model writes text, of which a run shows samples.
     packs_batches: whether the rows of a batch are packed out of its items, `batch_size` of them, so
       that each host needs them all. Otherwise an item is a row.
@@ -83,6 +86,8 @@ class Task(abc.ABC):
   name: ClassVar[str] = ""
   metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
   best_metric: ClassVar[str] = "val/loss"
+  text_key: ClassVar[str] = "text"
+  predicts_tokens: ClassVar[bool] = True
   writes_text: ClassVar[bool] = True
   packs_batches: ClassVar[bool] = False
 
@@ -236,8 +241,7 @@ def make_task(config: Mapping[str, Any]) -> Task:
   known = [field.name for field in dataclasses.fields(kind)]
   for key in options:
     if key not in known:
-      hint = did_you_mean(key, known) if known else "It has none."
-      raise UserError(f"task.{key} is no option of task={kind.name!r}. {hint}")
+      raise UserError(f"task.{key} is no option of task={kind.name!r}. {did_you_mean(key, known)}")
   return kind(**options)
 
 

@@ -89,7 +89,7 @@ class Sweep:
   def of_tokens(self) -> bool:
     """Whether the metric is a mean over tokens, so that it depends on the tokenizer."""
     tasks = {run.config.get("task.name") for run in self.runs}
-    writes = all(find_task(task).num_labels == 0 for task in tasks if task in TASKS)
+    writes = all(find_task(task).predicts_tokens for task in tasks if task in TASKS)
     return self.metric in ("val/loss", "val/perplexity") and writes
 
   @property

@@ -64,9 +64,10 @@ def _architecture_to_start_from(config: ConfigDict) -> dict[str, Any]:
 
 def _settle_task(config: ConfigDict) -> None:
   task = make_task(config.task)
-  if task.packs_batches:
-    known = labels_of(config.init_from) if config.init_from else None
-    task = task.settle(read_options(config), known.names if known else ())
+  if not task.predicts_tokens:
+    if not task.num_labels:
+      known = labels_of(config.init_from) if config.init_from else None
+      task = task.settle(read_options(config), known.names if known else ())
     if config.model.num_labels not in (0, task.num_labels):
       raise UserError(
         f"model.num_labels={config.model.num_labels}, but task={task.name!r} has "

@@ -10,7 +10,7 @@ from gptjax.data.cache import TokenCache
 from gptjax.data.chat_packing import PackedConversations, first_fit_decreasing
 from gptjax.errors import UserError
 from gptjax.model.gpt import model_graph
-from gptjax.objectives import objectives
+from gptjax.objectives.forward import token_loss
 
 SEPARATOR = 0
 
@@ -108,7 +108,7 @@ def loss_and_gradient(tiny_config, random_params):
   graph, params = model_graph(config), random_params(config)
 
   def loss(params, batch):
-    return objectives.target_loss(nnx.merge(graph, params), batch).total
+    return token_loss(nnx.merge(graph, params), batch).total
 
   with_gradient = jax.jit(jax.value_and_grad(loss))
   return lambda rows: with_gradient(params, Batch.stack(rows))

@@ -22,6 +22,7 @@ from gptjax import tree
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.model.gpt import describe_parameters, model_graph
+from gptjax.objectives.text import NextToken
 from gptjax.optim import optimizer as optim
 from gptjax.training import step as step_lib
 
@@ -96,12 +97,10 @@ def run_job(job, config, params):
   optimizer = optim.make_optimizer(values, described, optax.constant_schedule(0.1))
   step = step_lib.make_train_step(
     model_graph(config),
+    NextToken(z_loss=0.01),
     optimizer,
     seed=0,
     grad_accumulation=job.grad_accumulation,
-    dropout=False,
-    ema_decay=0.0,
-    z_loss=0.01,
   )
   params = jax.tree.map(jnp.asarray, params)
   state = step_lib.TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params), None)

@@ -5,7 +5,7 @@ from flax import nnx
 
 from gptjax.diagnosis import noise_scale
 from gptjax.errors import UserError
-from gptjax.objectives import objectives
+from gptjax.objectives.text import NextToken
 from gptjax.training.datasets import open_dataset
 from gptjax.training.pretrained import load_checkpoint
 
@@ -52,7 +52,7 @@ def test_a_run_is_measured_on_the_batches_that_come_next(trained, make_config, c
 
   @jax.jit
   def gradient(params, batch):
-    return jax.grad(lambda p: objectives.target_loss(nnx.merge(graph, p), batch).total)(params)
+    return jax.grad(lambda p: NextToken().loss(nnx.merge(graph, p), batch).total)(params)
 
   sums, weights = [], []
   for batch in map(dataset.training_batch, range(step, step + 3)):

@@ -17,6 +17,7 @@ from gptjax import tree
 from gptjax.data.pipeline import open_dataset
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.gpt import describe_parameters
+from gptjax.objectives.answers import Chat
 from gptjax.optim import optimizer as optim
 from gptjax.peft import huggingface
 from gptjax.peft.surgery import abstract_model, describe_adapters
@@ -68,7 +69,6 @@ def batch(llama, tmp_path_factory):
     "configs/finetune.py:task=chat",
     {
       "tokenizer": str(llama[1]),
-      "objective": "next_token",
       "data.path": str(folder / "chats.jsonl"),
       "data.validation_path": str(folder / "chats.jsonl"),
       "task.chat_template": "chatml",
@@ -90,11 +90,9 @@ def train_step(config, peft, params, frozen, batch):
   optimizer = optim.make_optimizer(types.SimpleNamespace(**values), described, schedule)
   step = step_lib.make_train_step(
     nnx.graphdef(abstract_model(dataclasses.replace(config, scan_layers=True), peft)),
+    Chat(),
     optimizer,
     seed=0,
-    grad_accumulation=1,
-    dropout=False,
-    ema_decay=0.0,
   )
   params = jax.tree.map(jnp.array, params)
   state = step_lib.TrainState(

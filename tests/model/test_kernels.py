@@ -15,7 +15,7 @@ from gptjax.errors import UserError
 from gptjax.model import kernels
 from gptjax.model.attention import attend, choose_kernel, make_mask
 from gptjax.model.gpt import GPT, describe_parameters, model_graph
-from gptjax.objectives import objectives
+from gptjax.objectives.forward import token_loss
 
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
 B, T, N = 2, 384, 4
@@ -181,7 +181,7 @@ def model_loss(tiny_config, random_params):
       batch = sharding.balance_time(batch)
 
       def loss(params):
-        return objectives.target_loss(nnx.merge(graph, params), batch).total
+        return token_loss(nnx.merge(graph, params), batch).total
 
       return jax.value_and_grad(loss)(params)
 

@@ -236,7 +236,7 @@ def test_experts_that_the_mesh_does_not_divide_are_refused():
 EIGHT = """
 import jax, numpy as np
 from flax import nnx
-from gptjax.objectives import objectives
+from gptjax.objectives.forward import token_loss
 from gptjax.devices import sharding
 from gptjax.data.batch import Batch
 from gptjax.model.config import ModelConfig
@@ -251,9 +251,10 @@ ones = np.ones_like(tokens)
 batch = Batch(tokens, tokens, ones.astype(np.float32), ones, np.arange(16)[None] * ones)
 
 def loss(params):
-  losses = {"router_balance_loss": 0.1, "router_z_loss": 0.1}
   model, routing = nnx.merge(graph, params), Routing()
-  return objectives.target_loss(model, batch, routing=routing, **losses).total
+  total = token_loss(model, batch, routing=routing).total
+  of_routers = 0.1 * routing["balance_loss"].mean() + 0.1 * routing["z_loss"].mean()
+  return total + batch.weights.sum() * of_routers
 
 def on(mesh, devices):
   with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | mesh, devices)):

@@ -17,10 +17,11 @@ from gptjax.peft.layers import Adapter
 from gptjax.peft.quantized import NF4, QuantizedKernel, quantize, quantize_params
 from gptjax.peft.surgery import abstract_model, adapt, merge, unmerge
 from gptjax.training.checkpoints import checksum, restore_params
+from gptjax.training.dry_run import dry_run
 from gptjax.training.loop import train
 from gptjax.training.pretrained import load_checkpoint, load_model, load_params_into
 from gptjax.training.resolve import resolve
-from gptjax.training.setup import dry_run, make_setup
+from gptjax.training.setup import make_setup
 from tests.peft.conftest import TOKENS
 from tests.peft.test_runs import logged, make_config  # noqa: F401
 

@@ -14,10 +14,11 @@ from gptjax.errors import UserError
 from gptjax.inference.generate import generate
 from gptjax.model.gpt import GPT
 from gptjax.peft.layers import Adapter
+from gptjax.training.dry_run import dry_run
 from gptjax.training.loop import train
 from gptjax.training.pretrained import load_checkpoint, load_model
 from gptjax.training.resolve import resolve
-from gptjax.training.setup import dry_run, make_setup
+from gptjax.training.setup import make_setup
 from tests.interop.conftest import LLAMA, save_folder
 
 SMALL = {

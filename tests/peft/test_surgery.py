@@ -19,6 +19,7 @@ from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, describe_parameters
+from gptjax.objectives.text import NextToken
 from gptjax.optim import optimizer as optim
 from gptjax.peft.adalora import allocate_ranks
 from gptjax.peft.adaptation import Adapters
@@ -183,11 +184,10 @@ def run(model_config, batch, random_params, make_adapted):
     frozen = tree.without(random_params(config), described)
     step = step_lib.make_train_step(
       nnx.graphdef(abstract_model(config, peft)),
+      NextToken(),
       optimizer,
       seed=0,
       grad_accumulation=grad_accumulation,
-      dropout=False,
-      ema_decay=0.0,
     )
     devices = jax.devices()[: int(np.prod([*(sizes or {}).values()], dtype=int))]
     mesh = sharding.make_mesh(ONE | (sizes or {}), devices)

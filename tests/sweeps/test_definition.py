@@ -93,27 +93,25 @@ def test_a_search_makes_its_trials_as_they_are_suggested(read):
     ("def sweep(): yield 'a', {'model.num_heads': 5}", r"arm 'a': model\.embed_dim=32 is not div"),
     ("def sweep(): yield 'a', {'batch_size': 7}", r"arm 'a': batch_size=7 does not divide"),
     ("def sweep(): yield 'a', {'optim.name': 'adamx'}", r"arm 'a': .*no algorithm 'adamx'"),
-    ("def sweep(): yield 'a', {'task.fim_rate': 2.0}", r"arm 'a': data\.fim_rate is 2\.0"),
+    ("def sweep(): yield 'a', {'task.fim_rate': 2.0}", r"arm 'a': task\.fim_rate=2\.0 must"),
     ("def sweep(): yield 'a', {}; yield 'a', {}", r"arm 'a' has seed 0 twice"),
     ("def sweep(): yield 'a b', {}; yield 'a/b', {}", r"'a b' and 'a/b' both make the folder"),
     (
-      "def sweep(): yield 'a', {}; yield 'a', {'seed': 1, 'z_loss': 0.1}",
+      "def sweep(): yield 'a', {}; yield 'a', {'seed': 1, 'task.z_loss': 0.1}",
       r"arm 'a' has different overrides by seed",
     ),
     ("BASELINE = 'c'" + ARMS, r"BASELINE: no arm 'c'"),
     (
       "METRIC = 'val/los'" + ARMS,
-      r"METRIC: no metric 'val/los' of objective='next_token' .* Did you mean 'val/loss'",
+      r"METRIC: no metric 'val/los' of task='next_token' .* Did you mean 'val/loss'",
     ),
     (
       "METRIC = 'val/accuracy'" + SEARCH,
-      r"arm 'search': METRIC: no metric 'val/accuracy' of objective='next_token'",
+      r"arm 'search': METRIC: no metric 'val/accuracy' of task='next_token'",
     ),
     (
-      "METRIC = 'val/bits_per_byte'\n"
-      "prefix = {'objective': 'prefix', 'model.visibility': 'prefix'}\n"
-      "def sweep(): yield 'a', {}; yield 'b', prefix",
-      r"arm 'b': METRIC: no metric 'val/bits_per_byte' of objective='prefix'",
+      "METRIC = 'val/spearman'" + ARMS,
+      r"arm 'a': METRIC: no metric 'val/spearman' of task='next_token'",
     ),
     ("def sweep(): yield 'a', {'eval.patience': -1}", r"arm 'a': eval\.patience=-1 is negative"),
     ("SEARCH = {'sampler': 'tpee'}" + SEARCH, r"SEARCH\['sampler'\]: no sampler 'tpee'. Did you"),
@@ -174,8 +172,8 @@ def test_the_example_of_the_docstring_can_be_started(read, tmp_path, monkeypatch
   assert (len(sweep.trials), sweep.metric) == (10, "val/accuracy")
 
 
-def test_a_metric_of_another_objective_is_refused(read, labelled):
-  sentence = r"METRIC: no metric 'val/spearman' of objective='classification'"
+def test_a_metric_of_another_task_is_refused(read, labelled):
+  sentence = r"METRIC: no metric 'val/spearman' of task='classification'"
   with pytest.raises(UserError, match=sentence):
     read("METRIC = 'val/spearman'\ndef sweep(): return seeds(2)", base=labelled)
 

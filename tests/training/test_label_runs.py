@@ -55,8 +55,8 @@ SMALL = {
   "optim.layer_decay": 0.9,
   "optim.freeze_layers": 1,
   "optim.unfreeze_every_epochs": 0.5,
-  "label_smoothing": 0.1,
-  "r_drop": 1.0,
+  "task.label_smoothing": 0.1,
+  "task.r_drop": 1.0,
   "log.every_steps": 1,
   "log.tensorboard": False,
   "eval.patience": 2,
@@ -299,7 +299,7 @@ def test_adapters_are_trained_with_a_new_head(
     "total_epochs": 1.0,
     "optim.freeze_layers": 0,
     "optim.unfreeze_every_epochs": 0,
-    "r_drop": 0.0,
+    "task.r_drop": 0.0,
   }
   config = load(records, f"task=classification,peft={method}", **source)
   result = train(config, tmp_path / "run")

@@ -486,16 +486,20 @@ def test_bad_input_is_named(corpus, tmp_path):
     ({"sequence_length": 257}, None, "exceeds model.max_positions=256"),
     ({"optim.name": "adamx"}, None, r"no algorithm 'adamx'\. Did you mean"),
     ({"checkpoint.best_metric": "val/los"}, None, r"Did you mean 'val/loss'"),
-    ({"objective": "masked"}, None, "needs model.visibility='bidirectional', not 'causal'"),
-    ({"objective": "mask"}, None, r"no choice 'mask'\. Did you mean 'masked'"),
+    (
+      {"argument": "model=debug,task=masked,data=text"},
+      None,
+      "needs model.visibility='bidirectional', not 'causal'",
+    ),
+    ({"task.name": "masked"}, None, r"task\.\w+ is no option of task='masked'"),
     (
       {
-        "objective": "prefix",
+        "argument": "model=debug,task=prefix,data=text",
         "model.visibility": "prefix",
         "checkpoint.best_metric": "val/bits_per_byte",
       },
       None,
-      "checkpoint.best_metric: no metric 'val/bits_per_byte' of objective='prefix'",
+      "checkpoint.best_metric: no metric 'val/bits_per_byte' of task='prefix'",
     ),
   ]
   for number, (overrides, workdir, sentence) in enumerate(cases):
@@ -504,7 +508,7 @@ def test_bad_input_is_named(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("objective", "changes"),
+  ("task", "changes"),
   [
     ("masked", {"model.visibility": "bidirectional", "tokenizer": "bpe:300+mask"}),
     (
@@ -518,9 +522,10 @@ def test_bad_input_is_named(corpus, tmp_path):
     ),
   ],
 )
-def test_objectives_that_denoise_learn(corpus, tmp_path, objective, changes):
-  changes |= {"objective": objective, "optim.learning_rate": 1e-2, "eval.every_steps": 40}
-  validation = train(small_config(corpus, **changes), tmp_path)
+def test_tasks_that_denoise_learn(corpus, tmp_path, task, changes):
+  changes |= {"optim.learning_rate": 1e-2, "eval.every_steps": 40}
+  config = small_config(corpus, f"model=debug,task={task},data=text", **changes)
+  validation = train(config, tmp_path)
   first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
   assert validation["val/loss"] < first["val/loss"] - 0.5
   # Not all of the text is predicted, so this is not known.

@@ -14,6 +14,7 @@ from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.model.figures import Routing
 from gptjax.model.gpt import describe_parameters, model_graph
+from gptjax.objectives.text import NextToken
 from gptjax.optim import optimizer as optim
 from gptjax.training import step as step_lib
 
@@ -48,15 +49,10 @@ def make_optimizer(config, name="sgd", **changes):
   return optim.make_optimizer(values, describe_parameters(config), optax.constant_schedule(0.5))
 
 
-def make_step(config, optimizer, *, seed=0, grad_accumulation=1, dropout=False, **factors):
+def make_step(config, optimizer, *, seed=0, z_loss=0.0, **options):
+  task = NextToken(z_loss=z_loss)
   return step_lib.make_train_step(
-    model_graph(config),
-    optimizer,
-    seed=seed,
-    grad_accumulation=grad_accumulation,
-    dropout=dropout,
-    ema_decay=EMA,
-    **factors,
+    model_graph(config), task, optimizer, seed=seed, ema_decay=EMA, **options
   )
 
 
@@ -234,7 +230,9 @@ def test_updates_do_not_depend_on_the_mesh(
 
 def test_validation_sums_are_those_of_the_batch(config, start, batch, after_two_steps):
   _, metrics, _ = after_two_steps
-  nats, tokens = step_lib.make_eval_step(model_graph(config))(start().params, batch)["loss"]
+  eval_step = step_lib.make_eval_step(model_graph(config), NextToken())
+  sums, _ = eval_step(start().params, batch)
+  nats, tokens = sums["loss"]
   assert float(tokens) == 36
   assert float(nats) == pytest.approx(36 * float(metrics["loss"]), rel=1e-5)
 
@@ -257,12 +255,7 @@ def observed(config, optimizer, start, batch):
 
 def observe(config, optimizer, *, grad_accumulation=1):
   return step_lib.make_observe_step(
-    model_graph(config),
-    optimizer,
-    seed=0,
-    grad_accumulation=grad_accumulation,
-    dropout=False,
-    z_loss=0.0,
+    model_graph(config), NextToken(), optimizer, seed=0, grad_accumulation=grad_accumulation
   )
 
 
