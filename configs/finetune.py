@@ -7,7 +7,7 @@ Parts: task, and those of configs/pretrain.py, of which model=init_from and data
 said. The tasks:
 
     chat            learns the assistant's turns of conversations, packed whole into rows; their
-                    formats are those of gptjax/data/conversations.py
+                    formats are those of gptjax/finetuning/conversations.py
     prompt          learns what to write after a prompt: translation, summaries, answers, code;
                     task.prompt is the prompt's template, task.answer that of the answer
     text            goes on with plain text

@@ -14,8 +14,8 @@ import pytest
 
 from experiments import datasets, packages, recipes, splits
 from experiments.splits import Example, LeftOut
-from gptjax.data import conversations
 from gptjax.errors import UserError
+from gptjax.finetuning import conversations
 
 
 def records(found):

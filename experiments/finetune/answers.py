@@ -46,7 +46,7 @@ def ask(checkpoint: str, asked: list[str]) -> list[str]:
 
 def main(_: list[str]) -> None:
   records = questions("alpaca_en") + questions("alpaca_zh")
-  # As gptjax/data/conversations.py joins an instruction and what it is about.
+  # As gptjax/finetuning/conversations.py joins an instruction and what it is about.
   asked = ["\n\n".join(filter(None, (one["instruction"], one["input"]))) for one in records]
   runs = Path(FLAGS.runs) / "instructions"
   answers = {"untrained": ask(checkpoint_of(SMOLLM2), asked)}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.data import files
-from gptjax.data.prompts import Example, Template
+from gptjax.data.templates import Example, Template
 from gptjax.errors import UserError
 from gptjax.evals import sandbox
 from gptjax.evals.subject import Prompt, Subject

@@ -10,8 +10,6 @@ from flax import nnx
 from tqdm import tqdm
 
 from gptjax.data import files
-from gptjax.data.label_encoding import Examples
-from gptjax.data.labels import LabelledTexts
 from gptjax.data.options import DataOptions, read_options
 from gptjax.data.sources import Subset
 from gptjax.errors import UserError
@@ -19,8 +17,7 @@ from gptjax.evals.answers import Result
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import choose
 from gptjax.objectives import scores
-from gptjax.objectives.labels import LabelOutputs, LabelTask
-from gptjax.objectives.task import make_task
+from gptjax.objectives.task import Task, make_task
 from gptjax.training import step
 
 
@@ -29,9 +26,9 @@ class LabelledRecords:
   """Encoded records of a file, and the task that they are for."""
 
   path: str
-  task: LabelTask
+  task: Task
   data: DataOptions
-  examples: Examples
+  examples: Any
   seed: int
 
 
@@ -59,7 +56,7 @@ def prepare(
   text_key = next(iter(data.parts.values())).text_key
   lines = files.open_jsonl(path, "", "error")
   chosen = Subset(lines, np.array(choose([*range(len(lines))], limit, seed)))
-  texts = LabelledTexts(chosen, text_key, task)
+  texts = task.read_records(chosen, text_key)
   examples = task.encode(texts, subject.tokenizer, data, progress=subject.progress)
   return LabelledRecords(path, task, data, examples, seed)
 
@@ -96,12 +93,12 @@ def evaluate(
   return Result(f"labels:{records.path}", metrics, details, predictions, confidence, correct)
 
 
-def ask(records: LabelledRecords, subject: Subject) -> LabelOutputs:
-  """The model's answers to the examples, in their order."""
+def ask(records: LabelledRecords, subject: Subject) -> Any:
+  """The outputs of the task with the model's answers to the examples, in their order."""
   graph, params = nnx.split(subject.model)
   task, examples = records.task, records.examples
   eval_step = step.make_eval_step(graph, task)
-  outputs, order = LabelOutputs(task), []
+  outputs, order = task.outputs(), []
   bar = tqdm(total=len(examples), desc="labels", unit="text", disable=not subject.progress)
   with bar:
     for first in range(0, len(examples), subject.batch_size):

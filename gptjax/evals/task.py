@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data.prompts import Example, Template, open_template
+from gptjax.data.templates import Example, Template, open_template
 from gptjax.errors import UserError, did_you_mean
 
 # What each kind cannot do without.

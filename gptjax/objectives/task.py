@@ -30,14 +30,14 @@ TASKS = {
   "prefix": "gptjax.objectives.text:Prefix",
   "masked": "gptjax.objectives.text:Masked",
   "span_corruption": "gptjax.objectives.text:SpanCorruption",
-  "chat": "gptjax.objectives.answers:Chat",
-  "prompt": "gptjax.objectives.answers:Prompt",
-  "classification": "gptjax.objectives.classification:Classification",
-  "multi_label": "gptjax.objectives.classification:MultiLabel",
-  "regression": "gptjax.objectives.classification:Regression",
-  "tagging": "gptjax.objectives.tagging:Tagging",
-  "span": "gptjax.objectives.span:Span",
-  "preference": "gptjax.objectives.preference:Preference",
+  "chat": "gptjax.finetuning.answers:Chat",
+  "prompt": "gptjax.finetuning.answers:Prompt",
+  "classification": "gptjax.finetuning.classification:Classification",
+  "multi_label": "gptjax.finetuning.classification:MultiLabel",
+  "regression": "gptjax.finetuning.classification:Regression",
+  "tagging": "gptjax.finetuning.tagging:Tagging",
+  "span": "gptjax.finetuning.span:Span",
+  "preference": "gptjax.finetuning.preference:Preference",
 }
 # In the place of a name: the task that the model of `init_from` was made for.
 OF_THE_MODEL = "of_the_model"

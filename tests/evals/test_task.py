@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gptjax.data.prompts import Example
+from gptjax.data.templates import Example
 from gptjax.errors import UserError
 from gptjax.evals import task as tasks
 from gptjax.evals.task import choose_shots, evaluated_examples, load_task

@@ -15,9 +15,9 @@ from configs.parts import optim as presets
 from gptjax import config as config_lib
 from gptjax import tree
 from gptjax.data.pipeline import open_dataset
+from gptjax.finetuning.answers import Chat
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.gpt import describe_parameters
-from gptjax.objectives.answers import Chat
 from gptjax.optim import optimizer as optim
 from gptjax.peft import huggingface
 from gptjax.peft.surgery import abstract_model, describe_adapters

@@ -8,8 +8,8 @@ from flax import nnx
 
 from gptjax.data.batch import Batch
 from gptjax.errors import UserError
+from gptjax.finetuning.classification import Classification
 from gptjax.model.gpt import GPT, describe_parameters, model_graph
-from gptjax.objectives.classification import Classification
 from gptjax.objectives.forward import label_logits
 
 K = 3

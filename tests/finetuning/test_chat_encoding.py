@@ -9,11 +9,11 @@ import sentencepiece
 from gptjax.data import cache
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.chat import ChatTemplate, set_template
-from gptjax.data.chat_encoding import ChatEncoder, decode_flags, encode_pieces
-from gptjax.data.chat_packing import PackedConversations
-from gptjax.data.conversations import Conversation, Conversations
 from gptjax.data.sources import Records
 from gptjax.errors import UserError
+from gptjax.finetuning.chat_encoding import ChatEncoder, decode_flags, encode_pieces
+from gptjax.finetuning.conversations import Conversation, Conversations
+from gptjax.finetuning.record_packing import PackedConversations
 from gptjax.training.show import text_of
 from tests.data.test_chat import (
   ANSWER,

@@ -15,20 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.data import labels as records
 from gptjax.data.batch import Batch
-from gptjax.data.label_encoding import Example, Examples, LabelEncoder
-from gptjax.data.label_packing import pack_examples
-from gptjax.data.labels import LabelledTexts, Record
 from gptjax.data.options import DataOptions, PartOptions, check_records
 from gptjax.data.sources import Source
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, check_choice
+from gptjax.finetuning import records
+from gptjax.finetuning.answers import OVERLONG
+from gptjax.finetuning.label_encoding import Example, Examples, LabelEncoder
+from gptjax.finetuning.label_packing import pack_examples
+from gptjax.finetuning.records import LabelledTexts, Record
 from gptjax.model.config import ModelConfig
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
 from gptjax.objectives import scores
-from gptjax.objectives.answers import OVERLONG
 from gptjax.objectives.cross_entropy import LossSum
 from gptjax.objectives.forward import label_logits
 from gptjax.objectives.scores import Measure
@@ -98,7 +98,11 @@ class LabelTask(Task):
 
   def open_pair(self, part: PartOptions, data: DataOptions) -> tuple[LabelledTexts, LabelledTexts]:
     sides = self.open_sources(part, data)
-    return tuple(LabelledTexts(side, part.text_key, self) for side in sides)
+    return tuple(self.read_records(side, part.text_key) for side in sides)
+
+  def read_records(self, source: Source, text_key: str) -> LabelledTexts:
+    """Records as a source of their texts."""
+    return LabelledTexts(source, text_key, self)
 
   @property
   def num_texts(self) -> int:

@@ -7,10 +7,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs.parts import data as presets
-from gptjax.data import conversations, files, sources
-from gptjax.data.conversations import Conversation, Conversations
+from gptjax.data import files, sources
 from gptjax.data.options import PartOptions
 from gptjax.errors import UserError
+from gptjax.finetuning import conversations
+from gptjax.finetuning.conversations import Conversation, Conversations
 
 
 def said(role, content, **more):

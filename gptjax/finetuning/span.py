@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.data.batch import Batch
-from gptjax.data.label_encoding import Example, LabelEncoder, Target
-from gptjax.data.labels import Record
 from gptjax.errors import UserError
+from gptjax.finetuning.label_encoding import Example, LabelEncoder, Target
+from gptjax.finetuning.labels import Answer, LabelOutputs, LabelTask
+from gptjax.finetuning.records import Record
 from gptjax.model.attention import same_segment
 from gptjax.objectives import scores
-from gptjax.objectives.labels import Answer, LabelOutputs, LabelTask
 from gptjax.objectives.scores import Measure
 
 # In the place of the logit of a token that cannot be an answer; infinities would make NaN of 0.

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.data import labels as records
 from gptjax.data.batch import Batch
-from gptjax.data.label_encoding import Example, LabelEncoder, Target
-from gptjax.data.labels import LabelledTexts, Record
 from gptjax.data.options import DataOptions, PartOptions, check_records
 from gptjax.data.sources import Source
 from gptjax.errors import UserError
+from gptjax.finetuning import records
+from gptjax.finetuning.label_encoding import Example, LabelEncoder, Target
+from gptjax.finetuning.labels import Answer, ClassTask, LabelOutputs, LabelTask, NamedLabelTask
+from gptjax.finetuning.records import LabelledTexts, Record
 from gptjax.objectives import scores
-from gptjax.objectives.labels import Answer, ClassTask, LabelOutputs, LabelTask, NamedLabelTask
 from gptjax.objectives.scores import Measure
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data import labels as records
 from gptjax.data.batch import Batch
-from gptjax.data.label_encoding import Example, LabelEncoder, Target
-from gptjax.data.labels import Record
 from gptjax.errors import UserError
+from gptjax.finetuning import records
+from gptjax.finetuning.label_encoding import Example, LabelEncoder, Target
+from gptjax.finetuning.labels import Answer, ClassTask, LabelOutputs
+from gptjax.finetuning.records import Record
 from gptjax.objectives import scores
-from gptjax.objectives.labels import Answer, ClassTask, LabelOutputs
 from gptjax.objectives.scores import Measure
 
 

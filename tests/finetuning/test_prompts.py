@@ -6,20 +6,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptjax.data import prompts
 from gptjax.data import tokenizer as tokenizers
-from gptjax.data.chat_encoding import decode_flags
-from gptjax.data.prompts import PROMPTS, Example, PromptEncoder, Prompts, Template, open_template
 from gptjax.data.sources import Records
+from gptjax.data.templates import PROMPTS, Example, Template, open_template
 from gptjax.data.tokenizer import start_of
 from gptjax.errors import UserError
 from gptjax.evals import answers
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
+from gptjax.finetuning import prompts
+from gptjax.finetuning.chat_encoding import decode_flags
+from gptjax.finetuning.prompts import PromptEncoder, Prompts
 from gptjax.inference.score import Score, encode_pair
 from gptjax.training.show import describe_row
 from tests.data.conftest import open_dataset
-from tests.data.test_chat_encoding import spaced  # noqa: F401
+from tests.finetuning.test_chat_encoding import spaced  # noqa: F401
 
 ANSWER = Template("task.answer", " {{ label }}")
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from gptjax.data.chat import ChatTemplate
-from gptjax.data.conversations import Conversation
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
+from gptjax.finetuning.conversations import Conversation
 
 _VERSION = 1
 # A template may tell the date, and the same conversation is to have the same tokens every day. This

@@ -7,8 +7,8 @@ from flax import nnx
 
 from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenCache
-from gptjax.data.chat_packing import PackedConversations, first_fit_decreasing
 from gptjax.errors import UserError
+from gptjax.finetuning.record_packing import PackedConversations, first_fit_decreasing
 from gptjax.model.gpt import model_graph
 from gptjax.objectives.forward import token_loss
 

@@ -8,10 +8,10 @@ from typing import Protocol
 import numpy as np
 import tqdm
 
-from gptjax.data.labels import LabelledTexts, Record
 from gptjax.data.options import DataOptions
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
+from gptjax.finetuning.records import LabelledTexts, Record
 
 _RECORDS_AT_ONCE = 1024
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from gptjax.data.batch import Batch
-from gptjax.objectives.classification import Classification, MultiLabel, Regression
-from gptjax.objectives.span import Span
+from gptjax.finetuning.classification import Classification, MultiLabel, Regression
+from gptjax.finetuning.span import Span
 
 K = 3
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenCache
-from gptjax.data.chat_encoding import decode_flags
 from gptjax.data.packing import pad
 from gptjax.errors import UserError
+from gptjax.finetuning.chat_encoding import decode_flags
 
 
 class PackedConversations:

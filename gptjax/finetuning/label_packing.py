@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from gptjax.data.batch import Batch
-from gptjax.data.chat_packing import first_fit_decreasing
-from gptjax.data.label_encoding import Example
+from gptjax.finetuning.label_encoding import Example
+from gptjax.finetuning.record_packing import first_fit_decreasing
 
 
 def pack_examples(

@@ -14,7 +14,7 @@ from gptjax.data.options import read_options
 from gptjax.errors import UserError
 from gptjax.evals.evaluate import evaluate
 from gptjax.evals.subject import Subject
-from gptjax.objectives.preference import Preference
+from gptjax.finetuning.preference import Preference
 from gptjax.objectives.task import make_task
 from gptjax.training.loop import train
 from gptjax.training.pretrained import load_model

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from gptjax.data.label_packing import pack_examples
 from gptjax.data.options import read_options
 from gptjax.errors import UserError
+from gptjax.finetuning.label_packing import pack_examples
 from gptjax.objectives.task import make_task
 from tests.data.conftest import open_dataset
 

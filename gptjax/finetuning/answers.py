@@ -7,17 +7,18 @@ from typing import ClassVar
 
 import jax
 
-from gptjax.data import cache, chat, conversations, prompts, sources
+from gptjax.data import cache, chat, sources, templates
 from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenCache
-from gptjax.data.chat_encoding import ChatEncoder
-from gptjax.data.chat_packing import PackedConversations
-from gptjax.data.conversations import Conversations
 from gptjax.data.options import DataOptions, PartOptions, check_records
-from gptjax.data.prompts import PromptEncoder, Prompts
 from gptjax.data.sources import Source
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, check_choice
+from gptjax.finetuning import conversations, prompts
+from gptjax.finetuning.chat_encoding import ChatEncoder
+from gptjax.finetuning.conversations import Conversations
+from gptjax.finetuning.prompts import PromptEncoder, Prompts
+from gptjax.finetuning.record_packing import PackedConversations
 from gptjax.model.config import ModelConfig
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
@@ -129,8 +130,8 @@ class Prompt(AnswerTask):
   def open_pair(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
     if not (self.prompt and self.answer):
       raise UserError("task='prompt' needs task.prompt, a template's file, and task.answer.")
-    prompt = prompts.open_template(self.prompt, Path(), "task.prompt")
-    answer = prompts.Template("task.answer", self.answer)
+    prompt = templates.open_template(self.prompt, Path(), "task.prompt")
+    answer = templates.Template("task.answer", self.answer)
     return tuple(Prompts(side, prompt, answer) for side in self.open_records(part, data))
 
   def texts(self, source: Source, indices: Iterable[int] | None = None) -> Iterator[str]:
