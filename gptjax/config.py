@@ -21,6 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gptjax.errors import UserError, did_you_mean
+from gptjax.upgrades import upgrade
 
 DURATION = re.compile(r"(?P<stem>\w+)_(?P<unit>steps|tokens|epochs|percent)")
 CONFIG_FILE = "config.json"
@@ -85,9 +86,10 @@ def run_file(path: str) -> ModuleType:
 
 
 def _read(path: epath.Path) -> ConfigDict:
-  """What `save` wrote: JSON has no tuples, configs have no lists."""
+  """Reads what `save` wrote, in this version or an older one: JSON has no tuples, configs have no
+  lists."""
   try:
-    return ConfigDict(_tuples(json.loads(path.read_text())))
+    return ConfigDict(_tuples(upgrade(json.loads(path.read_text()))))
   except ValueError as error:
     raise UserError(f"{path}: not a config that a run saved ({error}).") from error
 
@@ -200,7 +202,7 @@ def save(config: ConfigDict, workdir: epath.Path) -> list[str]:
   new = json.loads(to_json(config))
   changes = []
   if path.exists():
-    flat_old, flat_new = flatten(json.loads(path.read_text())), flatten(new)
+    flat_old, flat_new = flatten(upgrade(json.loads(path.read_text()))), flatten(new)
     changes = [
       f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
       for key in sorted({*flat_old, *flat_new})
