@@ -1,13 +1,14 @@
-"""Whether arms differ beyond the noise between seeds: tests, intervals, power.
+"""Decides whether arms differ by more than the noise between seeds.
 
-Two arms are compared by Welch's t-test (Welch 1947) or, where a seed gives both the same data in
-the same order, by a t-test of their differences, seed by seed. Several arms against one baseline
-are corrected by Holm (1979), which bounds the chance of even one false difference.
+Two arms are compared by Welch's t-test or, where a seed gives both the same data in the same
+order, by a paired t-test over the seeds. Several arms against one baseline are corrected by Holm
+(1979), which bounds the chance of even one false difference. The tests and the correction are those
+of statsmodels.
 
-Welch's p is only nearly a chance when seeds are few: between equal arms, p < 0.05 has a chance of
+Welch's p-value is only approximate when seeds are few: between equal arms, p < 0.05 has a chance of
 up to 6.4 % with 2 seeds each, 5.9 % with 3, 11.8 % with 2 against 10. So Holm is given
-`worst_case_p`, the largest chance that any ratio of the two variances makes of it. All of it is for
-normal noise: a skewed one whose scale differs between arms makes false winners more frequent.
+`worst_case_p`, the largest chance over all ratios of the two variances. All of this assumes normal
+noise: skewed noise whose scale differs between arms makes false winners more frequent.
 """
 
 import dataclasses
@@ -16,24 +17,29 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import optimize, special
+from scipy import optimize, special, stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestIndPower, TTestPower
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 ALPHA = 0.05
 # Deviations below this fraction of the values are rounding, not noise.
 _ROUNDING = 1e-12
-# With more seeds in both arms Welch's p is a chance, to a hundredth of it.
+# With more seeds than this in both arms, Welch's p-value is right to a hundredth of itself.
 _FEW = 20
+# Differences below this many standard deviations would need 10^13 seeds.
+_NO_EFFECT = 1e-6
 
 Values = Mapping[str, Mapping[int, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Arm minus reference. A p of None: the noise cannot be measured from these seeds.
+  """Mean of an arm minus the mean of its reference; a p of None: the noise cannot be measured.
 
-  low, high: the confidence interval, of this pair alone. p: two-sided, of Welch's or the paired
+  low, high: 95 % confidence interval of this pair alone. p: two-sided, of Welch's or the paired
   test. p_worst: `worst_case_p` of Welch's; it goes with the interval. noise: the standard deviation
-  that `power` takes: of one seed's difference if paired, else the root mean square of both arms'.
+  that `power` takes: of the differences by seed if paired, else the arms' root mean square.
   """
 
   difference: float
@@ -47,9 +53,9 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """An arm: its n seeds, their mean and standard deviation (ddof 1; None of one seed).
+  """An arm over its n seeds; sigma, their sample standard deviation, is None with one seed.
 
-  versus: against the baseline; None for the baseline itself. p_holm: corrected over the arms.
+  versus: difference to the baseline; None for the baseline itself. p_holm: corrected over the arms.
   """
 
   arm: str
@@ -66,9 +72,9 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """winner: an arm, the baseline, or None. tied: the arms that cannot be told from the winner.
+  """The outcome of a comparison, in one word or two for each arm and in a sentence for people.
 
-  words: {arm: one word or two}. sentence: the verdict for people.
+  winner: an arm, the baseline, or None. tied: the arms that cannot be told from the winner.
   """
 
   winner: str | None
@@ -78,67 +84,64 @@ class Verdict:
 
 
 def difference(
-  arm: Mapping[int, float],
-  reference: Mapping[int, float],
-  *,
-  paired: bool,
-  confidence: float = 0.95,
+  arm: Mapping[int, float], reference: Mapping[int, float], *, paired: bool
 ) -> Difference:
-  """Compares {seed: value} of two arms.
+  """Compares the {seed: value} of two arms.
 
-  Paired only where they share two seeds or more, and then over these. Without any deviation
-  between seeds, equal values have p = 1, and unequal ones none: copies of a run are no replicates.
+  The test is paired only where they share two seeds or more, and then runs over these. Without any
+  deviation between seeds, equal values have p = 1, and unequal ones none: copies of a run are no
+  replicates.
 
   Raises:
     ValueError: an arm is empty, or a value is not finite.
   """
   x, y = _array(arm), _array(reference)
-  scale = _ROUNDING * max(np.abs(x).max(), np.abs(y).max())
+  scale = max(np.abs(x).max(), np.abs(y).max())
   common = sorted({*arm} & {*reference})
-  if paired and len(common) >= 2:
-    x = np.array([arm[seed] - reference[seed] for seed in common])
-    delta, noise = float(x.mean()), float(x.std(ddof=1))
-    error, df = noise / math.sqrt(len(x)), len(x) - 1
-  else:
-    paired, delta = False, float(x.mean() - y.mean())
-    if min(len(x), len(y)) < 2:
-      return Difference(delta)
-    sizes = len(x), len(y)
-    a, b = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
-    error, noise = math.sqrt(a + b), math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
-    df = (a + b) ** 2 / (a**2 / (len(x) - 1) + b**2 / (len(y) - 1)) if error > scale else math.nan
-  if error <= scale:
-    p = 1.0 if abs(delta) <= scale else None
+  paired = paired and len(common) >= 2
+  if paired:
+    x, y = (np.array([values[seed] for seed in common]) for values in (arm, reference))
+  delta = float(x.mean() - y.mean())
+  if min(len(x), len(y)) < 2:
+    return Difference(delta)
+  noise = (x - y).std(ddof=1) if paired else math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+  if noise <= _ROUNDING * scale:
+    p = 1.0 if abs(delta) <= _ROUNDING * scale else None
     return Difference(delta, p=p, p_worst=p, noise=0.0, paired=paired)
-  p = 2 * float(special.stdtr(df, -abs(delta) / error))
-  p_worst = p if paired else worst_case_p(p, *sizes)
-  level = 1 - confidence if paired else _welch_level(1 - confidence, *sizes)
-  half = -error * float(special.stdtrit(df, level / 2))
-  return Difference(delta, delta - half, delta + half, p, p_worst, noise, paired)
+  if paired:
+    test = DescrStatsW(x - y)
+    p = p_worst = float(test.ttest_mean()[1])
+    interval = test.tconfint_mean(ALPHA)
+  else:
+    test = CompareMeans(DescrStatsW(x), DescrStatsW(y))
+    p = float(test.ttest_ind(usevar="unequal")[1])
+    p_worst = worst_case_p(p, len(x), len(y))
+    interval = test.tconfint_diff(_welch_level(ALPHA, len(x), len(y)), usevar="unequal")
+  return Difference(delta, *map(float, interval), p, p_worst, noise, paired)
 
 
 def worst_case_p(p: float, n: int, m: int) -> float:
-  """The chance that Welch's test of two equal arms of n and m seeds gives such a p or less.
+  """Largest chance that Welch's test of two equal arms, of n and m seeds, gives such a p or less.
 
-  Of normal values, and the largest over all ratios of their variances. Never below p.
+  For normal values, over all ratios of their variances. Never below p.
   """
   if min(n, m) > _FEW:
     return p
-  of_welch, worst = _worst_cases(n, m)
-  return max(p, float(np.exp(np.interp(math.log(max(p, 1e-300)), of_welch, worst))))
+  nominal, worst = _worst_cases(n, m)
+  return max(p, float(np.exp(np.interp(math.log(max(p, 1e-300)), nominal, worst))))
 
 
 def _welch_level(level: float, n: int, m: int) -> float:
-  """The p of Welch's test whose worst case is `level`."""
+  """The p-value of Welch's test whose worst case is `level`."""
   if min(n, m) > _FEW:
     return level
-  of_welch, worst = _worst_cases(n, m)
-  return min(level, float(np.exp(np.interp(math.log(level), worst, of_welch))))
+  nominal, worst = _worst_cases(n, m)
+  return min(level, float(np.exp(np.interp(math.log(level), worst, nominal))))
 
 
 @functools.cache
 def _worst_cases(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-  """log p of Welch's test and the log of its worst case, both rising.
+  """Tabulates log p of Welch's test against the log of its worst case; both rise.
 
   Let a, b be the degrees of freedom of the sample variances, u the share of the first in their sum
   of squares (each over its sigma^2), which is Beta(a / 2, b / 2). The pooled t of a + b degrees of
@@ -149,12 +152,12 @@ def _worst_cases(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
   share = special.expit(np.linspace(-8, 8, 33))[:, None]  # of the first in the true variance
   x, y = share * u / a, (1 - share) * (1 - u) / b
   df, stretch = (x + y) ** 2 / (x**2 / a + y**2 / b), np.sqrt((a + b) * (x + y))
-  of_welch = np.geomspace(1e-9, 1, 55)
+  nominal = np.geomspace(1e-9, 1, 55)
   worst = [
     (2 * special.stdtr(a + b, stretch * special.stdtrit(df, p / 2))).mean(axis=1).max()
-    for p in of_welch
+    for p in nominal
   ]
-  return np.log(of_welch), np.log(worst)
+  return np.log(nominal), np.log(worst)
 
 
 def _shares(a: int, b: int) -> np.ndarray:
@@ -164,35 +167,26 @@ def _shares(a: int, b: int) -> np.ndarray:
 
 def holm(p: Sequence[float]) -> list[float]:
   """Adjusts p-values by Holm's step-down rule; they keep their places."""
-  order = np.argsort(p)
-  stepped = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
-  adjusted = np.empty(len(p))
-  adjusted[order] = np.minimum(np.maximum.accumulate(stepped), 1)
-  return adjusted.tolist()
+  return multipletests(p, method="holm")[1].tolist()
 
 
-def compare_arms(
-  values: Values, baseline: str, *, paired: Mapping[str, bool], confidence: float = 0.95
-) -> list[Comparison]:
-  """Compares every arm with the baseline.
+def compare_arms(values: Values, baseline: str, *, paired: Mapping[str, bool]) -> list[Comparison]:
+  """Compares every arm of {arm: {seed: value}} with the baseline.
 
-  Args:
-    values: {arm: {seed: value}}.
-    paired: {arm: whether equal seeds give it and the baseline the same data}.
-    confidence: of the intervals, each for itself.
+  paired: {arm: whether equal seeds give it and the baseline the same data}.
 
   Raises:
     ValueError: an arm is empty, or a value is not finite.
   """
   versus = {
-    arm: difference(values[arm], values[baseline], paired=paired[arm], confidence=confidence)
+    arm: difference(values[arm], values[baseline], paired=paired[arm])
     for arm in values
     if arm != baseline
   }
-  corrected = _holm_of(versus)
+  corrected = _correct(versus)
   found = []
-  for arm, of_seeds in values.items():
-    x = _array(of_seeds)
+  for arm, by_seed in values.items():
+    x = _array(by_seed)
     sigma = float(x.std(ddof=1)) if len(x) > 1 else None
     found.append(
       Comparison(arm, len(x), float(x.mean()), sigma, versus.get(arm), corrected.get(arm))
@@ -231,7 +225,7 @@ def verdict(
     for arm in others
     if arm is not best
   }
-  corrected = _holm_of(rivals)
+  corrected = _correct(rivals)
   tied = tuple(arm for arm in rivals if corrected.get(arm, 1) >= ALPHA)
   versus, place = best.versus, "below" if lower_is_better else "above"
   low, high = sorted(map(abs, (versus.low, versus.high)))
@@ -246,57 +240,39 @@ def verdict(
 
 
 def power(n: int, sigma: float, difference: float, *, alpha: float = ALPHA, paired: bool) -> float:
-  """The chance that the two-sided test of n seeds an arm finds a true difference.
+  """Chance that the two-sided test of n seeds an arm finds a true difference between two arms.
 
-  By the noncentral t distribution, for one comparison. Unpaired: two arms of equal sigma, whose t
-  has a limit that depends on the shares of the sample variances, as in `_worst_cases`.
-
-  Args:
-    n: 2 or more.
-    sigma: between seeds; of one seed's difference if paired.
+  sigma: standard deviation between seeds, equal in both arms; of the differences by seed if paired.
+  The square of the statistic of a t-test is noncentral F, which scipy has for any shift; the
+  noncentral t that statsmodels makes its power of is NaN at some that 2 seeds need.
   """
   if sigma == 0:
     return float(difference != 0)
-  if paired:
-    df, scale, limits = n - 1, 1 / n, special.stdtrit(n - 1, alpha / 2)
-  else:
-    df, scale, u = 2 * (n - 1), 2 / n, _shares(n - 1, n - 1)
-    level = _welch_level(alpha, n, n)
-    limits = special.stdtrit((n - 1) / (u**2 + (1 - u) ** 2), level / 2)
-  shift = abs(difference) / (sigma * math.sqrt(scale))
-  # Its definition, |z + shift| > limit * sqrt(chi^2 / df), averaged over 256 equally likely chi^2:
-  # scipy.stats.nct is NaN beyond a shift of some 40, which two seeds do need.
-  chi = np.sqrt(2 * special.gammaincinv(df / 2, (np.arange(256) + 0.5) / 256) / df)
-  beyond = np.multiply.outer(limits, chi)
-  return float(np.mean(special.ndtr(beyond + shift) + special.ndtr(beyond - shift)))
+  df, variance = (n - 1, 1 / n) if paired else (2 * (n - 1), 2 / n)
+  limits = stats.t.isf(alpha / 2, df)
+  if not paired and n <= _FEW:  # The limit of Welch's test moves with its degrees of freedom.
+    u = _shares(n - 1, n - 1)
+    limits = stats.t.isf(_welch_level(alpha, n, n) / 2, (n - 1) / (u**2 + (1 - u) ** 2))
+  return float(np.mean(stats.ncf.sf(limits**2, 1, df, (difference / sigma) ** 2 / variance)))
 
 
 def seeds_needed(
   sigma: float, difference: float, *, power: float = 0.8, alpha: float = ALPHA, paired: bool
 ) -> float:
-  """The fewest seeds an arm, 2 or more, that find a difference with that power; inf if it is 0."""
-  if difference == 0:
+  """Fewest seeds an arm, 2 or more, that find a difference with that power; inf if it is 0."""
+  if abs(difference) <= _NO_EFFECT * sigma:
     return math.inf
-
-  def enough(n: int) -> bool:
-    return _power(n, sigma, difference, alpha=alpha, paired=paired) >= power
-
-  high = 2
-  while not enough(high):
-    high *= 2
-    if high > 2**40:
-      return math.inf
-  low = high // 2
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (low, middle) if enough(middle) else (middle, high)
-  return max(high, 2)
+  for n in range(2, _FEW + 1):
+    if _power(n, sigma, difference, alpha=alpha, paired=paired) >= power:
+      return n
+  test = TTestPower() if paired else TTestIndPower()
+  return math.ceil(test.solve_power(abs(difference) / sigma, alpha=alpha, power=power))
 
 
 def minimum_detectable_difference(
   n: int, sigma: float, *, power: float = 0.8, alpha: float = ALPHA, paired: bool
 ) -> float:
-  """The smallest true difference that n seeds an arm find with that power."""
+  """Smallest true difference that n seeds an arm find with that power."""
   if sigma == 0:
     return 0.0
 
@@ -310,7 +286,7 @@ _power = power
 
 
 def pooled_sigma(compared: Sequence[Comparison]) -> float | None:
-  """The standard deviation between seeds, one for all arms; None if each has one seed."""
+  """Standard deviation between seeds, one for all arms; None if each has one seed."""
   measured = [arm for arm in compared if arm.sigma is not None]
   if not measured:
     return None
@@ -318,14 +294,15 @@ def pooled_sigma(compared: Sequence[Comparison]) -> float | None:
   return math.sqrt(squares / sum(arm.n - 1 for arm in measured))
 
 
-def _array(of_seeds: Mapping[int, float]) -> np.ndarray:
-  array = np.array(list(of_seeds.values()), float)
+def _array(by_seed: Mapping[int, float]) -> np.ndarray:
+  array = np.array(list(by_seed.values()), float)
   if not len(array) or not np.isfinite(array).all():
-    raise ValueError(f"an arm needs values, all finite: {dict(of_seeds)}")
+    raise ValueError(f"an arm needs values, all finite: {dict(by_seed)}")
   return array
 
 
-def _holm_of(differences: Mapping[str, Difference]) -> dict[str, float]:
+def _correct(differences: Mapping[str, Difference]) -> dict[str, float]:
+  """{arm: p corrected by Holm}, without those that have no p."""
   tested = {arm: d.p_worst for arm, d in differences.items() if d.p_worst is not None}
   return dict(zip(tested, holm(list(tested.values())), strict=True))
 
