@@ -17,6 +17,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from flax import nnx, traverse_util  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from gptjax.model.config import ModelConfig  # noqa: E402
 from gptjax.model.gpt import describe_parameters, model_graph  # noqa: E402
@@ -30,6 +31,19 @@ else:
   os.environ["XLA_FLAGS"] = _inherited
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """The matplotlib figures that a test has saved as pictures, in their order."""
+  figures, save = [], Figure.savefig
+
+  def remember(figure, *arguments, **options):
+    figures.append(figure)
+    return save(figure, *arguments, **options)
+
+  monkeypatch.setattr(Figure, "savefig", remember)
+  return figures
 
 
 @pytest.fixture(scope="session")

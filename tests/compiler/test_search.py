@@ -1,5 +1,6 @@
-"""The search itself; what it compiles with is in the other tests of this folder."""
+"""The search; what it compiles with is in the other tests of this folder."""
 
+import importlib.util
 import json
 import math
 
@@ -8,9 +9,13 @@ import pytest
 
 from configs.parts import tuned
 from gptjax import config as config_lib
+from gptjax.compile import compile_training
 from gptjax.compiler import search
 from gptjax.compiler.search import Found
+from gptjax.compiler.topology import find_slice
 from gptjax.errors import UserError
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
 
 SPEC = "configs/pretrain.py:model=tiny-gpt2"
 SETTINGS = {
@@ -46,26 +51,6 @@ def report(speed, fits=True):
   }
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-  """What was compiled, by a compiler that likes tensor=2 and hates recomputation."""
-  tried = []
-
-  def try_one(spec, overrides, candidate, target, cache):
-    tried.append(candidate)
-    speed = 100 * candidate["mesh.tensor"] if candidate["mesh.tensor"] <= 2 else 1
-    speed *= {"none": 4, "dots": 3, "save_qkv": 2, "full": 1}[candidate["model.remat"]]
-    speed *= 2 if "32768" in candidate.get("compile.options.tpu", "") else 1
-    return Found(candidate, report(speed, fits=candidate["model.remat"] != "none"))
-
-  monkeypatch.setattr(search, "try_one", try_one)
-  return tried
-
-
-def run(target, tmp_path, **options):
-  return search.search(SPEC, SETTINGS, target, processes=2, cache_dir=tmp_path, **options)
-
-
 @pytest.mark.parametrize(("devices", "heads", "rows"), [(16, 16, 64), (32, 12, 96), (4, 3, 4)])
 def test_meshes_divide_devices_heads_and_rows(devices, heads, rows):
   found = search.meshes(devices, heads, rows)
@@ -77,25 +62,45 @@ def test_meshes_divide_devices_heads_and_rows(devices, heads, rows):
   assert len({tuple(cut.values()) for cut in found}) == len(found)
 
 
-def test_each_round_starts_from_the_best_of_the_one_before(target, tmp_path, compiled):
-  found = run(target, tmp_path, tries=8)
-  best = found[0]
-  assert best.overrides["mesh.tensor"] == 2
-  assert best.overrides["model.remat"] == "dots"  # 'none' is faster, but does not fit
-  assert "32768" in best.overrides["compile.options.tpu"]
-  speeds = [one.tokens_per_second for one in found]
+@pytest.mark.slow  # Six compilations, four of them each in a process of its own.
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu, the TPU compiler, is not installed (it exists for Linux on x86-64 only)",
+)
+def test_layouts_are_ranked_by_what_the_compiler_says_of_them(tmp_path):
+  target = find_slice("v5e-4")
+  options = {"processes": 1, "cache_dir": tmp_path, "tries": 2, "rounds": 2}
+  found = search.search(SPEC, SETTINGS, target, **options)
+  compiled = [one for one in found if one.report]
+  assert len(compiled) == len([*tmp_path.iterdir()]) == 4
+  assert len({json.dumps(one.overrides, sort_keys=True) for one in found}) == len(found)
+  # The compiler is asked again, without the search.
+  for one in (compiled[0], compiled[-1]):
+    texts = {key: str(value) for key, value in one.overrides.items()}
+    setup = make_setup(resolve(config_lib.load(SPEC, SETTINGS | texts)), target.devices)
+    speed = compile_training(setup, target).tokens_per_second
+    assert one.tokens_per_second == pytest.approx(speed, rel=1e-6)
+  speeds = [one.tokens_per_second for one in compiled]
   assert speeds == sorted(speeds, reverse=True)
-  # Nothing is compiled twice, and no more than asked for.
-  assert len({json.dumps(one, sort_keys=True) for one in compiled}) == len(compiled)
-  compiled.clear()
-  run(target, tmp_path, tries=2)
-  assert len(compiled) <= 6
+  assert speeds[0] > speeds[-1]
+  # The first round recomputes everything; the second goes on from the fastest of its meshes.
+  fastest = next(one for one in compiled if one.overrides["model.remat"] == "full").overrides
+  later = [one for one in compiled if one.overrides["model.remat"] != "full"]
+  assert len(later) == 2
+  for axis in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+    assert {one.overrides[axis] for one in later} == {fastest[axis]}
+  # Nothing is compiled twice.
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+  again = search.search(SPEC, SETTINGS, target, **options)
+  assert [one.overrides for one in again] == [one.overrides for one in found]
+  assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_what_cannot_fit_is_not_compiled(target, tmp_path, compiled):
+def test_what_cannot_fit_is_not_compiled(target, tmp_path, monkeypatch):
+  monkeypatch.setattr(search, "try_one", lambda *_: pytest.fail("compiled"))
+  small = Target(target.devices, hbm_bytes=2**20)
   with pytest.raises(UserError, match=r"here-4: nothing fits 0\.0. GiB; use more chips"):
-    run(Target(target.devices, hbm_bytes=2**20), tmp_path)
-  assert compiled == []
+    search.search(SPEC, SETTINGS, small, processes=2, cache_dir=tmp_path)
 
 
 def test_state_and_activations_are_what_counts(target):

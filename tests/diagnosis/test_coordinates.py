@@ -29,14 +29,13 @@ def slopes(make_config, tmp_path_factory):
   return measure
 
 
-def test_activations_move_as_far_at_any_width_under_mup(slopes, capsys):
+def test_activations_move_as_far_at_any_width_under_mup(slopes, capsys, drawn):
   found, workdir = slopes("mup")
   # The logits start as a sum of random terms over the width, which shrinks with its root.
   del found["logits"]
   assert {name: value for name, value in found.items() if abs(value) > FLAT} == {}
   printed = capsys.readouterr().out
   assert "flat within 0.15" in printed
-  assert (workdir / "coordinates.png").read_bytes().startswith(b"\x89PNG")
   rows = list(csv.DictReader((workdir / "coordinates.csv").open()))
   assert len(rows) == len(WIDTHS) * 2 * (STEPS + 1) * len(coordinates.QUANTITIES)
   assert {float(row["change"]) for row in rows if row["step"] == "0"} == {0.0}
@@ -46,6 +45,12 @@ def test_activations_move_as_far_at_any_width_under_mup(slopes, capsys):
     np.mean([np.log(float(row["change"])) for row in last if row["width"] == str(width)])
     for width in WIDTHS
   ]
+  assert (workdir / "coordinates.png").exists()
+  (panel,) = [axes for axes in drawn[0].axes if axes.get_title() == "change of logits"]
+  lines = {line.get_label(): line for line in panel.lines}
+  assert [*lines] == [f"step {step}" for step in range(1, STEPS + 1)]  # Step 0 changes nothing.
+  assert lines[f"step {STEPS}"].get_xdata().tolist() == [*WIDTHS]
+  np.testing.assert_allclose(lines[f"step {STEPS}"].get_ydata(), np.exp(logs), rtol=1e-4)
   expected = np.polyfit(np.log(WIDTHS), logs, 1)[0]
   assert found["change of logits"] == pytest.approx(expected, abs=1e-3)
 

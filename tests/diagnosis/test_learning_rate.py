@@ -24,7 +24,7 @@ def test_smoothing_does_not_lag():
   np.testing.assert_allclose(learning_rate.smooth(line), line)
 
 
-def test_a_tiny_model_has_its_range(make_config, tmp_path, capsys):
+def test_a_tiny_model_has_its_range(make_config, tmp_path, capsys, drawn):
   config = make_config()
   setup, dataset = make_setup(resolve(config)), open_dataset(config, tmp_path)
   steepest, turned = learning_rate.range_test(
@@ -39,7 +39,13 @@ def test_a_tiny_model_has_its_range(make_config, tmp_path, capsys):
   losses = [float(row["loss"]) for row in rows]
   assert losses[-1] > min(losses) + learning_rate.RISE
   assert float(rows[1]["learning_rate"]) == pytest.approx(1e-4 * 1e6 ** (1 / 119))
-  assert (tmp_path / "learning_rate.png").read_bytes().startswith(b"\x89PNG")
+  assert (tmp_path / "learning_rate.png").exists()
+  (axes,) = drawn[0].axes
+  raw, smoothed, *marks = axes.lines
+  rates = [float(row["learning_rate"]) for row in rows]
+  np.testing.assert_allclose(raw.get_xydata(), np.column_stack([rates, losses]), rtol=1e-6)
+  np.testing.assert_allclose(smoothed.get_ydata(), [float(row["smoothed"]) for row in rows], 1e-6)
+  assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([steepest, turned])
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ def test_sigterm_saves_and_leaves(corpus, environment, tmp_path):
   assert saved == max(losses(tmp_path))
 
 
-def test_learns_and_reports(corpus, tmp_path, capsys):
+def test_learns_and_reports(corpus, tmp_path, capsys, drawn):
   overrides = {"total_steps": 60, "eval.every_steps": 30, "sample.every_steps": 60}
   overrides |= {"optim.learning_rate": 1e-2, "eval.baselines": True, "sample.max_tokens": 8}
   result = train(small_config(corpus, **overrides), tmp_path)
@@ -397,7 +397,12 @@ def test_learns_and_reports(corpus, tmp_path, capsys):
   assert trained["tokens"] == 20 * 8 * 32
   assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu"} <= set(trained)
   assert trained["mfu"] is None  # nobody publishes the peak of a CPU
-  assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+  assert (tmp_path / "loss.png").exists()
+  training, validation = drawn[-1].axes
+  assert training.lines[0].get_xydata().tolist() == [
+    [line["step"], line["loss"]] for line in lines if "loss" in line
+  ]
+  assert dict(validation.lines[0].get_xydata()) == evaluated
   printed = capsys.readouterr().out
   assert "sample/0 at step 60" in printed
   assert "mfu counts 6 N + 12 L H Q K per token" in printed

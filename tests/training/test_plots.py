@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from matplotlib import image
 
 from gptjax.training import plots as plot
 
@@ -17,21 +19,42 @@ def write(workdir, lines):
   (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
-@pytest.mark.parametrize("baselines", [None, {}, {"gzip -9": 2.5, "byte 5-gram": 2.0}])
-def test_the_curve_is_a_picture_beside_the_metrics(tmp_path, baselines):
+def points(axes):
+  """[step, value] of each line of the panel."""
+  return [line.get_xydata().tolist() for line in axes.lines]
+
+
+def test_the_curve_is_a_picture_beside_the_metrics(tmp_path, drawn):
   write(tmp_path, LINES)
-  path = plot.loss_curve(tmp_path, baselines)
-  assert path == tmp_path / "loss.png"
-  assert path.read_bytes().startswith(b"\x89PNG")
+  assert plot.loss_curve(tmp_path) == tmp_path / "loss.png"
+  training, validation = drawn[0].axes
+  assert points(training) == [[[1, 5], [3, 3]]]
+  assert points(validation) == [[[0, 8], [4, 4]]]
+  assert training.get_ylabel() == "training loss (nats a token)"
+  assert validation.get_ylabel() == "validation bits per byte"
+  assert image.imread(tmp_path / "loss.png").std() > 0.05
+
+
+def test_without_bits_per_byte_the_validation_loss_is_drawn(tmp_path, drawn):
+  write(tmp_path, [{"step": 2, "val/loss": 1.5}])
+  plot.loss_curve(tmp_path)
+  validation = drawn[0].axes[1]
+  assert points(validation) == [[[2, 1.5]]]
+  assert validation.get_ylabel() == "validation loss (nats a token)"
 
 
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": None}], LINES[:1]])
-def test_a_run_with_little_to_show_is_drawn_too(tmp_path, lines):
+def test_a_run_with_little_to_show_is_drawn_too(tmp_path, lines, drawn):
   write(tmp_path, lines)
-  assert plot.loss_curve(tmp_path).read_bytes().startswith(b"\x89PNG")
+  plot.loss_curve(tmp_path)
+  training, validation = drawn[0].axes
+  assert points(training) == []
+  assert points(validation) == ([[[0, 8]]] if lines == LINES[:1] else [])
 
 
-def test_baselines_are_in_the_picture(tmp_path):
+def test_baselines_are_lines_with_their_names(tmp_path, drawn):
   write(tmp_path, LINES)
-  without = plot.loss_curve(tmp_path).read_bytes()
-  assert plot.loss_curve(tmp_path, {"gzip -9": 2.5}).read_bytes() != without
+  plot.loss_curve(tmp_path, {"gzip -9": 2.5, "byte 5-gram": 2.0})
+  validation = drawn[0].axes[1]
+  assert [np.unique(line.get_ydata()).tolist() for line in validation.lines[1:]] == [[2.5], [2.0]]
+  assert [text.get_text() for text in validation.texts] == ["gzip -9 2.500", "byte 5-gram 2.000"]
