@@ -133,6 +133,49 @@ def test_of_two_workers_one_is_killed_and_every_trial_ends_once(sweep, tmp_path)
     assert len(re.findall("^validation bits", log, re.M)) - log.count("complete already") == 1
 
 
+def training_of(worker):
+  """The process id of the training that a worker has started; None between two of them."""
+  children = subprocess.run(["pgrep", "-P", str(worker.pid)], capture_output=True, text=True)
+  return int(children.stdout) if children.stdout.strip() else None
+
+
+@pytest.mark.slow  # Four trainings, one after the other.
+def test_a_trial_whose_process_was_killed_resumes_bit_for_bit(sweep, environment, tmp_path):
+  arms = "def sweep(): return cross({'a': {}})"
+  options = {"total_steps": 2000, "checkpoint__every_steps": 100, "eval__every_steps": 500}
+  folder = tmp_path / "run/trials/a-seed0"
+
+  def starts():
+    log = folder / "log.txt"
+    return log.read_text().count("resuming at step") if log.exists() else 0
+
+  def is_at_work(times):
+    return starts() == times and len(metrics(tmp_path, "a-seed0")) > 20 + 20 * times
+
+  worker = sweep(arms, "--grace_seconds=4", **options)
+  wait_until(lambda: is_at_work(0), worker)
+  os.kill(training_of(worker), signal.SIGKILL)  # As the kernel does where memory is short.
+  wait_until(lambda: is_at_work(1), worker)
+  training = training_of(worker)
+  worker.kill()
+  os.kill(training, signal.SIGKILL)
+  other = sweep(arms, "--grace_seconds=4", **options)
+  printed = other.communicate(timeout=300)[0]
+  assert other.returncode == 0, printed
+  assert "its worker is dead; queued again" in printed
+  assert starts() == 2
+  assert "queued again" in worker.communicate()[0]
+
+  def run(module, *arguments):
+    command = [sys.executable, "-m", f"gptjax.{module}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+  whole = str(tmp_path / "whole")
+  assert not run("train", f"--config={folder / 'config.json'}", f"--workdir={whole}").returncode
+  compared = run("sweep", "compare", str(folder), whole, "--exact")
+  assert compared.stdout == "Equal in all 215 numbers, to step 2000.\n"
+
+
 def test_a_signal_is_passed_on_and_the_trial_resumes(sweep, tmp_path):
   arms = "def sweep(): return cross({'a': {}})"
   first = sweep(arms, total_steps=3000)
@@ -210,6 +253,7 @@ def test_what_cannot_be_done_is_one_sentence(sweep, environment):
     )
 
   assert call().stderr.startswith("error: --sweep is missing: the sweep file, or one of report")
+  assert "Examples:\n\n    python -m gptjax.sweep --sweep=experiments/" in call("--help").stdout
   word = call("reprot", "runs/x")
   assert (word.returncode, word.stderr) == (
     1,

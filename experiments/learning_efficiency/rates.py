@@ -19,7 +19,7 @@ from configs.parts import optim
 from experiments.learning_efficiency import sweep as english
 from gptjax.config import override
 from gptjax.sweeps.definition import cross, seeds
-from gptjax.sweeps.report import load_sweep
+from gptjax.sweeps.results import load_results
 from gptjax.training.metrics import read_metrics
 
 RATES = {
@@ -47,7 +47,7 @@ def sweep():
 
 
 def main(workdir: str) -> None:
-  for run in load_sweep(workdir).finished:
+  for run in load_results(workdir).finished:
     lines = read_metrics(f"{workdir}/trials/{run.arm}-seed{run.seed}")
     losses = [line["loss"] for line in lines if "loss" in line][-LAST_LINES:]
     print(f"{run.arm:<16} {statistics.mean(losses):.3f}")

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.scaling.sweep import WIDTHS, arm, base
-from gptjax.sweeps import report, scaling
+from gptjax.sweeps import scaling
 from gptjax.sweeps.definition import make_trial
+from gptjax.sweeps.results import load_results
 from gptjax.training.loop import train
 from gptjax.training.metrics import read_metrics
 
@@ -28,7 +29,7 @@ def width_of(parameters: float) -> int:
 
 
 def main(workdir: str) -> None:
-  runs = scaling.read_runs(report.load_sweep(workdir))
+  runs = scaling.read_runs(load_results(workdir))
   fit = scaling.fit_law(runs.N, runs.D, runs.L)
   budget = 4 * max(WIDTHS)
   width = width_of(fit.law.compute_optimal(budget, factor=runs.factor)[0])

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.transfer.sweep import RATES, WIDTHS
-from gptjax.sweeps.report import load_sweep
+from gptjax.sweeps.results import load_results
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -25,7 +25,7 @@ TITLES = {
 
 def main(workdir: str) -> None:
   losses = {}
-  for run in load_sweep(workdir).finished:
+  for run in load_results(workdir).finished:
     kind, width, _ = run.arm.split(",")
     rate = run.config["optim.learning_rate"]
     losses.setdefault((kind, int(width.removeprefix("width-"))), {})[rate] = run.values[-1]

@@ -1,1 +1,1 @@
-"""Sweeps: arms by seeds, the trials that run them, and the verdict over them."""
+"""Sweeps: experiments of several arms and seeds, run on shared hosts and judged by statistics."""

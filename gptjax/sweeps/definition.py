@@ -1,19 +1,18 @@
-"""Sweep files: which trials a question needs, each config checked before the first one starts.
+"""Reads sweep files, and checks the config of every trial before the first one starts.
 
 A sweep file is Python: a docstring (the question), `base()`, which returns a config, and either
 
-    def sweep():                       # yields (arm, overrides), a trial each
+    def sweep():                       # yields (arm, overrides), one for each trial
       return cross({"adamw": {}, "lion": {"optim.name": "lion"}}, seeds(3))
 
 or `search(trial)`, which takes an Optuna trial and returns overrides, with its options in `SEARCH`.
 Overrides are {dotted key: value}; a value may be a mapping of further keys. BASELINE names the arm
-that others are compared with (the first one). METRIC is what they are compared by: any metric that
-the validation of every arm tells. Without it that is checkpoint.best_metric where checkpoint.final
-is 'best' or the validation does not tell bits per byte, else val/bits_per_byte.
+that the others are compared with, by default the first. METRIC is any metric that the validation of
+every arm reports; by default val/bits_per_byte, or checkpoint.best_metric where checkpoint.final is
+'best' or the validation reports no bits per byte.
 
-So the mean and deviation over the seeds of a fine-tuning are those of a sweep such as
+A sweep that gives the mean and deviation of a fine-tuning over seeds:
 
-    from gptjax.training.resolve import resolve
     from gptjax import config
     from gptjax.sweeps.definition import cross, seeds
 
@@ -51,7 +50,7 @@ SEARCH_CHOICES = {"sampler": ("tpe", "random"), "pruner": ("none", "halving")}
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """The options of `SEARCH`: Optuna's TPE or random sampler, and ASHA ('halving') or no pruner."""
+  """Options of `SEARCH`: Optuna's TPE or random sampler, and ASHA ('halving') or no pruner."""
 
   sampler: str = "tpe"
   trials: int = 24
@@ -61,7 +60,7 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One training run. overrides: flat, seed included. config: theirs on the base, locked."""
+  """One training run: its config, locked, and the flat overrides (with the seed) that made it."""
 
   arm: str
   seed: int
@@ -77,8 +76,8 @@ class Trial:
 class Sweep:
   """A sweep file, read and checked.
 
-  trials: by key, which is the trial's folder; of a search, by arm, None where not yet suggested.
-  plans: one an arm; of a search, of one suggestion, under "search".
+  trials: {key: trial}; a key is the trial's folder, or in a search its arm, with None for a trial
+  until it is suggested. plans: one for each arm; in a search one for a sample, under "search".
   """
 
   path: Path
@@ -105,7 +104,7 @@ class Sweep:
     }
 
   def trial(self, key: str, optuna_trial: Any) -> Trial:
-    """The trial of a key; of a search, as `search` suggests it for `optuna_trial`.
+    """Returns the trial of a key; in a search, makes it as `search` suggests for `optuna_trial`.
 
     Raises:
       UserError: the suggested config cannot be used.
@@ -118,17 +117,17 @@ class Sweep:
 
 
 def slug(arm: str) -> str:
-  """The arm's name as part of a folder's name."""
+  """Turns an arm's name into a part of a folder's name."""
   return re.sub(r"[^\w.,=+-]+", "-", arm).strip("-.") or "arm"
 
 
 def seeds(which: int | Iterable[int]) -> list[tuple[str, Overrides]]:
-  """An axis of seeds, 0 to `which` - 1 or those given; they do not enter the arm's name."""
+  """Makes an axis of seeds, 0 to `which` - 1 or those given; they do not enter the arm's name."""
   return [("", {"seed": seed}) for seed in (range(which) if isinstance(which, int) else which)]
 
 
 def cross(*axes: Axis) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields every combination of the axes, its name their labels joined by ",".
+  """Yields every combination of the axes, named by their labels joined with ",".
 
   Args:
     axes: each {label: overrides}, or pairs of them.
@@ -152,9 +151,9 @@ def load(path: str, overrides: Overrides, sample: Callable[[], Any]) -> Sweep:
   """Reads and checks a sweep file.
 
   Args:
-    path: of the file.
+    path: the file.
     overrides: applied to the base config of all arms.
-    sample: makes an Optuna trial for one suggestion of a search, which stands for all in checks.
+    sample: makes an Optuna trial, for the one suggestion of a search that is checked.
 
   Raises:
     UserError: the file is not a sweep, or a trial cannot be run; names the arm and the key.
@@ -193,7 +192,7 @@ def load(path: str, overrides: Overrides, sample: Callable[[], Any]) -> Sweep:
 
 
 def default_metric(setup: Setup) -> str:
-  """The metric that arms are compared by where the file says no METRIC."""
+  """The metric that arms are compared by if the file has no METRIC."""
   config = setup.config
   best, usual = config.checkpoint.best_metric, "val/bits_per_byte"
   if config.checkpoint.final == "best" or usual not in metrics_of(setup.task):
@@ -214,7 +213,7 @@ def make_trial(base: Any, arm: str, overrides: Overrides) -> Trial:
 
 
 def check(trial: Trial) -> Setup:
-  """The setup of a trial on the devices that JAX sees here; UserError names the arm."""
+  """Sets a trial up on the devices that JAX sees here; UserError names the arm."""
   try:
     setup = make_setup(resolve(trial.config))
     setup.make_optimizer(setup.run_length)
@@ -260,7 +259,7 @@ def _read_search(options: Mapping[str, Any]) -> Search:
 
 
 def changed_keys(before: Mapping[str, Any], config: Any) -> list[str]:
-  """ "key was A and is B" for what a config does not share with one that was saved as JSON."""
+  """Says "key was A and is B" for each key in which a config differs from one saved as JSON."""
   old, new = config_lib.flatten(before), config_lib.flatten(json.loads(config_lib.to_json(config)))
   return [
     f"{key} was {old.get(key)!r} and is {new.get(key)!r}"

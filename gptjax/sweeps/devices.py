@@ -1,4 +1,4 @@
-"""The accelerators or cores of this host, dealt out to the trials that run at once."""
+"""Deals the accelerators or cores of this host out to the trials that run at once."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ _TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-  """platform: as JAX calls it. devices: of JAX, in `units` (chips, GPUs or CPU cores)."""
+  """The devices of this machine: how many JAX has, and the chips, GPUs or cores that they are."""
 
   platform: str
   device_kind: str
@@ -35,16 +35,17 @@ class Host:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-  """Where one trial runs: variables of its environment, and the cores that it keeps to."""
+  """A place where one trial runs: environment variables, and the cores that it keeps to."""
 
   environment: dict[str, str]
   cores: tuple[int, ...]
 
 
 def find_host(parallel: int) -> Host:
-  """What trials see here. This process stays off it: it computes on the CPU from now on.
+  """Asks JAX, in another process, which devices trials see here.
 
-  It sees as many (CPU) devices as one of `parallel` trials will, so that plans check their meshes.
+  This process leaves them alone: from now on it computes on the CPU, with as many devices as each
+  of `parallel` trials will have, so that plans check their meshes.
 
   Raises:
     UserError: the devices cannot be asked, or do not divide into `parallel` equal parts.
@@ -77,7 +78,7 @@ def find_host(parallel: int) -> Host:
 
 
 def split(host: Host, parallel: int) -> list[Slot]:
-  """Equal parts of the host; one trial at a time takes what there is as it finds it."""
+  """Divides the host into equal parts; one trial at a time takes all that it finds."""
   cores = _cores()
   if parallel == 1:
     return [Slot({}, cores)]
@@ -96,7 +97,7 @@ def split(host: Host, parallel: int) -> list[Slot]:
 
 @contextlib.contextmanager
 def on_cores(cores: tuple[int, ...]) -> Iterator[None]:
-  """Processes that are started inside keep to these cores, where the system lets them."""
+  """Keeps processes that are started inside to these cores, where the system can."""
   if not hasattr(os, "sched_setaffinity"):
     yield
     return
@@ -115,7 +116,7 @@ def _cores() -> tuple[int, ...]:
 
 
 def _tpu_environment(chips: tuple[str, ...], number: int) -> dict[str, str]:
-  """What libtpu reads: a slice of its own, of these chips and one process."""
+  """The variables by which libtpu takes these chips for a slice with one process."""
   if len(chips) not in _TPU_BOUNDS:
     raise UserError(f"--parallel: {len(chips)} TPU chips a trial are no rectangle of a host's.")
   port = str(8476 + number)

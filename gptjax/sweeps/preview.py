@@ -1,4 +1,4 @@
-"""What a sweep would take: parameters, FLOPs and an estimate of the time, by arm."""
+"""Previews a sweep: parameters, FLOPs and an estimate of the time for each arm."""
 
 import json
 import time
@@ -18,13 +18,9 @@ _MATMUL_SHARE = 0.5
 
 
 def preview(sweep: Sweep, workdir: Path, host: Host, parallel: int) -> str:
-  """A table of the arms, with the total of their trials.
+  """Makes a table of the arms with the total of their trials; a search counts by one suggestion.
 
-  Args:
-    sweep: a search counts with one suggestion for all.
-    workdir: of the sweep; its finished trials tell how fast this is, if there are any.
-    host: where it would run.
-    parallel: trials at once.
+  Trials that have finished in `workdir` tell how fast this host is, if there are any.
   """
   rate, rule = flops_per_second(workdir, host, parallel)
   trials = {"search": len(sweep.trials)} if sweep.search else dict.fromkeys(sweep.plans, 0)
@@ -56,7 +52,7 @@ def preview(sweep: Sweep, workdir: Path, host: Host, parallel: int) -> str:
 
 
 def flops_per_second(workdir: Path, host: Host, parallel: int) -> tuple[float, str]:
-  """Of one trial, and by which rule."""
+  """Estimates the FLOPs a second of one trial, and says by which rule."""
   finished = []
   for path in workdir.glob("trials/*/trial.json"):
     if json.loads(path.read_text())["state"] == "done":
@@ -74,7 +70,7 @@ def flops_per_second(workdir: Path, host: Host, parallel: int) -> tuple[float, s
 
 
 def _matmul_flops_per_second(size: int = 1024) -> float:
-  """The rate of float32 products of [size, size], the fastest of a few."""
+  """Measures the rate of float32 products of [size, size] matrices, the fastest of five."""
   product = jax.jit(jnp.dot)
   x = jnp.ones((size, size))
   product(x, x).block_until_ready()

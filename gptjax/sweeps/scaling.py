@@ -1,4 +1,4 @@
-"""Scaling laws: L(N, D) = E + A / N^alpha + B / D^beta, fitted to the runs of a sweep.
+"""Fits the scaling law L(N, D) = E + A / N^alpha + B / D^beta to the runs of a sweep.
 
 Hoffmann et al. 2022 (arXiv:2203.15556). N: the parameters that multiply, so without the tables that
 tokens and positions look up, with the head (tied or not): those that cost FLOPs, for which
@@ -9,7 +9,7 @@ arXiv:2406.19146). D: training tokens. L: nats a token. C: FLOPs of forward and 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from gptjax.data.tokenizer import declared_vocab_size
 from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import describe_parameters
-from gptjax.sweeps import figures, report
+from gptjax.sweeps import plots
+from gptjax.sweeps.results import Results, load_results
 
 DELTA = 1e-3
 # Their starting points: alpha, beta, e, a, b, where E = exp(e), A = exp(a), B = exp(b).
@@ -35,7 +36,7 @@ _SAME_BUDGET = 1.1
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-  """L(N, D) = E + A / N^alpha + B / D^beta."""
+  """The function L(N, D) = E + A / N^alpha + B / D^beta."""
 
   E: float
   A: float
@@ -48,7 +49,7 @@ class Law:
     return self.E + self.A / np.power(N, self.alpha) + self.B / np.power(D, self.beta)
 
   def compute_optimal(self, flops: float, *, factor: float = 6.0) -> tuple[float, float]:
-    """N and D of the least loss where factor N D = flops (eq. 4); NaN if more of one is worse."""
+    """Finds N and D of the least loss at factor N D = flops (eq. 4); NaN if more of one hurts."""
     if not (self.alpha > 0 and self.beta > 0):
       return math.nan, math.nan
     G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
@@ -58,21 +59,23 @@ class Law:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """A law, and those of bootstrap resamples of its runs."""
+  """A law, and the laws of bootstrap resamples of its runs."""
 
   law: Law
   resamples: Sequence[Law]
 
-  def interval(self, of, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentiles of `of(law)` over the resamples; where it is NaN, it is beyond both ends."""
-    values = np.array([of(law) for law in self.resamples])
+  def interval(
+    self, quantity: Callable[[Law], float], confidence: float = 0.95
+  ) -> tuple[float, float]:
+    """Percentiles of a law's quantity over the resamples; a NaN counts as beyond both ends."""
+    values = np.array([quantity(law) for law in self.resamples])
     ends = np.where(np.isnan(values), [[-math.inf], [math.inf]], values)
     low = np.quantile(ends[0], (1 - confidence) / 2, method="lower")
     high = np.quantile(ends[1], (1 + confidence) / 2, method="higher")
     return float(low), float(high)
 
   def predict(self, N: float, D: float, confidence: float = 0.95) -> tuple[float, float, float]:
-    """The loss and its interval, which is of the law: a single run also has its own noise."""
+    """Predicts the loss and its interval, the law's: a single run also has noise of its own."""
     return float(self.law(N, D)), *self.interval(lambda law: law(N, D), confidence)
 
 
@@ -167,7 +170,7 @@ def isoflop_optimum(N: np.ndarray, L: np.ndarray) -> float | None:
 
 
 def matmul_parameters(config: Any) -> int:
-  """N of a run's config, as the head of this file has it."""
+  """Counts N for a run's config: parameters that multiply, the head among them."""
   if not config.model.vocab_size:
     with config.unlocked():
       config.model.vocab_size = declared_vocab_size(config.tokenizer)
@@ -179,7 +182,7 @@ def matmul_parameters(config: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-  """Arrays, a run each: N, D, L and C, and the factor of C = factor N D, 6 if C is not recorded."""
+  """N, D, L and C of runs, in arrays, and the factor of C = factor N D; 6 if C is not recorded."""
 
   N: np.ndarray
   D: np.ndarray
@@ -189,17 +192,19 @@ class Runs:
   recorded: bool
 
 
-def read_runs(sweep: report.Sweep) -> Runs:
-  """The ends of the finished runs of a sweep.
+def read_runs(results: Results) -> Runs:
+  """Reads how the finished runs of a sweep ended.
 
   Raises:
     UserError: one did not record its tokens or its loss.
   """
-  last = [run.lines[-1] for run in sweep.finished]
+  last = [run.lines[-1] for run in results.finished]
   unknown = [line for line in last if line.get("tokens") is None or line.get("val/loss") is None]
   if unknown:
-    raise UserError(f"{sweep.workdir}: {len(unknown)} finished runs have no tokens or no val/loss.")
-  N = np.array([matmul_parameters(open_saved(run.folder)) for run in sweep.finished], float)
+    raise UserError(
+      f"{results.workdir}: {len(unknown)} finished runs have no tokens or no val/loss."
+    )
+  N = np.array([matmul_parameters(open_saved(run.folder)) for run in results.finished], float)
   D = np.array([line["tokens"] for line in last], float)
   L = np.array([line["val/loss"] for line in last], float)
   if any(line.get("flops") is None for line in last):
@@ -214,10 +219,10 @@ def scaling(workdir: str) -> None:
   Raises:
     UserError: WORKDIR is no sweep, or its runs do not determine a law.
   """
-  sweep = report.load_sweep(workdir)
-  runs = read_runs(sweep)
+  results = load_results(workdir)
+  runs = read_runs(results)
   N, D, L, flops, factor = runs.N, runs.D, runs.L, runs.C, runs.factor
-  print(f"{len(N)} of {len(sweep.runs)} runs have finished; the others are left out.")
+  print(f"{len(N)} of {len(results.runs)} runs have finished; the others are left out.")
   try:
     fit = fit_law(N, D, L)
   except UserError as error:
@@ -253,7 +258,7 @@ def scaling(workdir: str) -> None:
       f"  {budget:.3g} FLOPs: N = {best_n:.3g} [{low:.3g}, {high:.3g}], D = {best_d:.3g}, "
       f"loss {loss:.3f} [{limits[0]:.3f}, {limits[1]:.3f}]{guess}"
     )
-  path = sweep.workdir / "scaling.png"
+  path = results.workdir / "scaling.png"
   shown = [float(np.median(flops[rows])) for rows in groups[:6]]
-  path.write_bytes(figures.scaling(N, D, L, flops, fit.law, factor, shown))
+  path.write_bytes(plots.png(plots.scaling(N, D, L, flops, fit.law, factor, shown)))
   print(f"Drawn: {path}")

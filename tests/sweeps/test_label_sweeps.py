@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax.sweeps import definition, report
+from gptjax.sweeps import definition, report, results
 from gptjax.sweeps.devices import Slot
 from gptjax.sweeps.runner import Worker
 from gptjax.sweeps.study import Study, sample_trial
@@ -93,11 +93,11 @@ def test_the_arm_of_higher_accuracy_is_the_better_one(sweep, compiled_once, tmp_
     config = trial.config.copy_and_resolve_references()
     result = train(config, workdir / "trials" / trial.folder)
     made[trial.arm].append(result["val/accuracy"])
-  study = Study("journal", "study", workdir, sweep.trials)
+  study = Study(sweep, workdir, "journal")
   slots, command = [Slot({}, tuple(os.sched_getaffinity(0)))], [sys.executable, "-c", ""]
   states = Worker(sweep, study, workdir, slots, command=lambda folder: command).run()
   assert set(states.values()) == {"done"}
-  runs = report.load_sweep(str(workdir)).runs
+  runs = results.load_results(str(workdir)).runs
   assert all(run.exhausted for run in runs if run.arm == "idle")
   # The start and three epochs, of 6, of which the last two were not better.
   assert all(len(run.lines) == 4 for run in runs if run.arm == "idle")

@@ -1,3 +1,4 @@
+import base64
 import csv
 import json
 import math
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.errors import UserError
-from gptjax.sweeps import report
+from gptjax.sweeps import compare, report, results
 
 BASE = {
   "seed": 0,
@@ -115,7 +116,7 @@ def test_the_report_has_the_verdict_its_table_and_everything_to_redraw_it(two_ar
   assert (last["val/bits_per_byte"], last["val/loss"], last["tokens"]) == ("1.5", "3.0", "400")
 
 
-def test_the_page_needs_nothing_else_and_is_escaped(two_arms, capsys):
+def test_the_page_needs_nothing_else_and_is_escaped(two_arms, capsys, drawn):
   report.report(str(two_arms))
   page = (two_arms / "report.html").read_text()
   assert page.count("data:image/png;base64,") == 2
@@ -123,7 +124,17 @@ def test_the_page_needs_nothing_else_and_is_escaped(two_arms, capsys):
   assert "Which &lt;one&gt; is better?" in page
   assert "Winner: new" in page
   for name in ("curves.png", "differences.png"):
-    assert (two_arms / name).read_bytes().startswith(b"\x89PNG")
+    picture = base64.b64encode((two_arms / name).read_bytes()).decode()
+    assert f'src="data:image/png;base64,{picture}"' in page
+  curves, differences = drawn
+  tokens, seconds = curves.axes
+  means = {line.get_label(): line.get_xydata().tolist() for line in tokens.lines}
+  assert means["old"] == pytest.approx(np.array([[100 * i, 6 - i] for i in range(5)]))
+  assert {line.get_label(): line.get_xdata()[-1] for line in seconds.lines} == {"old": 8, "new": 4}
+  interval, middle, _ = differences.axes[0].lines
+  assert middle.get_xdata()[0] == pytest.approx(-0.5)
+  low, high = interval.get_xdata()
+  assert low < -0.5 < high < 0
 
 
 def test_equal_seconds_are_interpolated_and_said_to_be_unfair(two_arms, capsys):
@@ -162,8 +173,8 @@ def test_seeds_that_do_not_reach_the_baseline_are_counted(tmp_path, capsys):
 def test_the_first_crossing():
   x, y = np.array([0.0, 10, 20, 30, 40]), np.array([5.0, 3, 2, 4, 1])
   for target, expected in ((2.5, 15), (2, 20), (6, 0), (0.5, None)):
-    assert report.first_crossing(x, y, target, lower_is_better=True) == expected
-    assert report.first_crossing(x, 5 - y, 5 - target, lower_is_better=False) == expected
+    assert results.first_crossing(x, y, target, lower_is_better=True) == expected
+    assert results.first_crossing(x, 5 - y, 5 - target, lower_is_better=False) == expected
 
 
 def test_a_short_arm_is_left_out_where_it_would_cut_the_others(tmp_path, capsys):
@@ -258,10 +269,10 @@ def test_seeds_are_pairs_only_where_the_configs_give_the_same_data(tmp_path, cha
   for seed, noise in enumerate(NOISE):
     write_trial(tmp_path, "old", seed, curve(2 + noise))
     write_trial(tmp_path, "new", seed, curve(1.5 + 1.2 * noise), **change)
-  sweep = report.load_sweep(str(tmp_path))
-  assert report.make_table(sweep, "step").compared[1].versus.paired == paired
+  sweep = results.load_results(str(tmp_path))
+  assert results.make_table(sweep, "step").compared[1].versus.paired == paired
   other_text = "data" in change and not paired
-  assert any("is its validation text" in text for text in report._cautions(sweep)) == other_text
+  assert any("is its validation text" in text for text in report.cautions(sweep)) == other_text
 
 
 def test_an_unresolved_difference_says_how_many_seeds_it_would_take(tmp_path, capsys):
@@ -346,7 +357,7 @@ def test_a_metric_without_a_value_at_the_start_is_not_divergence(tmp_path):
   write_trial(tmp_path, "old", 1, accuracies(0.5, 0.8, None, 0.7), **final("best"))
   write_trial(tmp_path, "old", 2, accuracies(0.5, 0.8, None, 0.7), **final("newest"))
   write_trial(tmp_path, "old", 3, accuracies(None, None), **final("best"))
-  runs = report.load_sweep(str(tmp_path)).runs
+  runs = results.load_results(str(tmp_path)).runs
   whys = ["", "", "failed: diverged, val/accuracy is not finite at step 2"]
   assert [run.why for run in runs[:3]] == whys
   assert runs[3].why.startswith("failed: diverged")
@@ -385,7 +396,7 @@ def write_search(root, *, key="optim.learning_rate"):
   write_trial(root, "trial-0012", 0, curve(9.0)[:2], state="pruned", overrides={key: 1.0})
 
 
-def test_a_search_ranks_its_trials_and_draws_them(tmp_path, capsys):
+def test_a_search_ranks_its_trials_and_draws_them(tmp_path, capsys, drawn):
   write_search(tmp_path)
   assert not report.report(str(tmp_path))
   out = capsys.readouterr().out
@@ -398,8 +409,11 @@ def test_a_search_ranks_its_trials_and_draws_them(tmp_path, capsys):
   assert ["trial-0012", "0", "pruned"] in tables(out)["Left out"]
   assert len(read_csv(tmp_path / "report.csv")) == 12
   assert (tmp_path / "report.html").read_text().count("data:image/png") == 2
-  for name in ("slices.png", "parallel.png"):
-    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+  assert (tmp_path / "parallel.png").exists()
+  panels = {axes.get_xlabel(): axes for axes in drawn[0].axes if axes.get_xlabel()}
+  assert [*panels] == ["optim.learning_rate", "optim.name"]  # total_steps is always the same.
+  dots = panels["optim.learning_rate"].collections[0].get_offsets()
+  assert dots[np.argmin(dots[:, 1])].tolist() == pytest.approx([10**-2.5, 2])
 
 
 def test_a_search_for_accuracy_ranks_the_highest_first(tmp_path, capsys):
@@ -445,20 +459,20 @@ def write_run(folder, losses, *, validation=2.0, **config):
 def test_an_exact_comparison_finds_the_first_float_that_differs(tmp_path, capsys):
   losses = np.linspace(5, 2, 40)
   one = write_run(tmp_path / "a", losses)
-  assert report.compare(one, write_run(tmp_path / "same", losses), exact=True)
+  assert compare.compare(one, write_run(tmp_path / "same", losses), exact=True)
   assert "Equal in all 41 numbers, to step 400." in capsys.readouterr().out
   losses = losses.copy()
   losses[7] = np.nextafter(losses[7], 9)
   losses[9] += 1
   other = write_run(tmp_path / "b", losses, seed=3)
-  assert not report.compare(one, other, exact=True)
+  assert not compare.compare(one, other, exact=True)
   out = capsys.readouterr().out
   assert "config.seed: 0 -> 3" in out
   assert "Step 80 is the first that differs: loss" in out
   assert "by +8.88e-16" in out
   assert "2 of 41 numbers differ" in out
   last = write_run(tmp_path / "c", np.linspace(5, 2, 40), validation=2.5)
-  assert not report.compare(one, last, exact=True)
+  assert not compare.compare(one, last, exact=True)
   assert "Step 400 is the first that differs: val/loss" in capsys.readouterr().out
 
 
@@ -467,10 +481,10 @@ def test_an_exact_comparison_tells_kinds_of_not_finite_apart(tmp_path, capsys):
   for path, kind in zip(paths, ("nan", "inf", "nan"), strict=True):
     with open(f"{path}/metrics.jsonl", "a") as file:
       file.write(json.dumps({"step": 30, "loss": None, "nonfinite": {"loss": kind}}) + "\n")
-  assert report.compare(paths[0], paths[2], exact=True)
-  assert not report.compare(paths[0], paths[1], exact=True)
+  assert compare.compare(paths[0], paths[2], exact=True)
+  assert not compare.compare(paths[0], paths[1], exact=True)
   assert "loss is 'nan' and 'inf'" in capsys.readouterr().out
-  assert not report.compare(paths[0], paths[1], exact=False)
+  assert not compare.compare(paths[0], paths[1], exact=False)
   assert "Not comparable" in capsys.readouterr().out
 
 
@@ -488,15 +502,15 @@ def test_a_statistical_comparison_finds_a_difference_and_gives_the_last_validati
   one = write_run(tmp_path / "a", noisy(rng, 400))
   equal = write_run(tmp_path / "b", noisy(rng, 400), validation=2.25)
   lower = write_run(tmp_path / "c", noisy(rng, 400) - 0.03)
-  assert report.compare(one, equal, exact=False)
+  assert compare.compare(one, equal, exact=False)
   out = capsys.readouterr().out
   assert out.startswith("Not told apart")
   assert "Validation loss at step 4000: +0.25." in out
-  assert not report.compare(one, lower, exact=False)
+  assert not compare.compare(one, lower, exact=False)
   assert re.search(
     r"They differ: .* is -0\.0\d+ \[.* over 400 common steps", capsys.readouterr().out
   )
-  assert report.compare(one, one, exact=False)
+  assert compare.compare(one, one, exact=False)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.7, 0.9])
@@ -506,27 +520,27 @@ def test_autocorrelated_losses_do_not_make_a_difference(correlation, capsys):
   for _ in range(500):
     x, y = noisy(rng, 600, correlation), noisy(rng, 600, correlation)
     pairs = {(i, "loss"): pair for i, pair in enumerate(zip(x, y, strict=True))}
-    found += not report._compare_blocks("a", "b", pairs)
+    found += not compare._compare_blocks("a", "b", pairs)
   assert found / 500 < 0.09
 
 
 def test_the_autocorrelation_time():
   rng = np.random.default_rng(0)
   for correlation in (0.0, 0.5, 0.9):
-    time = report.autocorrelation_time(noisy(rng, 40_000, correlation)[1000:])
+    time = compare.autocorrelation_time(noisy(rng, 40_000, correlation)[1000:])
     assert time == pytest.approx((1 + correlation) / (1 - correlation), rel=0.15)
-  assert report.autocorrelation_time(np.zeros(9)) == 1
+  assert compare.autocorrelation_time(np.zeros(9)) == 1
 
 
 def test_runs_without_enough_in_common_are_refused(tmp_path):
   one = write_run(tmp_path / "a", np.ones(10))
   (tmp_path / "b").mkdir()
   with pytest.raises(UserError, match=r"b: not the work directory of a run .*config\.json"):
-    report.compare(one, str(tmp_path / "b"), exact=True)
+    compare.compare(one, str(tmp_path / "b"), exact=True)
   (tmp_path / "b" / "config.json").write_text("{}")
   with pytest.raises(UserError, match="no step in common"):
-    report.compare(one, str(tmp_path / "b"), exact=True)
+    compare.compare(one, str(tmp_path / "b"), exact=True)
   with pytest.raises(
     UserError, match="logged 10 training losses at the same steps; a test needs 16"
   ):
-    report.compare(one, write_run(tmp_path / "c", np.ones(12)), exact=False)
+    compare.compare(one, write_run(tmp_path / "c", np.ones(12)), exact=False)

@@ -174,7 +174,7 @@ def write_sweep(root, *, flops=True, sizes=((32, 2), (64, 2), (96, 3), (128, 4))
 
 @pytest.mark.parametrize("flops", [True, False])
 def test_a_sweep_is_fitted_drawn_and_extrapolated_with_a_warning(
-  tmp_path, capsys, flops, monkeypatch
+  tmp_path, capsys, flops, monkeypatch, drawn
 ):
   monkeypatch.setattr(scaling, "_STARTS", 8)
   monkeypatch.setattr(fit_law, "__kwdefaults__", {"resamples": 10, "seed": 0})
@@ -187,7 +187,11 @@ def test_a_sweep_is_fitted_drawn_and_extrapolated_with_a_warning(
   assert ("C = 6 N D, as not every run recorded its FLOPs" in out) != flops
   budgets = [line for line in out.splitlines() if " FLOPs: N = " in line and "[" in line]
   assert ["a guess" in line for line in budgets] == [False, False, True, True]
-  assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+  assert (tmp_path / "scaling.png").exists()
+  check = drawn[0].axes[1]
+  predicted, measured = check.collections[0].get_offsets().T
+  assert len(measured) == 12
+  np.testing.assert_allclose(predicted, measured, rtol=1e-3)
 
 
 def test_a_sweep_that_is_none_or_too_small_is_refused_by_name(tmp_path):

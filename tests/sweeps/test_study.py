@@ -3,23 +3,33 @@
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 
+from gptjax import config
 from gptjax.errors import UserError
-from gptjax.sweeps.study import Study, make_pruner, make_sampler
+from gptjax.sweeps.definition import Search
+from gptjax.sweeps.study import Study
 
 ROOT = Path(__file__).parents[2]
 KEYS = tuple(f"key-{number}" for number in range(6))
+
+
+def sweep(keys, search=None, metric="val/loss"):
+  """As much of a sweep as its study asks for."""
+  base = config.load(f"{ROOT}/configs/pretrain.py:model=debug", {"eval.every_steps": 1})
+  return types.SimpleNamespace(trials=dict.fromkeys(keys), search=search, metric=metric, base=base)
 
 
 @pytest.fixture(params=["", "journal"], ids=["sqlite", "journal"])
 def join(request, tmp_path):
   """Returns a function that joins the study as one more worker."""
 
-  def make(keys=KEYS, **options):
-    return Study(request.param, "study", tmp_path, keys, **options)
+  def make(keys=KEYS, search=None, **options):
+    return Study(sweep(keys, search), tmp_path, request.param, **options)
 
   return make
 
@@ -37,22 +47,24 @@ def test_enqueued_twice_each_key_is_handed_out_once(join):
   # Both saw an empty study, then both enqueued.
   for worker in (one, two):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(worker, "in_force", dict)
-      worker.enqueue_missing()
+      patch.setattr(worker, "current", dict)
+      worker.queue_missing()
   assert len(one._study.trials) == 2 * len(KEYS)
   assert sorted(drain(one, two)) == sorted(KEYS)
   assert set(two.states().values()) == {"running"}
 
 
 WORKER = """
-import sys, time
+import sys, time, types
 from pathlib import Path
 from gptjax.sweeps.study import Study
 
 storage, folder, start = sys.argv[1:]
 time.sleep(max(0, float(start) - time.time()))
-study = Study(storage, "study", Path(folder), [f"key-{number}" for number in range(20)])
-study.enqueue_missing()
+trials = {f"key-{number}": None for number in range(20)}
+sweep = types.SimpleNamespace(trials=trials, search=None, metric="val/loss")
+study = Study(sweep, Path(folder), storage)
+study.queue_missing()
 while claim := study.claim():
   print(claim.key, flush=True)
   study.finish(claim, "done", 1.0)
@@ -72,39 +84,84 @@ def test_processes_that_start_at_once_share_the_keys(storage, tmp_path):
   )
 
 
-def test_the_trial_of_a_dead_worker_goes_to_another(join):
-  dead, alive = join(["key"], grace_seconds=0.5), join(["key"], grace_seconds=0.5)
-  dead.enqueue_missing()
-  claim = dead.claim()
-  assert alive.reap() == []
+DYING = """
+import os, signal, sys, types
+from pathlib import Path
+from gptjax.sweeps.study import Study
+
+sweep = types.SimpleNamespace(trials={"key": None}, search=None, metric="val/loss")
+study = Study(sweep, Path(sys.argv[2]), sys.argv[1], 2)
+study.queue_missing()
+claim = study.claim()
+print(claim.trial.suggest_float("x", 0, 1), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("storage", ["", "journal"])
+def test_the_trial_of_a_process_that_died_goes_to_another_as_it_was(storage, tmp_path):
+  arguments = [sys.executable, "-c", DYING, storage, str(tmp_path)]
+  dead = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+  assert dead.returncode == -9
+  alive = Study(sweep(["key"]), tmp_path, storage, 2)
+  assert alive.queue_dead() == []
   assert alive.claim() is None
-  time.sleep(0.6)
-  assert alive.reap() == ["key"]
+  time.sleep(4)  # SQLite tells the time in whole seconds.
+  assert alive.queue_dead() == ["key"]
   second = alive.claim()
   assert second.key == "key"
-  # The first one was only asleep: it learns that it has lost, and changes nothing any more.
-  claim.beaten = float("-inf")
-  assert not dead.beat(claim)
-  dead.finish(claim, "failed")
-  assert dead.states() == {"key": "running"}
+  assert second.trial.suggest_float("x", 0, 1) == float(dead.stdout)
   alive.finish(second, "done", 1.0)
-  assert dead.states() == {"key": "done"}
-  assert dead.claim() is None
+  assert alive.states() == {"key": "done"}
+
+
+def test_a_worker_that_only_slept_learns_that_it_lost_and_changes_nothing(join):
+  asleep, other = join(["key"], grace_seconds=1), join(["key"], grace_seconds=1)
+  asleep.queue_missing()
+  claim = asleep.claim()
+  time.sleep(3)
+  assert other.queue_dead() == ["key"]
+  second = other.claim()
+  assert not asleep.beat(claim)
+  asleep.finish(claim, "failed")
+  assert asleep.states() == {"key": "running"}
+  other.finish(second, "done", 1.0)
+  assert asleep.states() == {"key": "done"}
+  assert asleep.claim() is None
 
 
 def test_a_worker_that_says_it_lives_keeps_its_trial(join):
-  worker, other = join(["key"], grace_seconds=0.8), join(["key"], grace_seconds=0.8)
-  worker.enqueue_missing()
+  worker, other = join(["key"], grace_seconds=2), join(["key"], grace_seconds=2)
+  worker.queue_missing()
   claim = worker.claim()
-  for _ in range(8):
+  for _ in range(25):
     time.sleep(0.2)
     assert worker.beat(claim)
-    assert other.reap() == []
+    assert other.queue_dead() == []
+
+
+def test_a_worker_that_died_between_two_steps_of_a_retry_costs_no_trial(join):
+  dead, alive = join(["key"]), join(["key"])
+  dead.queue_missing()
+  claim = dead.claim()
+  dead._storage.set_trial_state_values(claim.id, TrialState.FAIL)
+  assert alive.states() == {"key": "waiting"}
+  alive.queue_dead()
+  assert drain(alive) == ["key"]
+
+
+def test_a_trial_that_was_killed_waits_again_and_remembers_it(join):
+  study = join(["key"])
+  study.queue_missing()
+  for kills in range(3):
+    claim = study.claim()
+    assert claim.kills == kills
+    study.finish(claim, "killed")
 
 
 def test_what_is_given_back_waits_again_and_what_failed_does_not(join):
   study = join(["back", "failed"])
-  study.enqueue_missing()
+  study.queue_missing()
   back, failed = study.claim(), study.claim()
   study.finish(back, "given back")
   study.finish(failed, "failed")
@@ -113,25 +170,25 @@ def test_what_is_given_back_waits_again_and_what_failed_does_not(join):
   # Two workers that are both told to try again.
   for worker in (study, join(["back", "failed"])):
     with pytest.MonkeyPatch.context() as patch:
-      entries = study.in_force()
-      patch.setattr(worker, "in_force", lambda entries=entries: entries)
-      worker.enqueue_missing(retry_failed=True)
-  study.enqueue_missing(retry_failed=True)
+      entries = study.current()
+      patch.setattr(worker, "current", lambda entries=entries: entries)
+      worker.queue_missing(retry_failed=True)
+  study.queue_missing(retry_failed=True)
   assert drain(study) == ["failed"]
 
 
 def test_new_arms_are_added_and_old_ones_left(join):
   old = join(["a", "b"])
-  old.enqueue_missing()
+  old.queue_missing()
   new = join(["b", "c"])
-  new.enqueue_missing()
+  new.queue_missing()
   assert drain(new) == ["b", "c"]
   assert drain(old) == ["a"]
 
 
 def test_a_search_suggests_the_same_again_for_a_trial_that_was_given_back(join):
-  study = join(["trial-0", "trial-1"], sampler=lambda number: make_sampler("random", 0, number))
-  study.enqueue_missing()
+  study = join(["trial-0", "trial-1"], Search(sampler="random"))
+  study.queue_missing()
   first, second = study.claim(), study.claim()
   values = [claim.trial.suggest_float("x", 0, 1) for claim in (first, second)]
   assert values[0] != values[1]
@@ -144,11 +201,9 @@ def test_a_search_suggests_the_same_again_for_a_trial_that_was_given_back(join):
 @pytest.mark.parametrize("lower_is_better", [True, False])
 def test_a_search_goes_where_values_are_better(lower_is_better, tmp_path):
   keys = [f"trial-{number}" for number in range(20)]
-  sampler = lambda number: make_sampler("tpe", 0, number)  # noqa: E731
-  study = Study(
-    "journal", "study", tmp_path, keys, sampler=sampler, lower_is_better=lower_is_better
-  )
-  study.enqueue_missing()
+  metric = "val/loss" if lower_is_better else "val/accuracy"
+  study = Study(sweep(keys, Search(), metric), tmp_path, "journal")
+  study.queue_missing()
   suggested = []
   while claim := study.claim():
     suggested.append(claim.trial.suggest_float("x", 0, 1))
@@ -159,9 +214,10 @@ def test_a_search_goes_where_values_are_better(lower_is_better, tmp_path):
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
 def test_the_pruner_stops_the_trials_of_worse_values(lower_is_better, tmp_path):
-  keys, pruner = [f"trial-{number}" for number in range(5)], make_pruner("halving", 1)
-  study = Study("", "study", tmp_path, keys, pruner=pruner, lower_is_better=lower_is_better)
-  study.enqueue_missing()
+  keys = [f"trial-{number}" for number in range(5)]
+  metric = "val/loss" if lower_is_better else "val/accuracy"
+  study = Study(sweep(keys, Search(pruner="halving"), metric), tmp_path)
+  study.queue_missing()
   claims = [study.claim() for _ in keys]
   for claim in claims[:3]:
     study.should_prune(claim, 0.5, 1)
@@ -171,6 +227,6 @@ def test_the_pruner_stops_the_trials_of_worse_values(lower_is_better, tmp_path):
 
 def test_a_storage_that_is_none_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"--storage=jurnal: expected 'journal' or a URL"):
-    Study("jurnal", "study", tmp_path, ["key"])
+    Study(sweep(["key"]), tmp_path, "jurnal")
   with pytest.raises(UserError, match=r"--storage=nosuch://x: cannot be opened"):
-    Study("nosuch://x", "study", tmp_path, ["key"])
+    Study(sweep(["key"]), tmp_path, "nosuch://x")

@@ -1,14 +1,14 @@
-"""The pictures of a sweep, as PNG bytes 1,200 pixels wide, in colours safe for the colour-blind."""
+"""The pictures of a sweep, in colours safe for the colour-blind."""
 
 import io
 import itertools
-import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import pyplot
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -30,6 +30,7 @@ Curve = tuple[Mapping[str, np.ndarray], np.ndarray]
 
 
 def png(figure: Figure) -> bytes:
+  """The figure as a PNG file, 1,200 pixels wide."""
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=120, format="png", facecolor="white")
   return buffer.getvalue()
@@ -37,17 +38,14 @@ def png(figure: Figure) -> bytes:
 
 def learning_curves(
   arms: Mapping[str, Sequence[Curve]], budgets: Sequence[str], label: str, *, lower_is_better: bool
-) -> bytes:
-  """Draws the mean over seeds of each arm, a panel a budget. PNG bytes.
+) -> Figure:
+  """Draws the mean over seeds of each arm, a panel a budget.
 
   The band is one standard deviation to both sides, from the least to the greatest of two seeds, and
   none of one. The legend has the best arm on top. What lies before a quarter of the longest run
   is cut off where it is beyond what follows.
 
-  Args:
-    arms: {arm: one curve a run}.
-    budgets: keys of the curves' budgets.
-    label: of the values.
+  arms: {arm: one curve a run}. budgets: keys of the curves' budgets. label: of the values.
   """
   figure = Figure(figsize=(10, 4.6), layout="constrained")
   panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
@@ -71,7 +69,7 @@ def learning_curves(
   panels[-1].legend(
     fontsize=9 if len(arms) <= _MANY else 6, title="best first", ncols=1 + len(arms) // 25
   )
-  return png(figure)
+  return figure
 
 
 def band(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
@@ -86,110 +84,68 @@ def band(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...
   return points, mean - sigma, mean, mean + sigma
 
 
-def differences(rows: Sequence[tuple[str, float, float, float, str]], label: str) -> bytes:
-  """Draws (arm, difference, low, high, verdict) as intervals, zero the baseline's. PNG bytes."""
+def differences(rows: Sequence[Mapping[str, Any]], label: str) -> Figure:
+  """Draws the arms' differences to the baseline as intervals about zero, by rows of report.csv."""
   figure = Figure(figsize=(10, 1.4 + 0.4 * len(rows)), layout="constrained")
   axes = figure.subplots()
   colors = {"winner": "#009E73", "better": "#009E73", "worse": "#D55E00"}
-  for place, (_, middle, low, high, word) in enumerate(rows):
+  for place, row in enumerate(rows):
+    word, middle = row["verdict"], row["difference"]
     color = colors.get(word, "#0072B2" if word.startswith("ties") else "0.4")
-    axes.plot([low, high], [place, place], color=color, linewidth=2.5, solid_capstyle="butt")
+    ends = [row["low"], row["high"]]
+    axes.plot(ends, [place, place], color=color, linewidth=2.5, solid_capstyle="butt")
     axes.plot(middle, place, "o", color=color, markersize=7)
-    axes.annotate(
-      f"{middle:+.4f}  {word}",
-      (middle, place),
-      xytext=(0, 7),
-      textcoords="offset points",
-      ha="center",
-      fontsize=9,
-    )
+    above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+    axes.annotate(f"{middle:+.4f}  {word}", (middle, place), **above)
   axes.axvline(0, color="black", linewidth=1)
-  axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+  axes.set_yticks(range(len(rows)), [row["arm"] for row in rows])
   axes.set(xlabel=label, ylim=(len(rows) - 0.4, -0.7))
   axes.grid(axis="x", alpha=0.3)
-  return png(figure)
+  return figure
 
 
-def slices(
-  trials: Sequence[Mapping[str, Any]],
-  values: Sequence[float],
-  label: str,
-  *,
-  lower_is_better: bool,
-) -> bytes:
-  """Draws the value of each trial against each key of its settings, a panel a key. PNG bytes."""
+def search(
+  trials: Sequence[Mapping[str, Any]], values: Sequence[float], label: str, *, lower_is_better: bool
+) -> dict[str, Figure]:
+  """Draws trials as Optuna does: 'slices' has a panel a key, 'parallel' a line a trial."""
+  import optuna  # It takes a second, and only searches need it.
+  from optuna.visualization import matplotlib as visualization
+
+  optuna.logging.set_verbosity(optuna.logging.WARNING)
+  warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
   keys = list(dict.fromkeys(key for trial in trials for key in trial))
-  columns = min(len(keys), 3)
-  rows = math.ceil(len(keys) / columns)
-  figure = Figure(figsize=(10, 3.6 * rows), layout="constrained")
-  panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
-  for axes, key in itertools.zip_longest(panels.flat, keys):
-    if key is None:
-      axes.set_axis_off()
-      continue
-    has = [i for i, trial in enumerate(trials) if key in trial]
-    x, ticks, log = scale([trials[i][key] for i in has])
-    y = [values[i] for i in has]
-    dots = axes.scatter(x, y, c=has, cmap="cividis", vmin=0, vmax=max(len(trials) - 1, 1))
-    best = int(np.argmin(y) if lower_is_better else np.argmax(y))
-    axes.plot(x[best], y[best], "o", ms=13, mfc="none", mec=COLORS[1], mew=2)
-    axes.set_xscale("log" if log else "linear")
-    if ticks:
-      axes.set_xticks(*zip(*ticks, strict=True))
-    axes.set_xlabel(key)
-    axes.grid(alpha=0.3)
-  for axes in panels[:, 0]:
-    axes.set_ylabel(label)
-  figure.colorbar(dots, ax=panels, label="trial (ring: the best)", shrink=0.9)
-  return png(figure)
+  axes = {key: scale([trial[key] for trial in trials if key in trial]) for key in keys}
+  study = optuna.create_study(direction="minimize" if lower_is_better else "maximize")
+  for trial, value in zip(trials, values, strict=True):
+    numeric = {key: isinstance(axes[key], optuna.distributions.FloatDistribution) for key in trial}
+    params = {key: setting if numeric[key] else str(setting) for key, setting in trial.items()}
+    distributions = {key: axes[key] for key in trial}
+    study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
+  with pyplot.rc_context({"figure.constrained_layout.use": True}):
+    drawn = {
+      "slices": np.ravel(visualization.plot_slice(study, target_name=label))[0].figure,
+      "parallel": visualization.plot_parallel_coordinate(study, target_name=label).figure,
+    }
+  for figure in drawn.values():
+    figure.set_size_inches(10, 4.8)
+    pyplot.close(figure)  # Optuna draws by pyplot, which would keep it.
+  return drawn
 
 
-def parallel(
-  trials: Sequence[Mapping[str, Any]],
-  values: Sequence[float],
-  label: str,
-  *,
-  lower_is_better: bool,
-) -> bytes:
-  """Draws each trial as a line through its settings, a gap where it has none. PNG bytes."""
-  keys = list(dict.fromkeys(key for trial in trials for key in trial))
-  figure = Figure(figsize=(10, 4.8), layout="constrained")
-  axes = figure.subplots()
-  heights = np.full((len(trials), len(keys)), np.nan)
-  for place, key in enumerate(keys):
-    has = [i for i, trial in enumerate(trials) if key in trial]
-    x, ticks, log = scale([trials[i][key] for i in has])
-    y = np.log(x) if log else x
-    low, span = y.min(), np.ptp(y) or 1
-    heights[has, place] = (y - low) / span if np.ptp(y) else 0.5
-    marks = ticks or [(number, f"{number:.4g}") for number in (x.min(), x.max())]
-    axes.axvline(place, color="black", linewidth=0.8)
-    for number, text in marks:
-      height = ((math.log(number) if log else number) - low) / span if np.ptp(y) else 0.5
-      axes.annotate(
-        text,
-        (place, height),
-        xytext=(5, 0),
-        textcoords="offset points",
-        va="center",
-        zorder=9,
-        bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "linewidth": 0},
-      )
-  order = np.argsort(values)[:: -1 if lower_is_better else 1]  # The best is drawn last.
-  lines = LineCollection(
-    [np.column_stack([np.arange(len(keys)), heights[i]]) for i in order],
-    array=np.asarray(values)[order],
-    cmap="cividis",
-    linewidths=[1.4] * (len(order) - 1) + [3.5],
-  )
-  axes.add_collection(lines)
-  axes.set(xlim=(-0.2, len(keys) - 0.5), ylim=(-0.06, 1.06), yticks=[])
-  axes.set_xticks(range(len(keys)), keys)
-  figure.colorbar(lines, label=f"{label} (thick: the best)")
-  return png(figure)
+def scale(settings: Sequence[Any]):
+  """Optuna's distribution of settings: numbers have a range, all else are categories.
+
+  The range is logarithmic if all numbers are positive and span over two decades.
+  """
+  from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+  if any(isinstance(one, bool) or not isinstance(one, int | float) for one in settings):
+    return CategoricalDistribution(sorted({str(one) for one in settings}))
+  low, high = min(settings), max(settings)
+  return FloatDistribution(low, high, log=low > 0 and high > 10**_LOG_DECADES * low)
 
 
-def scaling(N, D, L, flops, law: Callable, factor: float, budgets: Sequence[float]) -> bytes:
+def scaling(N, D, L, flops, law: Callable, factor: float, budgets: Sequence[float]) -> Figure:
   """Draws loss against size with the law at some budgets, and measured against predicted loss.
 
   Args:
@@ -221,17 +177,4 @@ def scaling(N, D, L, flops, law: Callable, factor: float, budgets: Sequence[floa
   for axes in (sizes, check):
     axes.grid(alpha=0.3)
   figure.colorbar(dots, ax=check, label="training compute (FLOP)")
-  return png(figure)
-
-
-def scale(settings: Sequence[Any]) -> tuple[np.ndarray, list[tuple[int, str]], bool]:
-  """Places settings on an axis: positions, (position, text) of categories, whether it is log.
-
-  Numbers are their own positions, on a log axis if all are positive and span over two decades.
-  """
-  if all(isinstance(one, int | float) and not isinstance(one, bool) for one in settings):
-    x = np.asarray(settings, float)
-    return x, [], bool(x.min() > 0 and x.max() > 10**_LOG_DECADES * x.min())
-  names = sorted({str(one) for one in settings})
-  x = np.array([names.index(str(one)) for one in settings], float)
-  return x, list(enumerate(names)), False
+  return figure
