@@ -112,7 +112,7 @@ class Sweep:
     if self.suggest is None:
       return self.trials[key]
     trial = make_trial(self.base, key, self.suggest(optuna_trial))
-    validation.check_metric(f"arm {key!r}: METRIC", self.metric, check(trial).config)
+    validation.check_metric(f"arm {key!r}: METRIC", self.metric, check(trial).task)
     return trial
 
 

@@ -103,7 +103,7 @@ def test_a_search_makes_its_trials_as_they_are_suggested(read):
     ("BASELINE = 'c'" + ARMS, r"BASELINE: no arm 'c'"),
     (
       "METRIC = 'val/los'" + ARMS,
-      r"METRIC: no metric 'val/los' of task='next_token' .* Did you mean 'val/loss'",
+      r"METRIC: no metric 'val/los' of task='next_token'\. Did you mean 'val/loss'",
     ),
     (
       "METRIC = 'val/accuracy'" + SEARCH,
