@@ -32,9 +32,9 @@ The best checkpoint by `checkpoint.best_metric` is what the run has made in the 
 
 from ml_collections import ConfigDict
 
-from configs import pretrain
 from gptjax.config import override, parse_argument
 from gptjax.objectives.task import TASKS, find_task
+from gptjax.presets import pretrain
 
 _COMMON = {
   "total_epochs": 3.0,

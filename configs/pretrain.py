@@ -14,10 +14,10 @@ _percent: --config.total_tokens=1e9 takes the place of total_steps.
 
 from ml_collections import ConfigDict
 
-from configs.parts import compiler, data, mesh, models, optim, peft, tuned
 from gptjax.config import override, parse_argument
 from gptjax.model.config import ModelConfig
 from gptjax.objectives.task import OF_THE_MODEL, TASKS, find_task, task_defaults
+from gptjax.presets.parts import compiler, data, mesh, models, optim, peft, tuned
 
 # The preset of a model, and the tokenizer, that are those of the checkpoint of `init_from`.
 INIT_FROM = "init_from"

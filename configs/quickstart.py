@@ -7,7 +7,7 @@ No download and no account. The validation set is a twentieth of the files. `mak
 
 from ml_collections import ConfigDict
 
-from configs import pretrain
+from gptjax.presets import pretrain
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

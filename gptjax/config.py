@@ -25,6 +25,8 @@ from gptjax.upgrades import upgrade
 
 DURATION = re.compile(r"(?P<stem>\w+)_(?P<unit>steps|tokens|epochs|percent)")
 CONFIG_FILE = "config.json"
+# The folder configs/ of the repository, which is a part of the package where that is installed.
+PRESETS = Path(__file__).parent / "presets"
 
 
 def parse_argument(arg: str | None, **parts: tuple[str, Sequence[str] | None]) -> dict[str, str]:
@@ -66,15 +68,29 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     config = _read(epath.Path(spec))
   else:
     path, _, arg = spec.partition(":")
-    if not Path(path).is_file():
-      raise UserError(f"--config: no file {path!r}.")
     try:
-      config = run_file(path).get_config(arg or None)
+      config = run_file(find_file(path)).get_config(arg or None)
     except UserError as error:
       raise UserError(f"{path}: {error}") from None
   for key, value in (overrides or {}).items():
     override(config, key, value)
   return config.lock()
+
+
+def find_file(path: str) -> str:
+  """The path of a config file: as it is named, or else one of those that come with the package, by
+  its name ('pretrain.py') or as it lies in the repository ('configs/pretrain.py').
+
+  Raises:
+    UserError: there is none.
+  """
+  preset = PRESETS / Path(path).name
+  if Path(path).is_file():
+    return path
+  if preset.is_file() and str(Path(path).parent) in (".", "configs"):
+    return str(preset)
+  names = sorted(found.name for found in PRESETS.glob("[a-z]*.py"))
+  raise UserError(f"--config: no file {path!r}. {did_you_mean(Path(path).name, names)}")
 
 
 def run_file(path: str) -> ModuleType:

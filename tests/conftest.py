@@ -1,6 +1,7 @@
 """Four CPU devices in one process, no silent broadcasting, and the tiny models that tests share."""
 
 import os
+import tempfile
 import zlib
 
 # What is compiled here runs once, on tiny arrays: the time goes into compiling it.
@@ -31,6 +32,10 @@ else:
   os.environ["XLA_FLAGS"] = _inherited
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Programs that tests compile are not kept in the cache of whoever runs them.
+jax.config.update("jax_enable_compilation_cache", False)
+_compiled = tempfile.TemporaryDirectory(prefix="compiled")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
 
 
 @pytest.fixture

@@ -47,5 +47,12 @@ def test_files_and_commands_are_short():
 
 def test_every_room_is_the_spine_or_a_wing_or_a_command():
   rooms = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-  known = {*SPINE, *WINGS, *(f"{name}.py" for name in COMMANDS), "__init__.py", "__main__.py"}
+  known = {
+    *SPINE,
+    *WINGS,
+    *(f"{name}.py" for name in COMMANDS),
+    "__init__.py",
+    "__main__.py",
+    "presets",
+  }
   assert rooms <= known

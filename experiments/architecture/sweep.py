@@ -14,8 +14,8 @@ Command:
 Result and cost: README.md, with how the learning rates were chosen.
 """
 
-from configs.parts import models, optim
 from gptjax import config
+from gptjax.presets.parts import models, optim
 from gptjax.sweeps.definition import cross, seeds
 
 BASELINE = "gpt2-adamw"

@@ -13,9 +13,9 @@ The corpus is the Python standard library of the machine. Nothing was chosen on 
 Result and cost: README.md.
 """
 
-from configs.parts import data
 from experiments.learning_efficiency import sweep as english
 from gptjax.config import override
+from gptjax.presets.parts import data
 from gptjax.sweeps.definition import cross, seeds
 
 BASELINE = english.BASELINE

@@ -15,9 +15,9 @@ Result: README.md.
 import statistics
 import sys
 
-from configs.parts import optim
 from experiments.learning_efficiency import sweep as english
 from gptjax.config import override
+from gptjax.presets.parts import optim
 from gptjax.sweeps.definition import cross, seeds
 from gptjax.sweeps.results import load_results
 from gptjax.training.metrics import read_metrics

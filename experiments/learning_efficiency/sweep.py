@@ -20,9 +20,9 @@ are named after it. Learning rates of the other optimizers are from rates.py.
 Result and cost: README.md.
 """
 
-from configs.parts import models, optim
 from experiments import prose
 from gptjax.config import flatten
+from gptjax.presets.parts import models, optim
 from gptjax.sweeps.definition import cross, seeds
 
 SHAPE = {"num_layers": 4, "num_heads": 4, "embed_dim": 128, "mlp_dim": 512, "max_positions": 128}

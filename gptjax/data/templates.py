@@ -9,9 +9,10 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
+from gptjax.config import PRESETS
 from gptjax.errors import UserError, did_you_mean
 
-PROMPTS = Path(__file__).parents[2] / "configs/prompts"
+PROMPTS = PRESETS / "prompts"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,6 +93,13 @@ def from_all_hosts(value: int) -> list[int]:
   return multihost_utils.process_allgather(np.uint32(value)).tolist()
 
 
+def keep_compiled_programs() -> None:
+  """Makes JAX keep what took it a second or more to compile in this user's cache, for the next
+  start with the same shapes. JAX_COMPILATION_CACHE_DIR or JAX's own setting says another folder."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
+
+
 def prepare_cpu() -> None:
   """Call before the first computation; what has run already keeps its own setting.
 

@@ -13,7 +13,7 @@ from gptjax import wings
 from gptjax.config import RunLength
 from gptjax.data.pipeline import Dataset
 from gptjax.devices import chips, sharding
-from gptjax.devices.hosts import from_all_hosts, prepare_cpu
+from gptjax.devices.hosts import from_all_hosts, keep_compiled_programs, prepare_cpu
 from gptjax.errors import UserError
 from gptjax.optim.optimizer import Optimizer
 from gptjax.training import baselines, plots, validation
@@ -45,6 +45,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
       than `config.max_skipped_steps` updates were not finite.
   """
   prepare_cpu()
+  keep_compiled_programs()
   workdir = make_workdir(workdir)
   config = resolve(config)
   setup = make_setup(config)

@@ -18,6 +18,7 @@ from gptjax import tree, wings
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.tokenizer import Tokenizer, open_saved
 from gptjax.devices import sharding
+from gptjax.devices.hosts import keep_compiled_programs
 from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, LABEL_HEAD, ParameterInfo, abstract_model, describe_parameters
@@ -98,6 +99,7 @@ def load_model(
     UserError: no model or no tokenizer is there, a run has no checkpoint yet, the weights are not
       of the config, or the tokenizer has more tokens than the model.
   """
+  keep_compiled_programs()
   if (foreign := open_foreign(checkpoint)) is None:
     folder = epath.Path(checkpoint) / TOKENIZER
     model, _ = load_checkpoint(checkpoint, ema=ema)

@@ -7,13 +7,13 @@ import math
 import jax
 import pytest
 
-from configs.parts import tuned
 from gptjax import config as config_lib
 from gptjax.compile import compile_training
 from gptjax.compiler import search
 from gptjax.compiler.search import Found
 from gptjax.compiler.topology import find_slice
 from gptjax.errors import UserError
+from gptjax.presets.parts import tuned
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import make_setup
 

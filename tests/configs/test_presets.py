@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from configs.parts import data, mesh, models, optim
 from gptjax import config as config_lib
 from gptjax.config import RunLength
 from gptjax.devices import sharding
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import count_parameters, describe_parameters
+from gptjax.presets.parts import data, mesh, models, optim
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import make_setup
 

@@ -8,11 +8,11 @@ import textwrap
 import ml_collections
 import pytest
 
-from configs.parts import data as presets
 from gptjax.data import pipeline
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.options import read_options
 from gptjax.objectives.task import make_task, task_defaults
+from gptjax.presets.parts import data as presets
 
 DOCUMENTS = [
   inspect.getsource(textwrap),

@@ -1,10 +1,10 @@
 import pytest
 
-from configs.parts import data as presets
 from gptjax.data import sources
 from gptjax.data.options import read_options
 from gptjax.errors import UserError
 from gptjax.objectives.task import make_task
+from gptjax.presets.parts import data as presets
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from configs.parts import data as presets
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.batch import Batch
 from gptjax.errors import UserError
+from gptjax.presets.parts import data as presets
 from tests.data.conftest import DOCUMENTS, open_dataset
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from configs.parts import data as presets
 from gptjax.data import sources
 from gptjax.data.options import PartOptions
 from gptjax.errors import UserError
+from gptjax.presets.parts import data as presets
 
 
 class Texts:

@@ -6,6 +6,7 @@ That processes do join is in test_train.py, which starts several.
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -94,3 +95,26 @@ with socket.create_server(("", 0)) as taken:
 def test_one_process_hears_itself():
   assert from_all_hosts(True) == [1]
   assert from_all_hosts(2**32 - 1) == [2**32 - 1]
+
+
+def test_a_second_process_compiles_nothing_that_the_first_one_did(tmp_path):
+  program = textwrap.dedent("""
+    import jax
+    from gptjax.devices import hosts
+
+    hosts.keep_compiled_programs()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    found = []
+    jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
+    jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8))).block_until_ready()
+    print(found.count("/jax/compilation_cache/cache_hits"))
+  """)
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+  environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+  first, second = (
+    int(subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, text=True,
+                       capture_output=True, check=True).stdout)
+    for _ in range(2)
+  )  # fmt: skip
+  assert first == 0 < second
+  assert any((tmp_path / "gptjax" / "compiled").iterdir())

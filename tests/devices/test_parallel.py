@@ -17,13 +17,13 @@ import numpy as np
 import optax
 import pytest
 
-from configs.parts import optim as presets
 from gptjax import tree
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.model.gpt import describe_parameters, model_graph
 from gptjax.objectives.text import NextToken
 from gptjax.optim import optimizer as optim
+from gptjax.presets.parts import optim as presets
 from gptjax.training import step as step_lib
 
 ROOT = Path(__file__).parents[2]

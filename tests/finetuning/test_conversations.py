@@ -6,12 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from configs.parts import data as presets
 from gptjax.data import files, sources
 from gptjax.data.options import PartOptions
 from gptjax.errors import UserError
 from gptjax.finetuning import conversations
 from gptjax.finetuning.conversations import Conversation, Conversations
+from gptjax.presets.parts import data as presets
 
 
 def said(role, content, **more):

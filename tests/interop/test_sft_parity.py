@@ -11,7 +11,6 @@ import optax
 import pytest
 from flax import nnx
 
-from configs.parts import optim as presets
 from gptjax import config as config_lib
 from gptjax import tree
 from gptjax.data.pipeline import open_dataset
@@ -21,6 +20,7 @@ from gptjax.model.gpt import describe_parameters
 from gptjax.optim import optimizer as optim
 from gptjax.peft import huggingface
 from gptjax.peft.surgery import abstract_model, describe_adapters
+from gptjax.presets.parts import optim as presets
 from gptjax.training import step as step_lib
 from tests.data.conftest import write_tokenizer  # noqa: F401
 

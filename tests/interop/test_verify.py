@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 
-from configs.parts.models import MODELS
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.interop.convert import check, convert
@@ -14,6 +13,7 @@ from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.labels import Labels
 from gptjax.interop.verify import compare, verify
 from gptjax.model.config import ModelConfig
+from gptjax.presets.parts.models import MODELS
 from gptjax.training.pretrained import load_model
 from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 

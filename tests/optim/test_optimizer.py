@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from configs.parts import optim as presets
 from gptjax import tree
 from gptjax.errors import UserError
 from gptjax.model.gpt import ParameterInfo
 from gptjax.optim import optimizer as optim
+from gptjax.presets.parts import optim as presets
 
 # A residual network of two stacked layers, that learns which token follows which.
 PARAMETERS = {

@@ -9,13 +9,13 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from configs.parts import optim as optim_presets
 from gptjax.config import RunLength
 from gptjax.errors import UserError
 from gptjax.optim import optimizer as optim
 from gptjax.peft.adalora import allocate_ranks
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.surgery import describe_adapters
+from gptjax.presets.parts import optim as optim_presets
 
 RANK, TARGET, TOTAL = 4, 2, 12
 TARGETS = (("attention/(query|out)", {}), ("mlp/up", {"rank": 3}))

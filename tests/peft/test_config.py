@@ -1,8 +1,8 @@
 import pytest
 
-from configs.parts.peft import DEFAULTS, PEFT
 from gptjax.errors import UserError
 from gptjax.peft.config import PeftConfig
+from gptjax.presets.parts.peft import DEFAULTS, PEFT
 
 
 @pytest.mark.parametrize(

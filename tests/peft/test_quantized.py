@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs.parts.peft import DEFAULTS, PEFT
 from gptjax import tree
 from gptjax.devices import sharding
 from gptjax.errors import UserError
@@ -16,6 +15,7 @@ from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
 from gptjax.peft.quantized import NF4, QuantizedKernel, quantize, quantize_params
 from gptjax.peft.surgery import abstract_model, adapt, merge, unmerge
+from gptjax.presets.parts.peft import DEFAULTS, PEFT
 from gptjax.training.checkpoints import checksum, restore_params
 from gptjax.training.dry_run import dry_run
 from gptjax.training.loop import train

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs.parts.peft import DEFAULTS, PEFT
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.inference.generate import generate
@@ -14,6 +13,7 @@ from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
 from gptjax.peft.several import choose, put_several_on
 from gptjax.peft.surgery import merge, put_on
+from gptjax.presets.parts.peft import DEFAULTS, PEFT
 
 BYTES = tokenizers.load("bytes")
 # Of other ranks and, but for the queries, on other projections.

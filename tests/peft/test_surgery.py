@@ -11,8 +11,6 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs.parts import optim as optim_presets
-from configs.parts.peft import DEFAULTS, PEFT
 from gptjax import tree
 from gptjax.config import RunLength
 from gptjax.data.batch import Batch
@@ -26,6 +24,8 @@ from gptjax.peft.adaptation import Adapters
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
 from gptjax.peft.surgery import abstract_model, adapt, describe_adapters, merge, unmerge
+from gptjax.presets.parts import optim as optim_presets
+from gptjax.presets.parts.peft import DEFAULTS, PEFT
 from gptjax.training import step as step_lib
 
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)

@@ -4,9 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from configs import pretrain
 from gptjax import config as config_lib
 from gptjax.errors import UserError
+from gptjax.presets import pretrain
 from gptjax.sweeps import scaling
 from gptjax.sweeps.scaling import Law, fit_law
 from gptjax.training.resolve import resolve

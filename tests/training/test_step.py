@@ -8,7 +8,6 @@ import optax
 import pytest
 from flax import nnx
 
-from configs.parts import optim as presets
 from gptjax import tree
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
@@ -16,6 +15,7 @@ from gptjax.model.figures import Routing
 from gptjax.model.gpt import describe_parameters, model_graph
 from gptjax.objectives.text import NextToken
 from gptjax.optim import optimizer as optim
+from gptjax.presets.parts import optim as presets
 from gptjax.training import step as step_lib
 
 B, T = 8, 8

@@ -1,0 +1,1 @@
+"""GPT models in JAX: one Flax NNX model, one training loop, any mesh."""

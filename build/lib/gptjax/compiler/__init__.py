@@ -1,0 +1,1 @@
+"""What a training or decoding step costs on accelerators that are not here."""

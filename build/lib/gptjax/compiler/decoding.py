@@ -1,0 +1,187 @@
+"""What writing text would cost: one decoding step, a new token for each row of a batch."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from gptjax.compiler.report import Report, Work, compile_report
+from gptjax.compiler.topology import Target
+from gptjax.devices import sharding
+from gptjax.errors import UserError
+from gptjax.inference.decode import Decoding, append
+from gptjax.inference.sampling import Sampling
+from gptjax.model.gpt import GPT, ParameterInfo
+from gptjax.training.dry_run import tree_bytes
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import Setup, make_setup
+
+FLOP_RULE = "2 N + 4 L H Q K per token, K = keys that the last position of the context sees"
+GREEDY = Sampling(temperature=0)
+
+
+def make_decoding_plan(
+  config: ConfigDict, devices: Sequence[jax.Device], batch: int, context: int
+) -> Setup:
+  """The setup of a config whose model decodes `batch` rows with room for `context` positions each.
+
+  Raises:
+    UserError: as `make_setup`, and for what cannot be decoded.
+  """
+  mesh = sharding.make_mesh(config.mesh, devices)
+  rows = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+  model = config.model
+  if batch < 1 or context < 1:
+    raise UserError(f"--batch={batch} and --context={context} must both be at least 1.")
+  if batch % rows:
+    raise UserError(
+      f"--batch={batch} does not divide over the {rows} devices of the mesh's data, fsdp "
+      f"and expert axes: use a multiple of {rows}."
+    )
+  if model.position == "learned" and context > model.max_positions:
+    raise UserError(
+      f"--context={context} exceeds the {model.max_positions} learned positions of the model: "
+      "shorten it, or choose a model with position=rope."
+    )
+  if mesh.shape["context"] > 1:
+    raise UserError(
+      f"mesh.context={mesh.shape['context']} has nothing to split where one token is decoded at a "
+      "time: use mesh.tensor or mesh.data."
+    )
+  config = ConfigDict(config.to_dict())
+  config.update({"batch_size": batch, "sequence_length": context, "grad_accumulation": 1})
+  return make_setup(resolve(config), devices)
+
+
+def compile_decoding(setup: Setup, target: Target) -> Report:
+  """The report of one step of greedy decoding, with the batch and the context of the setup.
+
+  Parameters and cache are in `model.dtype`. The layers lie apart, as `GPT.unstack` leaves them: to
+  take them out of their stack would be to copy every parameter for every token.
+  """
+  batch, context = setup.config.batch_size, setup.config.sequence_length
+  graph, params = abstract_parameters(setup)
+  decoding = abstract_decoding(setup)
+  limits_B = jnp.full(batch, context)
+
+  @functools.partial(
+    jax.jit,
+    donate_argnames=("decoding",),
+    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, decoding),
+    compiler_options=setup.compiler_options,
+  )
+  def step(params: Any, decoding: Decoding) -> Decoding:
+    model = nnx.merge(graph, params)
+    return append(model, decoding, limits_B, jnp.int32(-1), sampling=GREEDY)
+
+  return compile_report(setup, target, step, (params, decoding), _work(setup, params, decoding))
+
+
+def abstract_parameters(setup: Setup) -> tuple[nnx.GraphDef, Any]:
+  """The model with its layers apart: its static part, and its parameters as
+  `jax.ShapeDtypeStruct`s in the compute dtype with the shardings of `sharding.RULES`."""
+
+  def build() -> GPT:
+    model = GPT(setup.model, nnx.Rngs(0))
+    model.unstack()
+    return model
+
+  graph, state = nnx.split(nnx.eval_shape(build))
+  flat = traverse_util.flatten_dict(nnx.to_pure_dict(state))
+  described = {path: _unstacked(setup, path) for path in flat}
+  shardings = sharding.parameter_shardings(
+    {"/".join(map(str, path)): info for path, info in described.items()}, setup.mesh
+  )
+  placed = {
+    path: jax.ShapeDtypeStruct(
+      info.shape, setup.model.dtype, sharding=shardings["/".join(map(str, path))]
+    )
+    for path, info in described.items()
+  }
+  return graph, traverse_util.unflatten_dict(placed)
+
+
+def _unstacked(setup: Setup, path: tuple[Any, ...]) -> ParameterInfo:
+  """What `setup.parameters` says of a parameter of a single layer, or of one outside of layers."""
+  info = setup.parameters["/".join(str(part) for part in path if not isinstance(part, int))]
+  if info.axes[0] != "layers":
+    return info
+  inputs = info.fan_in_axes
+  return ParameterInfo(info.shape[1:], info.axes[1:], inputs and tuple(i - 1 for i in inputs))
+
+
+def abstract_decoding(setup: Setup) -> Decoding:
+  """The state between two steps, as `jax.ShapeDtypeStruct`s with shardings: rows are split as those
+  of a batch, the cache by its heads too, the logits by the vocabulary."""
+  B, S = setup.config.batch_size, setup.config.sequence_length
+
+  def build() -> Decoding:
+    return Decoding(
+      tokens=jnp.zeros((B, S), jnp.int32),
+      lengths=jnp.zeros(B, jnp.int32),
+      logits=jnp.zeros((B, setup.model.vocab_size), jnp.float32),
+      finished=jnp.zeros(B, bool),
+      keys=jax.vmap(jax.random.key)(jnp.zeros(B, jnp.uint32)),
+      cache=GPT(setup.model, nnx.Rngs(0)).empty_cache(B, S),
+    )
+
+  pair = (("batch", None, "kv_heads", None),) * 2
+  axes = Decoding(
+    tokens=("batch", None),
+    lengths=("batch",),
+    logits=("batch", "vocab"),
+    finished=("batch",),
+    keys=("batch",),
+    cache=[pair] * setup.model.num_layers,
+  )
+
+  def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    where = NamedSharding(setup.mesh, sharding.partition_spec(axes))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+  return jax.tree.map(place, jax.eval_shape(build), axes)
+
+
+def _work(setup: Setup, params: Any, decoding: Decoding) -> Work:
+  """What a step must do, whatever the program.
+
+  Read are the parameters that tokens are multiplied with or scaled by, not the tables that they
+  are only looked up in: all of each that `tensor` does not split, since a device gathers what
+  `fsdp` splits; of experts, those that some row is expected to choose if all are as likely. Of the
+  cache, what the layers see: all of it, or a window.
+  """
+  model, mesh = setup.model, setup.mesh
+  batch, context = decoding.tokens.shape
+  windows = model.windows * (model.num_layers // len(model.windows))
+  keys = sum(context if window is None else min(window, context) for window in windows)
+  _, cache = tree_bytes(decoding.cache)
+  weights = read = 0
+  for info in setup.parameters.values():
+    is_scores = model.tied_head and info.axes == ("vocab", "embed")
+    is_matrix = info.fan_in_axes is not None or is_scores
+    active = model.active_experts if "experts" in info.axes else 1.0
+    weights += math.prod(info.shape) * active if is_matrix else 0
+    if is_matrix or not {"vocab", "positions"} & set(info.axes):
+      split = [axis for axes in sharding.parameter_axes(info.axes) for axis in axes]
+      parts = math.prod(mesh.shape[axis] for axis in split if axis != "fsdp")
+      size = math.prod(info.shape) * jnp.dtype(model.dtype).itemsize // parts
+      read += round(size * (1 - (1 - active) ** batch))
+  held = {"parameters": tree_bytes(params)[1], "kv_cache": cache}
+  advice = {
+    "parameters": "parameters: a longer mesh.tensor or mesh.fsdp",
+    "kv_cache": "the cache: a smaller --batch or --context, or a longer mesh.tensor or mesh.data",
+  }
+  return Work(
+    tokens=batch,
+    model_flops=batch * (2.0 * weights + 4.0 * model.num_heads * model.head_dim * keys),
+    flop_rule=FLOP_RULE,
+    held=held,
+    read={"parameters": read, "kv_cache": cache * keys // (context * model.num_layers)},
+    advice=tuple(advice[name] for name in sorted(held, key=held.get, reverse=True)),
+  )

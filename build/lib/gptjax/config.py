@@ -1,0 +1,336 @@
+"""Configs: loading by file and argument string, overriding by key, durations, saving.
+
+A config file has `get_config(arg)` and returns a ConfigDict of plain values; this is the only
+module that knows ml_collections. A duration is written as exactly one key whose suffix is its
+unit, `eval.every_steps` or `eval.every_percent`, and setting one unit replaces the other.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from gptjax.errors import UserError, did_you_mean
+from gptjax.upgrades import upgrade
+
+DURATION = re.compile(r"(?P<stem>\w+)_(?P<unit>steps|tokens|epochs|percent)")
+CONFIG_FILE = "config.json"
+# The folder configs/ of the repository, which is a part of the package where that is installed.
+PRESETS = Path(__file__).parent / "presets"
+
+
+def parse_argument(arg: str | None, **parts: tuple[str, Sequence[str] | None]) -> dict[str, str]:
+  """Reads "model=gpt2-124m,data=text" into a dict.
+
+  Args:
+    arg: the text behind the colon of --config=FILE:ARG, or None.
+    parts: each part's default, and the names of its presets (None leaves the check to others).
+
+  Raises:
+    UserError: an item is not PART=NAME, or a part or a preset is unknown.
+  """
+  chosen = {part: default for part, (default, _) in parts.items()}
+  for item in filter(None, (arg or "").split(",")):
+    part, equals, name = item.partition("=")
+    if not equals or part not in parts:
+      raise UserError(
+        f"config argument {item!r} is not PART=NAME with a part of {', '.join(parts)}. "
+        f"{did_you_mean(part, parts)}"
+      )
+    presets = parts[part][1]
+    if presets is not None and name not in presets:
+      raise UserError(f"no {part} preset {name!r}. {did_you_mean(name, presets)}")
+    chosen[part] = name
+  return chosen
+
+
+def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  """Loads "FILE" or "FILE:ARG", applies {dotted key: text or value} and locks the result.
+
+  FILE is a Python file with `get_config(arg)`, or the config.json of a run, which takes no ARG.
+
+  Raises:
+    UserError: the file, a part, a key or a value is not valid.
+  """
+  if spec.endswith(".json"):
+    if not epath.Path(spec).is_file():
+      raise UserError(f"--config: no file {spec!r}.")
+    config = _read(epath.Path(spec))
+  else:
+    path, _, arg = spec.partition(":")
+    try:
+      config = run_file(find_file(path)).get_config(arg or None)
+    except UserError as error:
+      raise UserError(f"{path}: {error}") from None
+  for key, value in (overrides or {}).items():
+    override(config, key, value)
+  return config.lock()
+
+
+def find_file(path: str) -> str:
+  """The path of a config file: as it is named, or else one of those that come with the package, by
+  its name ('pretrain.py') or as it lies in the repository ('configs/pretrain.py').
+
+  Raises:
+    UserError: there is none.
+  """
+  preset = PRESETS / Path(path).name
+  if Path(path).is_file():
+    return path
+  if preset.is_file() and str(Path(path).parent) in (".", "configs"):
+    return str(preset)
+  names = sorted(found.name for found in PRESETS.glob("[a-z]*.py"))
+  raise UserError(f"--config: no file {path!r}. {did_you_mean(Path(path).name, names)}")
+
+
+def run_file(path: str) -> ModuleType:
+  """The module that a Python file makes, under no name that could be imported."""
+  module_spec = importlib.util.spec_from_file_location("config_file", path)
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  return module
+
+
+def _read(path: epath.Path) -> ConfigDict:
+  """Reads what `save` wrote, in this version or an older one: JSON has no tuples, configs have no
+  lists."""
+  try:
+    return ConfigDict(_tuples(upgrade(json.loads(path.read_text()))))
+  except ValueError as error:
+    raise UserError(f"{path}: not a config that a run saved ({error}).") from error
+
+
+def _tuples(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _tuples(item) for key, item in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def override(config: ConfigDict, key: str, value: Any) -> None:
+  """Sets `config.a.b` by its dotted key, from a value or from the text of one.
+
+  A duration replaces its sibling in another unit.
+
+  Raises:
+    UserError: the key does not exist, or the text is no value of the key's type.
+  """
+  *path, leaf = key.split(".")
+  section = config
+  for name in path:
+    if not isinstance(section, ConfigDict) or name not in section:
+      raise UserError(_unknown_key(config, key))
+    section = section[name]
+  if not isinstance(section, ConfigDict) or isinstance(section.get(leaf), ConfigDict):
+    raise UserError(_unknown_key(config, key))
+  replaced = leaf if leaf in section else _sibling(section, leaf)
+  if replaced is None:
+    raise UserError(_unknown_key(config, key))
+  old = section[replaced]
+  if replaced != leaf:
+    old = 0.0 if leaf.endswith(("percent", "epochs")) else 0
+  value = _parse(key, value, old) if isinstance(value, str) else value
+  with section.unlocked(), section.ignore_type():
+    del section[replaced]
+    section[leaf] = value
+
+
+def _sibling(section: Mapping[str, Any], leaf: str) -> str | None:
+  """The key of the same duration in another unit, if the section has one."""
+  wanted = DURATION.fullmatch(leaf)
+  for key in section:
+    found = DURATION.fullmatch(key)
+    if wanted and found and wanted["stem"] == found["stem"]:
+      return key
+  return None
+
+
+def _unknown_key(config: ConfigDict, key: str) -> str:
+  return f"no config key {key!r}. {did_you_mean(key, leaves(config))}"
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+  """Reads text as the type that the key's present value has; a None value takes any."""
+  word = text.strip().lower()
+  constants = {"true": True, "false": False, "none": None}
+  if isinstance(old, bool):
+    if word in ("true", "false", "1", "0"):
+      return word in ("true", "1")
+    raise UserError(f"config.{key}={text!r}: expected true or false.")
+  if isinstance(old, str):
+    return text
+  try:
+    if isinstance(old, int | float):
+      number = float(text.replace("_", ""))
+      if isinstance(old, float):
+        return number
+      if number != int(number):
+        raise ValueError
+      return int(number)
+    if isinstance(old, tuple):
+      return tuple(ast.literal_eval(text)) if text[:1] in "([" else tuple(text.split(","))
+    return constants[word] if word in constants else ast.literal_eval(text)
+  except (ValueError, SyntaxError, OverflowError, TypeError):
+    if old is None:
+      return text
+    expected = {int: "a whole number", float: "a number", tuple: "a tuple"}[type(old)]
+    raise UserError(f"config.{key}={text!r}: expected {expected}.") from None
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+  """Yields the dotted key of every value."""
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from leaves(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}"
+
+
+def to_json(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def to_text(config: ConfigDict) -> str:
+  """One "key = value" a line, for the terminal."""
+  flat = {key: _get(config, key) for key in leaves(config)}
+  width = max(map(len, flat))
+  return "\n".join(f"{key:<{width}} = {value!r}" for key, value in sorted(flat.items()))
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+  for name in key.split("."):
+    config = config[name]
+  return config
+
+
+def save(config: ConfigDict, workdir: epath.Path) -> list[str]:
+  """Writes `workdir/config.json` and returns "key: old -> new" for what an earlier start had."""
+  path = workdir / CONFIG_FILE
+  new = json.loads(to_json(config))
+  changes = []
+  if path.exists():
+    flat_old, flat_new = flatten(upgrade(json.loads(path.read_text()))), flatten(new)
+    changes = [
+      f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
+      for key in sorted({*flat_old, *flat_new})
+      if flat_old.get(key) != flat_new.get(key)
+    ]
+  path.write_text(to_json(config) + "\n")
+  return changes
+
+
+def open_saved(workdir: epath.Path) -> ConfigDict:
+  """Reads the config that a run saved.
+
+  Raises:
+    UserError: the directory is not the work directory of a run.
+  """
+  path = epath.Path(workdir) / CONFIG_FILE
+  if not path.exists():
+    raise UserError(f"{workdir}: not the work directory of a run (it has no {CONFIG_FILE}).")
+  return _read(path).lock()
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} -> {"a.b": 1}."""
+  flat = {}
+  for key, value in nested.items():
+    flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+  return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLength:
+  """Turns durations into steps; a length that is None is not known."""
+
+  tokens_per_step: int | None
+  steps_per_epoch: float | None
+  total_steps: int | None = None
+
+  @classmethod
+  def from_config(
+    cls, config: Mapping[str, Any], tokens_per_step: int | None, steps_per_epoch: float | None
+  ) -> "RunLength":
+    """Resolves `total_steps | total_tokens | total_epochs`."""
+    length = cls(tokens_per_step, steps_per_epoch)
+    total = length.steps(config, "total")
+    if total < 1:
+      raise UserError("total_steps: a run needs at least one step.")
+    return dataclasses.replace(length, total_steps=total)
+
+  def steps(self, section: Mapping[str, Any], stem: str) -> int:
+    """Steps of the duration `stem` of a section; 0 means never.
+
+    Raises:
+      UserError: not exactly one key of the duration is there, or it is negative.
+    """
+    found = [key for key in section if (m := DURATION.fullmatch(key)) and m["stem"] == stem]
+    if len(found) != 1:
+      raise UserError(
+        f"config needs exactly one of {stem}_steps, {stem}_tokens, {stem}_epochs, {stem}_percent; "
+        f"it has {', '.join(found) or 'none'}."
+      )
+    unit, value = DURATION.fullmatch(found[0])["unit"], section[found[0]]
+    if value < 0:
+      raise UserError(f"config.{found[0]}={value} is negative; 0 means never.")
+    if value == 0:
+      return 0
+    steps_of = {
+      "steps": 1,
+      "tokens": None if self.tokens_per_step is None else 1 / self.tokens_per_step,
+      "epochs": self.steps_per_epoch,
+      "percent": None if self.total_steps is None else self.total_steps / 100,
+    }[unit]
+    if steps_of is None:
+      raise UserError(f"config.{found[0]}: the length of {unit} is not known here; give steps.")
+    return max(round(value * steps_of), 1)
+
+
+def run_app(main: Callable[..., int | None], usage: str, *, words: bool = False) -> None:
+  """Runs an entry point: flags by absl, overrides taken out of them, user errors as a sentence.
+
+  Args:
+    main: called with {dotted key: text} of the `--config.KEY=VALUE` flags; may return the exit
+      status of the program.
+    usage: the text that --help starts with.
+    words: call `main(overrides, words)` with the arguments that are no flags, which are an error
+      otherwise.
+  """
+  overrides: dict[str, str] = {}
+  positional: list[str] = []
+
+  def parse_flags(argv: list[str]) -> list[str]:
+    rest = argv[:1]
+    for argument in argv[1:]:
+      found = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
+      if found:
+        overrides[found[1]] = found[2]
+      else:
+        rest.append(argument)
+    try:
+      positional.extend(flags.FLAGS(rest)[1:])
+      if positional and not words:
+        raise flags.Error(f"{positional[0]!r} is not a flag; flags look like --name=value.")
+      return rest[:1]
+    except flags.Error as error:
+      sys.exit(f"error: {error} Try --help.")
+
+  def run(_: list[str]) -> int | None:
+    logging.set_verbosity(logging.WARNING)
+    try:
+      return main(overrides, positional) if words else main(overrides)
+    except UserError as error:
+      sys.exit(f"error: {error}")
+
+  sys.modules["__main__"].__doc__ = usage
+  flags.FLAGS.set_gnu_getopt(words)
+  app.run(run, flags_parser=parse_flags)

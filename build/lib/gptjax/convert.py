@@ -1,0 +1,83 @@
+"""Models from one format to another, exactly.
+
+    python -m gptjax.convert --from=MODEL --to=DIR [--format=gptjax|hf|peft] [--verify]
+    python -m gptjax.convert --from=MODEL --to=DIR --adapter=FOLDER [--format=gptjax|hf]
+
+MODEL is a folder of Hugging Face's files, an id of its Hub, a .gguf file, or the work directory of
+a run. `--format=gptjax` writes what --checkpoint and init_from take; `hf` writes config.json,
+safetensors and the tokenizer, which `transformers` loads. `--verify` runs both and compares.
+
+A head of labels, as configs/finetune.py trains one, is written for the classes
+...ForSequenceClassification, ...ForTokenClassification or ...ForQuestionAnswering, with the names
+of the labels, and read from them. Decoders score a text without a bias there: one that was trained
+goes into the bias of the last norm where there is one (GPT-2), otherwise fine-tune with
+--config.model.label_bias=false (Llama). BERT and RoBERTa score what their pooler makes of a text:
+--config.model.label_pooling=pooler. What is scored is the last token that is not padding, here
+always end_of_text, which `transformers` does not append to a text by itself.
+
+Adapters go both ways too: `--format=peft` writes those that a run trained as a folder of the `peft`
+library, and `--adapter` merges such a folder into its base, MODEL, before that is written.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import safetensors.numpy
+from absl import flags
+from flax import nnx
+
+from gptjax import config as config_lib
+from gptjax.errors import UserError
+from gptjax.interop.convert import FORMATS, check, convert, name_checkpoint
+from gptjax.interop.safetensors_files import DTYPES
+from gptjax.peft import huggingface as adapter_files
+from gptjax.training.pretrained import load_model
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string("from", None, "Folder, Hub id, .gguf file or work directory.", required=True)
+  flags.DEFINE_string("to", None, "Folder to write, which must not exist.", required=True)
+  flags.DEFINE_enum("format", "gptjax", FORMATS, "What to write.")
+  flags.DEFINE_string("family", None, "Of Hugging Face's files: the architecture, as 'llama'.")
+  flags.DEFINE_string("adapter", None, "Folder of the peft library, to merge into the model.")
+  flags.DEFINE_enum("dtype", "float32", tuple(DTYPES), "Of --format=hf: that of the weights.")
+  flags.DEFINE_bool("verify", False, "Hold the result against transformers.")
+
+
+def main(overrides: Mapping[str, str]) -> int:
+  if overrides:
+    raise UserError("gptjax.convert takes no --config.KEY flags.")
+  if FLAGS.format != "hf" and FLAGS.dtype != "float32":
+    raise UserError("--dtype is of --format=hf; a run's parameters are float32.")
+  if FLAGS.format == "gptjax" and FLAGS.family and not FLAGS.adapter:
+    raise UserError("--family is of --format=hf, --format=peft and --adapter.")
+  if FLAGS.format == "peft" and FLAGS.adapter:
+    raise UserError("--adapter is merged into a model, of which --format=peft writes none.")
+  source, target = name_checkpoint(FLAGS["from"].value), Path(FLAGS.to).expanduser()
+  is_foreign = source.startswith(("hf:", "gguf:"))
+  unchanged = is_foreign and FLAGS.dtype == "float32" and not FLAGS.adapter
+  if FLAGS.verify and FLAGS.format != "hf" and not unchanged:
+    raise UserError("--verify: neither side is one that transformers could load.")
+  adapter = Path(FLAGS.adapter).expanduser() if FLAGS.adapter else None
+  options = {"family": FLAGS.family, "dtype": FLAGS.dtype, "adapter": adapter}
+  convert(source, target, to=FLAGS.format, **options)
+  if FLAGS.format == "peft":
+    tensors = safetensors.numpy.load_file(target / adapter_files.WEIGHTS)
+    print(f"{target}: {sum(x.size for x in tensors.values()):,} parameters of adapters")
+    return 0
+  written = f"hf:{target}" if FLAGS.format == "hf" else str(target)
+  model, tokenizer = load_model(written)
+  count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  print(f"{target}: {count:,} parameters, {tokenizer.vocab_size:,} tokens")
+  if not FLAGS.verify:
+    return 0
+  # Weights that were rounded or merged are those of the source no longer.
+  return check(model, tokenizer, source if unchanged else written)
+
+
+if __name__ == "__main__":
+  _define_flags()
+  config_lib.run_app(main, __doc__)

@@ -1,0 +1,1 @@
+"""From files to batches: sources, chats, tokenizers, the token cache, packing, mixtures."""

@@ -1,0 +1,43 @@
+"""The one schema of a training batch, whatever the task."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Packed rows: B rows of T tokens, or one row without the B axis.
+
+  Attributes:
+    inputs: int32 [B, T], the tokens the model reads.
+    targets: int32 [B, T], the token that follows each input, or the label of the input.
+    weights: float32 [B, T], what each target counts in the loss; 0 for padding.
+    segment_ids: int32 [B, T], the document of each input, from 1; 0 for padding.
+    positions: int32 [B, T], distance from the start of the segment within its row, from 0.
+    prefix: int32 [B, T], 1 where all of the segment sees the input, for a prefix language model.
+    token_types: int32 [B, T], 1 in the second of two texts.
+    values: float32 [B, T, K], what the K labels of an input are worth, where that is no one label.
+    encoder_inputs, encoder_segment_ids, encoder_positions: int32 [B, S], what an encoder reads; a
+      segment of the decoder's row sees the one of the same id.
+  """
+
+  inputs: np.ndarray | jax.Array
+  targets: np.ndarray | jax.Array
+  weights: np.ndarray | jax.Array
+  segment_ids: np.ndarray | jax.Array
+  positions: np.ndarray | jax.Array
+  prefix: np.ndarray | jax.Array | None = None
+  token_types: np.ndarray | jax.Array | None = None
+  values: np.ndarray | jax.Array | None = None
+  encoder_inputs: np.ndarray | jax.Array | None = None
+  encoder_segment_ids: np.ndarray | jax.Array | None = None
+  encoder_positions: np.ndarray | jax.Array | None = None
+
+  @classmethod
+  def stack(cls, rows: Sequence["Batch"]) -> "Batch":
+    """Stacks rows [T] to a batch [B, T]."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)

@@ -1,0 +1,228 @@
+"""Conversations as the text that a model was trained on, by the chat template it comes with, and
+which of that text the assistant has to write."""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from gptjax.data.chat_templates import TEMPLATES
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError, did_you_mean
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+Message = Mapping[str, Any]  # {"role": one of ROLES, "content": text}
+
+# Around what {% generation %} marks. Unicode keeps these two for the inside of programs.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+_HAS_MARKS = re.compile(r"\{%[-+]?\s*generation\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+  """The template of a tokenizer, in Jinja, rendered in a sandbox with what `transformers` gives it.
+
+  Attributes:
+    tokenizer: has the template.
+    today: the date that a template may tell; None for that of the day.
+
+  Raises:
+    UserError: the tokenizer has no template.
+  """
+
+  tokenizer: Tokenizer
+  today: datetime.date | None = None
+
+  def __post_init__(self):
+    if self.tokenizer.chat_template is None:
+      raise UserError(
+        f"tokenizer {self.tokenizer.spec!r} has no chat template: its model was not made for chats."
+      )
+
+  def render(
+    self,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (),
+  ) -> str:
+    """Returns the text of a conversation.
+
+    Args:
+      messages: each {"role": ..., "content": ...}, and what else the template reads.
+      add_generation_prompt: whether the text ends where the assistant's answer begins.
+      tools: what the template gets of that name.
+
+    Raises:
+      UserError: a message without a known role or without content, or a template that is wrong or
+        refuses the messages.
+    """
+    for number, message in enumerate(messages):
+      role = message.get("role")
+      if role not in ROLES:
+        raise UserError(f"message {number}: no role {role!r}. {did_you_mean(str(role), ROLES)}")
+      if "content" not in message:
+        raise UserError(f"message {number}: no 'content' (found: {', '.join(message)}).")
+    return self._render(messages, tools, add_generation_prompt=add_generation_prompt)
+
+  def _render(
+    self,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+    marked: bool = False,
+  ) -> str:
+    day = self.today or datetime.datetime.now()
+    try:
+      return _compile(self.tokenizer.chat_template, marked).render(
+        messages=list(messages),
+        tools=list(tools) or None,
+        documents=None,
+        add_generation_prompt=add_generation_prompt,
+        strftime_now=day.strftime,
+        **self.tokenizer.roles,
+      )
+    except jinja2.TemplateSyntaxError as error:
+      raise UserError(
+        f"the chat template of {self.tokenizer.spec!r} is wrong in line {error.lineno}: {error}"
+      ) from error
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+      raise UserError(
+        f"the chat template of {self.tokenizer.spec!r} refuses these messages: {error}"
+      ) from error
+
+  def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    """Returns the ids of `render`, special tokens parsed; arguments and errors are as there."""
+    text = self.render(messages, add_generation_prompt=add_generation_prompt)
+    return self.tokenizer.encode_with_specials(text)
+
+  def examples(
+    self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+  ) -> list[list[tuple[str, bool]]]:
+    """Returns the texts to learn a conversation from, in pieces, and of each piece whether the
+    assistant writes it. Each answer is learnt once, after the prompt that asks for it.
+
+    Answers are what the template has between {% generation %} and {% endgeneration %}, in one text.
+    In a template without these marks, an answer is what the conversation that ends with it has
+    beyond the prompt of the one that ends before it. One that is written in another way when others
+    follow, as Qwen 3's without its thoughts, is learnt from a text of its own. What follows the end
+    of a turn may be part of it.
+
+    Raises:
+      UserError: as `render`; an answer does not begin with its prompt, so that it cannot be told;
+        or nothing is marked.
+    """
+    whole = self.render(messages, add_generation_prompt=False, tools=tools)
+    if _HAS_MARKS.search(self.tokenizer.chat_template):
+      return [self._marked_pieces(messages, tools, whole)]
+    examples: list[tuple[str, list[int]]] = [(whole, [])]  # Texts, and where their pieces end.
+    for number, message in reversed([*enumerate(messages)]):
+      if message["role"] != "assistant":
+        continue
+      prompt = self._render(messages[:number], tools, add_generation_prompt=True)
+      answered = self._render(messages[: number + 1], tools)
+      if not answered.startswith(prompt):
+        raise UserError(
+          f"the chat template of {self.tokenizer.spec!r} does not write message {number} behind "
+          "what asks for it, so that its tokens cannot be told from the rest; set "
+          "--config.task.chat_template= to another, or train_on=all."
+        )
+      text, ends = examples[-1]
+      before = text[: ends[0]] if ends else text
+      # Some, as Phi-3's, put this behind whatever comes last.
+      bare = answered.removesuffix(self.tokenizer.roles.get("eos_token", ""))
+      same = next((one for one in (answered, bare) if before.startswith(one)), None)
+      if same is None:
+        examples.append((answered, [len(prompt), len(answered)]))
+      else:
+        ends[:0] = [len(prompt), len(same)]
+    return [_cut(text, ends) for text, ends in reversed(examples) if ends]
+
+  def _marked_pieces(
+    self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], whole: str
+  ) -> list[tuple[str, bool]]:
+    parts = re.split(f"{_BEGIN}(.*?){_END}", self._render(messages, tools, marked=True), flags=re.S)
+    if len(parts) == 1 or "".join(parts) != whole:
+      raise UserError(
+        f"the chat template of {self.tokenizer.spec!r} has {{% generation %}}, but what it marks "
+        "in these messages is nothing, or not one piece of text for each."
+      )
+    return [(text, number % 2 == 1) for number, text in enumerate(parts) if text]
+
+
+def set_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
+  """Returns the tokenizer with the chat template `name` of `TEMPLATES`, or as it is for ''.
+
+  Raises:
+    UserError: there is no such template, the tokenizer lacks a special token of it, or has no
+      template of its own to be used.
+  """
+  if not name:
+    if tokenizer.chat_template is None:
+      raise UserError(
+        f"tokenizer {tokenizer.spec!r} has no chat template of its own. "
+        f"Set --config.task.chat_template= to one of: {', '.join(TEMPLATES)}."
+      )
+    return tokenizer
+  if name not in TEMPLATES:
+    raise UserError(f"task.chat_template: no template {name!r}. {did_you_mean(name, TEMPLATES)}")
+  template, needed = TEMPLATES[name]
+  if missing := [text for text in needed if text not in tokenizer.specials]:
+    raise UserError(
+      f"task.chat_template={name!r} needs the special token {missing[0]!r}, which tokenizer "
+      f"{tokenizer.spec!r} does not have; 'alpaca' needs none."
+    )
+  return tokenizer.with_chat_template(template)
+
+
+@functools.lru_cache
+def _compile(template: str, marked: bool):
+  """Compiles as `transformers` does: its options, filters and functions. With `marked`, what is
+  generated is between `_BEGIN` and `_END`."""
+
+  class Generation(jinja2.ext.Extension):
+    """{% generation %} marks what an assistant says, which adds no other text."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+      next(parser.stream)
+      body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+      return [_literal(_BEGIN), *body, _literal(_END)] if marked else body
+
+  def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+  def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    # Unlike Jinja's own, which escapes what means something in HTML.
+    return json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+  )
+  environment.filters["tojson"] = tojson
+  environment.globals["raise_exception"] = raise_exception
+  return environment.from_string(template)
+
+
+def _cut(text: str, ends: Sequence[int]) -> list[tuple[str, bool]]:
+  """The pieces of a text, every other an answer, but for empty ones."""
+  pairs = itertools.pairwise([0, *ends, len(text)])
+  return [(text[i:j], n % 2 == 1) for n, (i, j) in enumerate(pairs) if i < j]
+
+
+def _literal(text: str) -> jinja2.nodes.Output:
+  return jinja2.nodes.Output([jinja2.nodes.TemplateData(text)])

@@ -1,0 +1,325 @@
+"""Tokenizers behind one interface: trained here, or read from the formats in use.
+
+A spec names one:
+
+    bytes                       256 bytes and 4 special tokens
+    bpe:N                       byte-level BPE of N tokens in all, trained on the training text
+    bytes+mask, bpe:N+sentinels the same with '<|mask|>', with 100 sentinels, or both
+    FOLDER                      tokenizer.json; or GPT-2's encoder.json + vocab.bpe, or vocab.json +
+                                merges.txt; or tokenizer.model, spiece.model, or vocab.txt
+    FILE.tiktoken               one of OpenAI's, told apart by its name
+    tokenizer.json, FILE.model  of the Hugging Face library, of SentencePiece
+    vocab.txt                   BERT's WordPiece
+    FILE.gguf                   that of a model of llama.cpp
+
+Beside the files of a foreign one, those of `tokenizer_settings.FILES` are read where they are. A
+run keeps its tokenizer in its own folder, so it never trains one twice nor needs the original.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from gptjax.data import tokenizer_formats as formats
+from gptjax.data import tokenizer_gguf
+from gptjax.data import tokenizer_settings as settings_lib
+from gptjax.errors import UserError, did_you_mean
+
+_META = "gptjax_tokenizer.json"
+_BPE = "bpe:"
+# Tokens that end a turn of a chat, of the templates in use.
+_ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """Text to token ids and back.
+
+  Encoding adds nothing and parses nothing: text that looks like a special token is plain text.
+
+  Attributes:
+    spec: what it was made from.
+    vocab_size: number of ids, unused ones included.
+    end_of_text: id of the separator between documents.
+    start: ids that a document or a prompt begins with.
+    stops: ids that end a completion.
+    fim_prefix, fim_middle, fim_suffix: ids for fill-in-the-middle, or None.
+    mask: id of what hides a token, or None.
+    sentinels: ids of what stands for removed spans, in order (Raffel et al. 2020); may be empty.
+    specials: the ids of all special tokens by their text.
+    roles: texts of special tokens by what its files call them ('bos_token', 'eos_token', ...).
+    chat_template: the model's own, in Jinja, or None.
+  """
+
+  spec: str
+  _format: formats.Format
+  _settings: settings_lib.Settings
+  _files: Mapping[str, bytes]
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self._format.token_bytes)
+
+  @property
+  def specials(self) -> Mapping[str, int]:
+    return self._format.specials
+
+  @property
+  def end_of_text(self) -> int:
+    return self._format.end_of_text
+
+  @property
+  def start(self) -> tuple[int, ...]:
+    bos = self.specials.get(self.roles.get("bos_token"))
+    if self._settings.adds_bos and bos is not None:
+      return (bos,)
+    if self._settings.adds_bos is False or self._format.start is None:
+      return (self.end_of_text,)
+    return self._format.start
+
+  @property
+  def stops(self) -> frozenset[int]:
+    template = self.chat_template or ""
+    names = (self.roles.get("eos_token"), *(text for text in _ENDS_OF_TURN if text in template))
+    named = {self.specials[text] for text in names if text in self.specials}
+    return frozenset({self.end_of_text, *named, *self._settings.end_ids})
+
+  @property
+  def roles(self) -> Mapping[str, str]:
+    return self._settings.roles
+
+  @property
+  def chat_template(self) -> str | None:
+    return self._settings.chat_template
+
+  @property
+  def mask(self) -> int | None:
+    return next((self.specials[text] for text in formats.MASKS if text in self.specials), None)
+
+  @property
+  def sentinels(self) -> tuple[int, ...]:
+    for name in formats.SENTINELS:
+      if name.format(0) in self.specials:
+        ids = (self.specials.get(name.format(number)) for number in itertools.count())
+        return tuple(itertools.takewhile(lambda token: token is not None, ids))
+    return ()
+
+  @property
+  def fim_prefix(self) -> int | None:
+    return self._fim("prefix")
+
+  @property
+  def fim_middle(self) -> int | None:
+    return self._fim("middle")
+
+  @property
+  def fim_suffix(self) -> int | None:
+    return self._fim("suffix")
+
+  def _fim(self, part: str) -> int | None:
+    named = (self.specials.get(f"<|fim_{part}|>"), self.specials.get(f"<fim_{part}>"))
+    return next((token for token in named if token is not None), None)
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, no special among them."""
+    return self.encode_batch([text])[0].tolist()
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Encodes each text to uint32 [its tokens], in parallel where the library can.
+
+    Raises:
+      UserError: half of a surrogate pair is in a text, which is no character.
+    """
+    for text in texts:
+      _check(text)
+    return self._format.encode_batch(texts)
+
+  def encode_with_specials(self, text: str) -> list[int]:
+    """Returns the ids of `text`, its special tokens parsed, as of a rendered chat template."""
+    _check(text)
+    return self._format.encode_with_specials(text)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of a whole document; bytes that are not UTF-8 become U+FFFD."""
+    text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+    text = text.removeprefix(" ") if self._format.adds_space else text
+    return text.removesuffix(" ") if self._format.ends_with_space else text
+
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """Returns the bytes of any piece of a document, so that pieces can be joined; specials are
+    nothing."""
+    table = self._format.token_bytes
+    return b"".join(table[token] for token in ids)
+
+  def bytes_per_token(self) -> np.ndarray:
+    """Returns int32 [vocab_size], the UTF-8 bytes that each id stands for; 0 for specials."""
+    return np.array([len(token) for token in self._format.token_bytes], np.int32)
+
+  def fingerprint(self) -> str:
+    """Returns a hash of all that decides the encoding."""
+    digest = hashlib.sha256(self._format.kind.encode())
+    for name, content in sorted(self._files.items()):
+      digest.update(f"\0{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+  def with_chat_template(self, template: str) -> "Tokenizer":
+    """Returns the same with another chat template, whose 'eos_token' is, unless the tokenizer has
+    one, the separator of documents."""
+    names = {token: text for text, token in self.specials.items()}
+    roles = {"eos_token": names[self.end_of_text]} | dict(self.roles)
+    files = {**self._files, **settings_lib.chat_template_files(template, roles)}
+    return _make(self.spec, self._format.kind, files, self.vocab_size)
+
+  @property
+  def adds_space(self) -> bool:
+    """Whether encoding puts a space before a text, so that its pieces are not its tokens'."""
+    return self._format.adds_space
+
+  def save(self, folder: epath.PathLike) -> None:
+    """Writes all that `open_saved` needs; `folder` may be remote (gs://...)."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in self._files.items():
+      (folder / name).write_bytes(content)
+    # The last file to be written tells a whole folder from half of one.
+    meta = {"spec": self.spec, "kind": self._format.kind, "vocab_size": self.vocab_size}
+    (folder / _META).write_text(json.dumps({**meta, "files": sorted(self._files)}))
+
+
+def open_saved(folder: epath.PathLike) -> Tokenizer | None:
+  """Opens what `Tokenizer.save` wrote; None if `folder` holds no whole tokenizer."""
+  folder = epath.Path(folder)
+  if not (folder / _META).exists():
+    return None
+  meta = json.loads((folder / _META).read_text())
+  files = {name: (folder / name).read_bytes() for name in meta["files"]}
+  return _make(meta["spec"], meta["kind"], files, meta["vocab_size"])
+
+
+def load(spec: str) -> Tokenizer:
+  """Loads the tokenizer that `spec` names; UserError if there is none, or if it must be trained."""
+  if spec.split("+")[0] == "bytes":
+    _, specials = _parse(spec)
+    added = specials[len(formats.SPECIALS) :]
+    return _make(spec, "bytes", {"specials.json": json.dumps(added).encode()} if added else {})
+  if spec.startswith(_BPE):
+    raise UserError(f"tokenizer {spec!r} must be trained; a run keeps it in WORKDIR/tokenizer.")
+  path = Path(spec).expanduser()
+  if path.suffix == ".gguf" and path.is_file():
+    return _make(spec, *tokenizer_gguf.read(path))
+  kind, names = formats.recognise(path)
+  if kind is None:
+    found = "holds no tokenizer that we read" if path.exists() else "is no file or folder"
+    raise UserError(
+      f"tokenizer {spec!r} {found}. Give 'bytes', 'bpe:N', a folder with tokenizer.json, "
+      "encoder.json and vocab.bpe (or vocab.json and merges.txt), tokenizer.model, spiece.model or "
+      "vocab.txt, one of these files, or a *.tiktoken, *.model or *.gguf file."
+    )
+  folder = path if path.is_dir() else path.parent
+  beside = [name for name in settings_lib.FILES if (folder / name).is_file()]
+  return _make(spec, kind, {name: (folder / name).read_bytes() for name in (*names, *beside)})
+
+
+def train(spec: str, texts: Iterable[str], *, progress: bool = False) -> Tokenizer:
+  """Trains the byte-level BPE `bpe:N` on `texts`. The same texts give the same tokenizer."""
+  vocab_size = declared_vocab_size(spec)
+  content = formats.train_bpe(texts, vocab_size, _parse(spec)[1], progress)
+  return _make(spec, "tokenizer.json", {"tokenizer.json": content}, vocab_size)
+
+
+def train_or_load(
+  spec: str,
+  texts: Callable[[], Iterable[str]],
+  folder: epath.PathLike,
+  *,
+  save: bool = True,
+  progress: bool = False,
+) -> Tokenizer:
+  """Returns the tokenizer saved in `folder`, else loads or trains `spec` and saves it there.
+
+  Args:
+    spec: which tokenizer.
+    texts: gives the text to train on; called only to train.
+    folder: the run's own copy.
+    save: whether to write that copy (one process of a run does).
+    progress: whether to show a progress bar.
+
+  Raises:
+    UserError: if `spec` is unknown, or is not the one that `folder` holds.
+  """
+  if tokenizer := open_saved(folder):
+    if tokenizer.spec != spec:
+      raise UserError(
+        f"{folder} holds the tokenizer {tokenizer.spec!r}, not {spec!r}. "
+        f"Set --config.tokenizer={tokenizer.spec} or start in another --workdir."
+      )
+    return tokenizer
+  trained = spec.startswith(_BPE)
+  tokenizer = train(spec, texts(), progress=progress) if trained else load(spec)
+  if save:
+    tokenizer.save(folder)
+  return tokenizer
+
+
+def start_of(tokenizer: Tokenizer) -> list[int]:
+  """What a document or a prompt starts with where something must: at least one id."""
+  return [*tokenizer.start] or [tokenizer.end_of_text]
+
+
+def declared_vocab_size(spec: str) -> int:
+  """Returns the vocabulary size of `spec` without training anything."""
+  if not spec.startswith(_BPE):
+    return load(spec).vocab_size
+  base, specials = _parse(spec)
+  number = base.removeprefix(_BPE)
+  smallest = 256 + len(specials)
+  if not number.isdecimal() or int(number) < smallest:
+    raise UserError(
+      f"tokenizer {spec!r}: N in bpe:N must be a whole number of {smallest} or more "
+      f"(256 bytes and {len(specials)} special tokens)."
+    )
+  return int(number)
+
+
+def _parse(spec: str) -> tuple[str, tuple[str, ...]]:
+  """Splits the spec of a tokenizer made here into its kind and its special tokens."""
+  base, *suffixes = spec.split("+")
+  for suffix in suffixes:
+    if suffix not in formats.SUFFIXES:
+      raise UserError(
+        f"tokenizer {spec!r}: no suffix {suffix!r}. {did_you_mean(suffix, formats.SUFFIXES)}"
+      )
+  asked = [texts for suffix, texts in formats.SUFFIXES.items() if suffix in suffixes]
+  return base, tuple(itertools.chain(formats.SPECIALS, *asked))
+
+
+def _check(text: str) -> None:
+  """Refuses what has no UTF-8, which the libraries replace, or call no text at all."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"a text has half of a surrogate pair (U+{ord(text[error.start]):04X}) at character "
+      f"{error.start}, which is no character; replace it, by U+FFFD for example."
+    ) from error
+
+
+def _make(
+  spec: str, kind: str, files: Mapping[str, bytes], vocab_size: int | None = None
+) -> Tokenizer:
+  try:
+    settings = settings_lib.read(files)
+    own = {name: content for name, content in files.items() if name not in settings_lib.FILES}
+    made = formats.READERS[kind](own, settings)
+  except UserError as error:
+    raise UserError(f"tokenizer {spec!r}: {error}") from error
+  if vocab_size is not None:  # A small text gives fewer merges than were asked for.
+    unused = (b"",) * (vocab_size - len(made.token_bytes))
+    made = dataclasses.replace(made, token_bytes=made.token_bytes + unused)
+  return Tokenizer(spec, made, settings, files)

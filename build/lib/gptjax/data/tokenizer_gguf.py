@@ -1,0 +1,134 @@
+"""The tokenizer inside a GGUF file, as the files of a format that is read without its weights.
+
+The keys are those of the GGUF specification, 'tokenizer.ggml.*'; what they leave to the program
+that reads them (patterns, defaults) is as in llama.cpp's src/llama-vocab.cpp.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from gptjax.data import tokenizer_settings
+from gptjax.data.tokenizer_formats import GPT2_PATTERN, GPT4_PATTERN, GPT4O_PATTERN
+from gptjax.errors import UserError, did_you_mean
+
+_PREFIX = "tokenizer.ggml."
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_QWEN2_PATTERN = GPT4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_DIGIT_THEN_GPT2 = (r"\p{N}", GPT2_PATTERN)
+# What cuts a text into words, one pattern after the other, by 'tokenizer.ggml.pre'.
+_PATTERNS: Mapping[str, Sequence[str]] = {
+  "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"),
+  **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "dbrx-gpt2"), (GPT2_PATTERN,)),
+  **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGIT_THEN_GPT2),
+  **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (GPT4_PATTERN,)),
+  **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2_PATTERN,)),
+  "gpt-4o": (GPT4O_PATTERN,),
+}
+# These begin every text with 'bos' unless the file says otherwise, and a word that is a token is
+# one even if no merges lead to it.
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+
+
+def read(path: Path) -> tuple[str, dict[str, bytes]]:
+  """Returns the reader for a GGUF file's tokenizer, and the contents of the files it needs.
+
+  Raises:
+    UserError: not a GGUF file, or with a tokenizer of a kind that is not known here.
+  """
+  values = _values(path)
+  kind = values.get("model")
+  if kind == "gpt2":
+    return "tokenizer.json", _byte_level(values, path) | _settings(values)
+  if kind == "llama":
+    return "sentencepiece", _sentencepiece(values) | _settings(values)
+  raise UserError(f"{path}: its tokenizer.ggml.model is {kind!r}; 'gpt2' and 'llama' are read.")
+
+
+def _values(path: Path) -> dict[str, Any]:
+  """Returns the file's values of the tokenizer, by their name without the prefix."""
+  try:
+    import gguf  # An extra: few need it.
+  except ImportError as error:
+    raise UserError(f"{path} needs the package gguf: pip install gguf.") from error
+  try:
+    fields = gguf.GGUFReader(path).fields
+  except (ValueError, IndexError) as error:
+    raise UserError(f"{path} is not a GGUF file ({error}).") from error
+  values = {
+    name.removeprefix(_PREFIX): field.contents()
+    for name, field in fields.items()
+    if name.startswith(_PREFIX)
+  }
+  if template := fields.get("tokenizer.chat_template"):
+    values["chat_template"] = template.contents()
+  return values
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, bytes]:
+  tokens = values["tokens"]
+  ids = {
+    role: values.get(f"{name}_token_id")
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+  }
+  ends = [values.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+  begins = values["model"] == "llama" or values.get("pre") in _LLAMA3
+  return tokenizer_settings.write(
+    {f"{role}_token": tokens[token] for role, token in ids.items() if token is not None},
+    [token for token in ends if token is not None],
+    bool(values.get("add_bos_token", begins)),
+    values.get("chat_template"),
+  )
+
+
+def _byte_level(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
+  """A byte-level BPE as a tokenizer.json."""
+  pre = values.get("pre", "default")
+  if pre not in _PATTERNS:
+    raise UserError(f"{path}: no known tokenizer.ggml.pre {pre!r}. {did_you_mean(pre, _PATTERNS)}")
+  tokens, types = values["tokens"], values["token_type"]
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(
+      vocab={text: number for number, text in enumerate(tokens)},
+      merges=[tuple(merge.split(" ")) for merge in values["merges"]],
+      ignore_merges=pre in _LLAMA3,
+    )
+  )
+  if pre == "qwen2":
+    tokenizer.normalizer = normalizers.NFC()  # Which the model was trained with.
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      *(
+        pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+        for pattern in _PATTERNS[pre]
+      ),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  special = [text for text, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _UNUSED)]
+  plain = [text for text, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+  tokenizer.add_special_tokens(special)
+  tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in plain])
+  return {"tokenizer.json": tokenizer.to_str().encode()}
+
+
+def _sentencepiece(values: Mapping[str, Any]) -> dict[str, bytes]:
+  """A BPE by scores as a model of the SentencePiece library, whose token types GGUF shares."""
+  from sentencepiece import sentencepiece_model_pb2
+
+  model = sentencepiece_model_pb2.ModelProto()
+  columns = (values[name] for name in ("tokens", "scores", "token_type"))
+  for text, score, kind in zip(*columns, strict=True):
+    model.pieces.add(piece=text, score=score, type=kind)
+  model.trainer_spec.model_type = model.trainer_spec.BPE
+  model.trainer_spec.vocab_size = len(model.pieces)
+  model.trainer_spec.byte_fallback = _BYTE in values["token_type"]
+  model.trainer_spec.unk_id = values.get("unknown_token_id", 0)
+  model.normalizer_spec.name = "identity"
+  model.normalizer_spec.add_dummy_prefix = bool(values.get("add_space_prefix", True))
+  model.normalizer_spec.remove_extra_whitespaces = False
+  return {"tokenizer.model": model.SerializeToString()}

@@ -1,0 +1,103 @@
+"""What the files beside a tokenizer's own say: roles of special tokens, and the chat template."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gptjax.errors import UserError
+
+_CONFIG = "tokenizer_config.json"
+_ROLES = "special_tokens_map.json"
+_GENERATION = "generation_config.json"
+_TEMPLATE = "chat_template.jinja"
+FILES = (_CONFIG, _ROLES, _GENERATION, _TEMPLATE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Of a tokenizer of the Hugging Face Hub; one without such files has the defaults.
+
+  Attributes:
+    roles: texts of special tokens by role, such as 'bos_token', 'eos_token', 'unk_token'.
+    end_ids: ids with which generation ends.
+    adds_bos: whether a text begins with 'bos_token'; None if that is not said.
+    lowercase: whether a WordPiece vocabulary is of lower-cased text.
+    legacy: whether SentencePiece puts a space after each special token too, not at the start alone;
+      None if that is not said.
+    added: text of the tokens beyond the vocabulary, by id, with whether each is special.
+    extra_ids: number of T5's sentinels beyond the vocabulary.
+    chat_template: in Jinja, or None.
+  """
+
+  roles: Mapping[str, str]
+  end_ids: tuple[int, ...]
+  adds_bos: bool | None
+  lowercase: bool
+  legacy: bool | None
+  added: Mapping[int, tuple[str, bool]]
+  extra_ids: int
+  chat_template: str | None
+
+
+def read(files: Mapping[str, bytes]) -> Settings:
+  """Reads those of `FILES` that are there; UserError for one that is not JSON."""
+  config, roles, generation = (
+    parse_json(files[name], name) if name in files else {}
+    for name in (_CONFIG, _ROLES, _GENERATION)
+  )
+  end_ids = generation.get("eos_token_id")
+  added = config.get("added_tokens_decoder", {})
+  return Settings(
+    roles=_texts(roles) | _texts(config),
+    end_ids=tuple(end_ids) if isinstance(end_ids, list) else () if end_ids is None else (end_ids,),
+    adds_bos=config.get("add_bos_token"),
+    lowercase=config.get("do_lower_case", True),
+    legacy=config.get("legacy"),
+    added={int(i): (token["content"], token["special"]) for i, token in added.items()},
+    extra_ids=config.get("extra_ids", 0),
+    chat_template=(
+      files[_TEMPLATE].decode() if _TEMPLATE in files else _default(config.get("chat_template"))
+    ),
+  )
+
+
+def write(
+  roles: Mapping[str, str], end_ids: list[int], adds_bos: bool, chat_template: str | None
+) -> dict[str, bytes]:
+  """Returns the files from which `read` gives these settings."""
+  config = {**roles, "add_bos_token": adds_bos, "chat_template": chat_template}
+  return {
+    _CONFIG: json.dumps(config).encode(),
+    _GENERATION: json.dumps({"eos_token_id": end_ids}).encode(),
+  }
+
+
+def chat_template_files(template: str, roles: Mapping[str, str]) -> dict[str, bytes]:
+  """Returns the files that, in the place of others, give a chat template and roles."""
+  return {_TEMPLATE: template.encode(), _ROLES: json.dumps(dict(roles)).encode()}
+
+
+def parse_json(content: bytes, name: str) -> Any:
+  """Parses JSON; UserError that names the file if it is none."""
+  try:
+    return json.loads(content)
+  except ValueError as error:
+    raise UserError(f"{name} is not JSON ({error}).") from error
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+  """The tokens among the values, which are texts or descriptions with one."""
+  contents = {
+    role: value.get("content") if isinstance(value, dict) else value
+    for role, value in values.items()
+    if role.endswith("_token")
+  }
+  return {role: text for role, text in contents.items() if isinstance(text, str)}
+
+
+def _default(template: str | list[dict[str, str]] | None) -> str | None:
+  """Of several templates that of the name 'default', as `transformers` chooses."""
+  if isinstance(template, list):
+    return {one["name"]: one["template"] for one in template}.get("default")
+  return template

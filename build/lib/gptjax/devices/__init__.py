@@ -1,0 +1,1 @@
+"""Devices: the mesh, axis rules, hosts and hardware figures."""

@@ -1,0 +1,1 @@
+"""Evaluation, and the simple methods that a model has to beat."""

@@ -1,0 +1,149 @@
+"""Models of ours in EleutherAI's lm-eval: its tasks, its prompts and its metrics (Gao et al., A
+framework for few-shot language model evaluation).
+
+Importing this module imports lm-eval, which takes two seconds.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import evaluator
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from gptjax.data.chat import ChatTemplate
+from gptjax.data.tokenizer import start_of
+from gptjax.errors import UserError, did_you_mean
+from gptjax.evals.subject import Subject
+from gptjax.inference.sampling import Sampling
+from gptjax.inference.score import encode_pair
+
+# What lm-eval writes where a task does not say.
+_MAX_TOKENS = 256
+_GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p")
+
+
+class HarnessModel(LM):
+  """A model as lm-eval asks it: all requests of a kind at once, of which we make batches."""
+
+  def __init__(self, subject: Subject, seed: int = 0):
+    super().__init__()
+    self.subject = subject
+    self.seed = seed
+
+  def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    tokenizer = self.subject.tokenizer
+    pairs = []
+    for context, continuation in (request.args for request in requests):
+      if self.subject.chat and context:
+        context = tokenizer.encode_with_specials(context)
+      pairs.append(encode_pair(tokenizer, context, continuation))
+    return [(one.log_likelihood, one.greedy) for one in self.subject.score(pairs)]
+
+  def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    texts = [request.args[0] for request in requests]
+    return [one.log_likelihood for one in self.subject.score_documents(texts)]
+
+  def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    answers = [""] * len(requests)
+    groups: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+      groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+    for indices in groups.values():
+      options = dict(requests[indices[0]].args[1])
+      prompts = [requests[index].args[0] for index in indices]
+      for index, text in zip(indices, self._write(prompts, options), strict=True):
+        answers[index] = text
+    return answers
+
+  def _write(self, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    for key in options:
+      if key not in _GENERATION_KEYS:
+        raise UserError(f"generation_kwargs: no {key!r}. {did_you_mean(key, _GENERATION_KEYS)}")
+    until = options.get("until") or []
+    temperature = float(options.get("temperature") or 0.0)
+    sampling = Sampling(
+      temperature=temperature if options.get("do_sample", temperature > 0) else 0.0,
+      **{key: options[key] for key in ("top_k", "top_p", "min_p") if key in options},
+    )
+    tokenizer = self.subject.tokenizer
+    rows = [
+      tokenizer.encode_with_specials(prompt)
+      if self.subject.chat
+      else [*start_of(tokenizer), *tokenizer.encode(prompt)]
+      for prompt in prompts
+    ]
+    return self.subject.write(
+      rows,
+      max_tokens=int(options.get("max_gen_toks", _MAX_TOKENS)),
+      stop=[until] if isinstance(until, str) else list(until),
+      sampling=sampling,
+      # Repeats of a request are to differ.
+      seeds=[(self.seed + number) % 2**32 for number in range(len(rows))],
+    )
+
+  def apply_chat_template(
+    self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+  ) -> str:
+    template = ChatTemplate(self.subject.tokenizer)
+    return template.render(chat_history, add_generation_prompt=add_generation_prompt)
+
+  @property
+  def tokenizer_name(self) -> str:
+    return self.subject.tokenizer.spec.replace("/", "__")
+
+  def chat_template(self, chat_template: bool | str = False) -> str:
+    return self.subject.tokenizer.chat_template or ""
+
+
+def run(
+  subject: Subject,
+  tasks: Sequence[str],
+  *,
+  include: str = "",
+  shots: int | None = None,
+  seed: int = 0,
+  limit: int = 0,
+) -> dict[str, Any]:
+  """Evaluates on tasks of lm-eval and returns its results.
+
+  Args:
+    subject: the model; with `chat`, its chat template is applied.
+    tasks: names, of lm-eval or of `include`.
+    include: a folder with tasks of one's own (YAML).
+    shots: worked examples before each question; None is what the task says.
+    seed: of their choice, and of sampling.
+    limit: examples of each task, its first; 0 is all.
+
+  Raises:
+    UserError: a task is unknown.
+  """
+  logging.getLogger("lm_eval").setLevel(logging.WARNING)
+  # Its bootstrap would fork this process, whose threads may hold locks.
+  os.environ.setdefault("DISABLE_MULTIPROC", "1")
+  if include and not Path(include).is_dir():
+    raise UserError(f"--lm_eval_include={include} is no folder.")
+  # To look through the thousands of tasks that come with it takes seconds.
+  manager = TaskManager(include_path=include or None, include_defaults=not include)
+  if not set(tasks) <= set(manager.all_tasks) and include:
+    manager = TaskManager(include_path=include)
+  for task in tasks:
+    if task not in manager.all_tasks:
+      raise UserError(f"--lm_eval: no task {task!r}. {did_you_mean(task, manager.all_tasks)}")
+  return evaluator.simple_evaluate(
+    model=HarnessModel(subject, seed),
+    tasks=list(tasks),
+    task_manager=manager,
+    num_fewshot=shots,
+    limit=limit or None,
+    apply_chat_template=subject.chat,
+    fewshot_random_seed=seed,
+    random_seed=seed,
+    numpy_random_seed=seed,
+    torch_random_seed=None,
+    log_samples=False,
+    bootstrap_iters=1000,
+  )

@@ -1,0 +1,112 @@
+"""What a model that scores labels says of records, and how good that is."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from gptjax.data import files
+from gptjax.data.options import DataOptions, read_options
+from gptjax.data.sources import Subset
+from gptjax.errors import UserError
+from gptjax.evals.answers import Result
+from gptjax.evals.subject import Subject
+from gptjax.evals.task import choose
+from gptjax.objectives import scores
+from gptjax.objectives.task import Task, make_task
+from gptjax.training import step
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledRecords:
+  """Encoded records of a file, and the task that they are for."""
+
+  path: str
+  task: Task
+  data: DataOptions
+  examples: Any
+  seed: int
+
+
+def prepare(
+  path: str, config: Any, subject: Subject, *, seed: int = 0, limit: int = 0
+) -> LabelledRecords:
+  """Reads JSON lines with the keys and the labels that a run was trained with.
+
+  Args:
+    path: the records.
+    config: of the run.
+    subject: its model and tokenizer.
+    seed: of the bootstrap, and of `limit`.
+    limit: how many lines to take; 0 is all.
+
+  Raises:
+    UserError: the model writes text, or a record cannot be read.
+  """
+  if subject.model.label_head is None:
+    raise UserError(f"labels:{path}: the model writes text; give it a task (gptjax/evals/task.py).")
+  task, data = make_task(config.task), read_options(config)
+  task.check_libraries()
+  if subject.max_length is not None:
+    data = dataclasses.replace(data, sequence_length=subject.max_length)
+  text_key = next(iter(data.parts.values())).text_key
+  lines = files.open_jsonl(path, "", "error")
+  chosen = Subset(lines, np.array(choose([*range(len(lines))], limit, seed)))
+  texts = task.read_records(chosen, text_key)
+  examples = task.encode(texts, subject.tokenizer, data, progress=subject.progress)
+  return LabelledRecords(path, task, data, examples, seed)
+
+
+def evaluate(
+  records: LabelledRecords, subject: Subject, *, resamples: int = scores.RESAMPLES
+) -> Result:
+  """Asks the model, and measures its answers with a bootstrap of so many `resamples`."""
+  start = time.perf_counter()
+  task, examples = records.task, records.examples
+  outputs = ask(records, subject)
+  measures = task.measures(outputs)
+  metrics = {
+    name: scores.bootstrap(measures[name], len(examples), resamples=resamples, seed=records.seed)
+    for name in task.metrics
+  }
+  golds, predicted = (
+    [task.say(answer) for answer in answers] for answers in (outputs.golds, outputs.predicted)
+  )
+  details: dict[str, Any] = {
+    "task": task.name,
+    "truncated": examples.truncated,
+    "left_out": examples.dropped,
+  }
+  confidence = correct = None
+  if (confidence := outputs.confidence) is not None:
+    correct = np.array(outputs.golds) == np.array(outputs.predicted)
+    details |= scores.classification_report(golds, predicted, task.labels)
+  details["seconds"] = time.perf_counter() - start
+  predictions = [
+    {"place": example.name, "target": gold, "prediction": answer}
+    for example, gold, answer in zip(examples.examples, golds, predicted, strict=True)
+  ]
+  return Result(f"labels:{records.path}", metrics, details, predictions, confidence, correct)
+
+
+def ask(records: LabelledRecords, subject: Subject) -> Any:
+  """The outputs of the task with the model's answers to the examples, in their order."""
+  graph, params = nnx.split(subject.model)
+  task, examples = records.task, records.examples
+  eval_step = step.make_eval_step(graph, task)
+  outputs, order = task.outputs(), []
+  bar = tqdm(total=len(examples), desc="labels", unit="text", disable=not subject.progress)
+  with bar:
+    for first in range(0, len(examples), subject.batch_size):
+      some = examples.examples[first : first + subject.batch_size]
+      batch, packed = task.pack(some, records.data)
+      _, told = eval_step(params, batch)
+      outputs.add(jax.device_get(told))
+      order += [first + member for member in packed]
+      bar.update(len(some))
+  outputs.answers = [outputs.answers[place] for place in np.argsort(order)]
+  return outputs

@@ -1,0 +1,122 @@
+"""The model under evaluation: what it finds likely, and what it writes, in batches."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from gptjax.data.chat import ChatTemplate
+from gptjax.data.tokenizer import Tokenizer, start_of
+from gptjax.errors import UserError
+from gptjax.inference import score as scoring
+from gptjax.inference.generate import generate
+from gptjax.inference.sampling import Sampling
+from gptjax.inference.score import Score
+from gptjax.model.gpt import GPT
+
+Prompt = str | list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """A model, its tokenizer, and how it is asked.
+
+  chat: prompts are messages of a user, answers those of the assistant.
+  batch_size: rows of a batch.
+  max_length: tokens that the model reads at a time; None is its `max_positions`.
+  progress: show bars, on stderr.
+  """
+
+  model: GPT
+  tokenizer: Tokenizer
+  chat: bool = False
+  batch_size: int = 8
+  max_length: int | None = None
+  progress: bool = False
+
+  def __post_init__(self):
+    if self.batch_size < 1:
+      raise UserError(f"batch_size={self.batch_size} must be at least 1.")
+    if self.chat:
+      ChatTemplate(self.tokenizer)  # Raises if there is none.
+
+  def prompt(
+    self, instruction: str, shots: Sequence[tuple[str, str]], question: str, separator: str
+  ) -> Prompt:
+    """What is to be continued: the examples `shots` (question, answer), and a question."""
+    if not self.chat:
+      asked = [*(before + answer for before, answer in shots), question]
+      return separator.join([instruction] * bool(instruction) + asked)
+    messages = [{"role": "system", "content": instruction}] if instruction else []
+    for before, answer in shots:
+      messages.append({"role": "user", "content": before})
+      messages.append({"role": "assistant", "content": answer.strip()})
+    messages.append({"role": "user", "content": question})
+    return ChatTemplate(self.tokenizer).encode(messages)
+
+  def likelihoods(
+    self, prompts: Sequence[tuple[Prompt, str]], *, end_of_text: bool = False
+  ) -> list[Score]:
+    """Scores each continuation after its prompt; in a chat it cannot be with the end of text."""
+    if end_of_text and self.chat:
+      raise UserError("end_of_text=true: in a chat the template ends an answer; leave the key out.")
+    end = [self.tokenizer.end_of_text] if end_of_text else []
+    pairs = [
+      scoring.encode_pair(self.tokenizer, prompt, text.strip() if self.chat else text)
+      for prompt, text in prompts
+    ]
+    return self.score([(context, [*after, *end]) for context, after in pairs])
+
+  def score(self, pairs: Sequence[scoring.Pair]) -> list[Score]:
+    return scoring.score(self.model, pairs, **self._options)
+
+  def score_documents(self, texts: Sequence[str]) -> list[Score]:
+    return scoring.score_documents(self.model, self.tokenizer, texts, **self._options)
+
+  def write(
+    self,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    sampling: Sampling = Sampling(temperature=0),  # noqa: B008 (frozen)
+    seeds: Sequence[int] | None = None,
+  ) -> list[str]:
+    """Continues each prompt, whose start is left out where it does not fit; `seeds` is one each."""
+    room = scoring.context_length(self.model, self.max_length)
+    # What an encoder reads and what a decoder writes are rows of their own.
+    room -= 0 if self.model.encoder is not None else max_tokens
+    if room < 1:
+      raise UserError(f"max_tokens={max_tokens} leaves no room for a prompt ({room} tokens).")
+    start = start_of(self.tokenizer)
+    rows = [
+      [*start, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+      for prompt in prompts
+    ]
+    scoring.warn_of_cuts([len(row) for row in rows], room)
+    seeds = [0] * len(rows) if seeds is None else seeds
+    answers = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    with tqdm(total=len(rows), desc="writing", unit="row", disable=not self.progress) as bar:
+      for first in range(0, len(order), self.batch_size):
+        batch = order[first : first + self.batch_size]
+        # A last batch of another size would be compiled anew.
+        padded = batch + batch[:1] * (min(self.batch_size, len(order)) - len(batch))
+        completions = generate(
+          self.model,
+          self.tokenizer,
+          [rows[index][-room:] for index in padded],
+          max_tokens=max_tokens,
+          sampling=sampling,
+          stop=stop,
+          seed=[seeds[index] for index in padded],
+        )
+        for index, completion in zip(batch, completions, strict=False):
+          answers[index] = completion.completion
+        bar.update(len(batch))
+    return answers
+
+  @property
+  def _options(self) -> dict:
+    names = ("batch_size", "max_length", "progress")
+    return {name: getattr(self, name) for name in names}

@@ -1,0 +1,141 @@
+"""Tasks whose answers are text: conversations, and what templates make of records."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+
+from gptjax.data import cache, chat, sources, templates
+from gptjax.data.batch import Batch
+from gptjax.data.cache import TokenCache
+from gptjax.data.options import DataOptions, PartOptions, check_records
+from gptjax.data.sources import Source
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError, check_choice
+from gptjax.finetuning import conversations, prompts
+from gptjax.finetuning.chat_encoding import ChatEncoder
+from gptjax.finetuning.conversations import Conversations
+from gptjax.finetuning.prompts import PromptEncoder, Prompts
+from gptjax.finetuning.record_packing import PackedConversations
+from gptjax.model.config import ModelConfig
+from gptjax.model.figures import Figures, Routing
+from gptjax.model.gpt import GPT
+from gptjax.objectives.cross_entropy import LossSum
+from gptjax.objectives.forward import token_loss
+from gptjax.objectives.task import Task
+
+OVERLONG = ("truncate", "drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerTask(Task):
+  """Writes answers; whole records lie side by side in a row, none of which sees another.
+
+  Attributes:
+    overlong: what becomes of a record that is longer than a row: 'truncate' keeps what fits, if
+      something to be learnt is in it; 'drop' leaves it out.
+    z_loss: as of `TextTask`.
+  """
+
+  overlong: str = "truncate"
+  z_loss: float = 0.0
+
+  metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
+
+  def __post_init__(self):
+    check_choice("task.overlong", self.overlong, OVERLONG)
+
+  def open_records(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
+    """Opens a corpus as whole records: (training, validation)."""
+    check_records(data.parts, self.name)
+    return sources.open_pair(dataclasses.replace(part, text_key=""))
+
+  def rows(self, encoded: TokenCache, data: DataOptions, *, training: bool) -> PackedConversations:
+    return PackedConversations(encoded, data.sequence_length, self.overlong)
+
+  def warnings(self, rows: PackedConversations) -> Iterator[str]:
+    if rows.truncated or rows.dropped:
+      yield (
+        f"of the records longer than a row of {rows.sequence_length} tokens, {rows.truncated} are "
+        f"truncated and {rows.dropped} dropped (task.overlong={self.overlong})."
+      )
+
+  def check_model(self, model: ModelConfig) -> None:
+    if model.visibility != "causal" or model.encoder_layers:
+      raise UserError(
+        f"task={self.name!r} needs model.visibility='causal' and no encoder, not "
+        f"{model.visibility!r} and model.encoder_layers={model.encoder_layers}."
+      )
+
+  def loss(
+    self,
+    model: GPT,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    figures: Figures | None = None,
+    routing: Routing | None = None,
+  ) -> LossSum:
+    return token_loss(model, batch, key, z_loss=self.z_loss, figures=figures, routing=routing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat(AnswerTask):
+  """The assistant's turns of conversations; their formats are those of `data.conversations`.
+
+  Attributes:
+    chat_template: 'chatml', 'llama3' or 'alpaca' (gptjax/data/chat_templates.py); '' is the
+      tokenizer's own.
+    train_on: the tokens that count in the loss: what the 'assistant' writes, or 'all'.
+  """
+
+  chat_template: str = ""
+  train_on: str = "assistant"
+
+  name = "chat"
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_choice("task.train_on", self.train_on, ("assistant", "all"))
+
+  def open_pair(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
+    return tuple(map(Conversations, self.open_records(part, data)))
+
+  def texts(self, source: Source, indices: Iterable[int] | None = None) -> Iterator[str]:
+    return conversations.texts(source, indices)
+
+  def settle_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
+    return chat.set_template(tokenizer, self.chat_template)
+
+  def encoder(self, tokenizer: Tokenizer) -> cache.Encoder:
+    return ChatEncoder(tokenizer, self.train_on)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt(AnswerTask):
+  """The answers that a template makes of records, after the prompts that another makes.
+
+  Attributes:
+    prompt: a Jinja template of the prompt: a file of your own, or one of the presets' prompts.
+    answer: the text of a Jinja template of what is to be learnt, such as ' {{ label }}'.
+  """
+
+  prompt: str = ""
+  answer: str = ""
+
+  name = "prompt"
+
+  def open_pair(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
+    if not (self.prompt and self.answer):
+      raise UserError("task='prompt' needs task.prompt, a template's file, and task.answer.")
+    prompt = templates.open_template(self.prompt, Path(), "task.prompt")
+    answer = templates.Template("task.answer", self.answer)
+    return tuple(Prompts(side, prompt, answer) for side in self.open_records(part, data))
+
+  def texts(self, source: Source, indices: Iterable[int] | None = None) -> Iterator[str]:
+    return prompts.texts(source, indices)
+
+  def encoder(self, tokenizer: Tokenizer) -> cache.Encoder:
+    return PromptEncoder(tokenizer)

@@ -1,0 +1,382 @@
+"""What the tasks share in which a model scores labels instead of writing text.
+
+Axes: B batch, T positions, K labels, N examples.
+"""
+
+import abc
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.data.batch import Batch
+from gptjax.data.options import DataOptions, PartOptions, check_records
+from gptjax.data.sources import Source
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError, check_choice
+from gptjax.finetuning import records
+from gptjax.finetuning.answers import OVERLONG
+from gptjax.finetuning.label_encoding import Example, Examples, LabelEncoder
+from gptjax.finetuning.label_packing import pack_examples
+from gptjax.finetuning.records import LabelledTexts, Record
+from gptjax.model.config import ModelConfig
+from gptjax.model.figures import Figures, Routing
+from gptjax.model.gpt import GPT
+from gptjax.objectives import scores
+from gptjax.objectives.cross_entropy import LossSum
+from gptjax.objectives.forward import label_logits
+from gptjax.objectives.scores import Measure
+from gptjax.objectives.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelTask(Task):
+  """Scores the labels of a text, or of a pair of texts, by a head in the place of the vocabulary's.
+
+  Attributes:
+    overlong: what becomes of a text that is longer than a row: 'truncate' or 'drop'.
+    r_drop: factor of what makes two passes with other dropout agree: half of equation 4 of Liang et
+      al. 2021 (arXiv:2106.14448) is the mean of their losses, plus r_drop / 4 times `divergence`.
+    library: what the metrics need.
+    columns: whether an example has a value for each label (`Batch.values`), and not one label.
+    pair_key: where the second text of a record is; '' is none.
+    label_key: where its label is.
+    transformers_head: what `transformers` calls a head for it, and the problem that it solves.
+  """
+
+  overlong: str = "truncate"
+  r_drop: float = 0.0
+
+  predicts_tokens: ClassVar[bool] = False
+  writes_text: ClassVar[bool] = False
+  packs_batches: ClassVar[bool] = True
+  library: ClassVar[str] = ""
+  columns: ClassVar[bool] = False
+  pair_key: ClassVar[str] = ""
+  label_key: ClassVar[str] = ""
+  transformers_head: ClassVar[tuple[str, str | None]] = ("", None)
+  between: ClassVar[str] = "\n"
+
+  def __post_init__(self):
+    check_choice("task.overlong", self.overlong, OVERLONG)
+    if not (math.isfinite(self.r_drop) and self.r_drop >= 0):
+      raise UserError(f"task.r_drop={self.r_drop} must be 0 or more.")
+
+  # --- From records to examples -------------------------------------------------------------------
+
+  def record_keys(self, text_key: str) -> dict[str, str]:
+    keys = {
+      "data.text_key": text_key,
+      "task.pair_key": self.pair_key,
+      "task.label_key": self.label_key,
+    }
+    return {option: key for option, key in keys.items() if key}
+
+  def read(self, fields: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:
+    *texts, label = fields.values()
+    records.check_not_empty(texts)
+    return texts, self.read_label(label, texts)
+
+  def read_label(self, label: Any, texts: Sequence[Any]) -> Any:
+    """The label of a record as it is to be learnt; UserError for one that cannot be read."""
+    del texts
+    return label
+
+  def label_names(self, label: Any) -> list[str]:
+    return [records.label_text(label)]
+
+  def open_sources(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
+    """The records of a corpus: (training, validation)."""
+    check_records(data.parts, self.name)
+    return records.open_records(part, self)
+
+  def open_pair(self, part: PartOptions, data: DataOptions) -> tuple[LabelledTexts, LabelledTexts]:
+    sides = self.open_sources(part, data)
+    return tuple(self.read_records(side, part.text_key) for side in sides)
+
+  def read_records(self, source: Source, text_key: str) -> LabelledTexts:
+    """Records as a source of their texts."""
+    return LabelledTexts(source, text_key, self)
+
+  @property
+  def num_texts(self) -> int:
+    return 2 if self.pair_key else 1
+
+  def pieces(self, record: Record, encoder: LabelEncoder) -> list[str]:
+    return list(record.texts)
+
+  @abc.abstractmethod
+  def example(self, record: Record, pieces: list[np.ndarray], encoder: LabelEncoder) -> Example:
+    """Makes an example of the tokens of the pieces, without targets if none fit."""
+
+  def encode(
+    self, source: LabelledTexts, tokenizer: Tokenizer, data: DataOptions, *, progress: bool
+  ) -> Examples:
+    """Encodes texts, which are held in memory."""
+    return LabelEncoder(tokenizer, data, self).encode(source, progress=progress)
+
+  def rows(self, encoded: Examples, data: DataOptions, *, training: bool) -> Examples:
+    return encoded
+
+  def collate(self, rows: Sequence[Example], data: DataOptions) -> Batch:
+    return self.pack(rows, data)[0]
+
+  def pack(self, examples: Sequence[Example], data: DataOptions) -> tuple[Batch, list[int]]:
+    """The batch of some examples, and their order in it (`pack_examples`)."""
+    return pack_examples(
+      examples,
+      data.sequence_length,
+      columns=self.num_labels if self.columns else 0,
+      pairs=bool(self.pair_key),
+      row_multiple=data.row_multiple,
+    )
+
+  def warnings(self, rows: Examples) -> Iterator[str]:
+    if rows.truncated or rows.dropped:
+      yield (
+        f"of the records longer than a row, {rows.truncated} are truncated and {rows.dropped} "
+        f"dropped (task.overlong={self.overlong})."
+      )
+    if rows.empty_words:
+      yield f"words without any token, and so without a tag: {rows.empty_words}."
+
+  def check_sides(self, training: Mapping[str, Any], validation: Mapping[str, Any]) -> None:
+    records.warn_of_duplicates(training, validation)
+
+  # --- The model ----------------------------------------------------------------------------------
+
+  def check_model(self, model: ModelConfig) -> None:
+    if model.encoder_layers:
+      raise UserError(f"task={self.name!r} needs model.encoder_layers of 0.")
+
+  def batch_fields(self, data: DataOptions) -> dict[str, tuple[tuple[int, ...], Any]]:
+    fields = {}
+    if self.pair_key:
+      fields["token_types"] = ((data.sequence_length,), jnp.int32)
+    if self.columns:
+      fields["values"] = ((data.sequence_length, self.num_labels), jnp.float32)
+    return fields
+
+  @property
+  def smoothing(self) -> float:
+    """The share of a target that is spread over all labels."""
+    return 0.0
+
+  @abc.abstractmethod
+  def loss_of_places(self, logits_BTK: jax.Array, batch: Batch, smoothing: float) -> jax.Array:
+    """The loss at each place, [B, T], whether or not it counts."""
+
+  @abc.abstractmethod
+  def divergence(self, a_BTK: jax.Array, b_BTK: jax.Array, batch: Batch) -> jax.Array:
+    """How far two predictions of each place are apart, [B, T]: the Kullback-Leibler divergence, one
+    way and the other, added up."""
+
+  def loss_of_logits(self, logits_BTK: jax.Array, batch: Batch) -> LossSum:
+    """Sums over the places with a weight: what is minimised, and the loss without smoothing."""
+    plain_BT = self.loss_of_places(logits_BTK, batch, 0.0)
+    total_BT = plain_BT
+    if self.smoothing:
+      total_BT = self.loss_of_places(logits_BTK, batch, self.smoothing)
+    return LossSum(*(jnp.vdot(loss_BT, batch.weights) for loss_BT in (total_BT, plain_BT)))
+
+  def loss(
+    self,
+    model: GPT,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    figures: Figures | None = None,
+    routing: Routing | None = None,
+  ) -> LossSum:
+    if not self.r_drop or key is None:
+      return self.loss_of_logits(label_logits(model, batch, key, figures, routing), batch)
+    keys = jax.random.split(key)
+    a_BTK, b_BTK = (label_logits(model, batch, key, figures, routing) for key in keys)
+    passes = (self.loss_of_logits(logits_BTK, batch) for logits_BTK in (a_BTK, b_BTK))
+    sums = jax.tree.map(lambda x, y: (x + y) / 2, *passes)
+    apart = jnp.vdot(self.divergence(a_BTK, b_BTK, batch), batch.weights)
+    return sums._replace(total=sums.total + self.r_drop / 4 * apart)
+
+  # --- Validation ---------------------------------------------------------------------------------
+
+  def evaluate(self, model: GPT, batch: Batch) -> tuple[dict[str, tuple[Any, Any]], Any]:
+    logits_BTK = label_logits(model, batch)
+    loss = self.loss_of_logits(logits_BTK, batch).cross_entropy
+    return {"loss": (loss, batch.weights.sum())}, (batch, logits_BTK)
+
+  def outputs(self) -> "LabelOutputs":
+    return LabelOutputs(self)
+
+  def check_libraries(self) -> None:
+    if self.library:
+      scores.need(self.library)
+
+  @abc.abstractmethod
+  def answers(self, batch: Batch, logits_BTK: np.ndarray) -> Iterator["Answer"]:
+    """What is right and what is predicted for each example of a batch, in the order of its rows."""
+
+  @abc.abstractmethod
+  def measures(self, outputs: "LabelOutputs") -> dict[str, Measure]:
+    """The metrics as functions of the examples with given indices."""
+
+  def say(self, answer: Any) -> Any:
+    """An answer as a person reads it and JSON holds it."""
+    return answer
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedLabelTask(LabelTask):
+  """A task whose labels are names out of a set.
+
+  Attributes:
+    labels: all of them, in order; () is those of the training records.
+    label_smoothing: share of the target that is spread evenly over the labels (Szegedy et al. 2016,
+      section 7).
+  """
+
+  labels: tuple[str, ...] = ()
+  label_smoothing: float = 0.0
+
+  library: ClassVar[str] = "sklearn.metrics"
+
+  def __post_init__(self):
+    super().__post_init__()
+    object.__setattr__(self, "labels", tuple(self.labels))
+    if len(set(self.labels)) < len(self.labels):
+      raise UserError(f"task.labels has a label twice: {', '.join(self.labels)}.")
+    if not 0 <= self.label_smoothing < 1:
+      raise UserError(f"task.label_smoothing={self.label_smoothing} is not in [0, 1).")
+
+  @property
+  def num_labels(self) -> int:
+    return len(self.labels)
+
+  @property
+  def smoothing(self) -> float:
+    return self.label_smoothing
+
+  def settle(self, data: DataOptions, known: Sequence[str]) -> "NamedLabelTask":
+    """The task with the labels of the training records: in the order of a known head that has the
+    same, or else sorted, as numbers if all are numbers."""
+    if self.labels:
+      return self
+    found = set()
+    for part in data.parts.values():
+      training, _ = self.open_sources(part, data)
+      found.update(*LabelledTexts(training, part.text_key, self).label_names())
+    if {*known} == found:
+      return dataclasses.replace(self, labels=tuple(known))
+    whole = all(re.fullmatch("-?[0-9]+", label) for label in found)
+    return dataclasses.replace(self, labels=tuple(sorted(found, key=int if whole else str)))
+
+  def items(
+    self, parts: Mapping[str, Examples], data: DataOptions, *, training: bool
+  ) -> dict[str, Examples]:
+    if not training:
+      return dict(parts)
+    counts = collections.Counter()
+    for part in parts.values():
+      for example in part.examples:
+        counts.update(self.labels_in(example))
+    if missing := [name for index, name in enumerate(self.labels) if not counts[index]]:
+      raise UserError(
+        f"task.labels: label {missing[0]!r} has no training example; leave it out or add one."
+      )
+    return {name: self.weigh(examples, counts) for name, examples in parts.items()}
+
+  def weigh(self, examples: Examples, counts: Mapping[int, int]) -> Examples:
+    """The examples with the weights of their labels, by how often those are found in all parts."""
+    del counts
+    return examples
+
+  def labels_in(self, example: Example) -> list[int]:
+    """The indices of the labels that an example has."""
+    return [target.label for target in example.targets]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTask(NamedLabelTask):
+  """A task in which each place has one label of a set.
+
+  Attributes:
+    class_weights: 'balanced' counts a label of n_k among n places n / (K n_k) (King and Zeng 2001,
+      as in scikit-learn), or 'none'.
+  """
+
+  class_weights: str = "none"
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_choice("task.class_weights", self.class_weights, ("none", "balanced"))
+
+  def weigh(self, examples: Examples, counts: Mapping[int, int]) -> Examples:
+    if self.class_weights == "none":
+      return examples
+    total = sum(counts.values())
+
+    def weighed(example: Example) -> Example:
+      targets = tuple(
+        dataclasses.replace(target, weight=total / (self.num_labels * counts[target.label]))
+        for target in example.targets
+      )
+      return dataclasses.replace(example, targets=targets)
+
+    return dataclasses.replace(examples, examples=[weighed(one) for one in examples.examples])
+
+  def loss_of_places(self, logits_BTK: jax.Array, batch: Batch, smoothing: float) -> jax.Array:
+    """The cross-entropy of the label."""
+    logp_BTK = jax.nn.log_softmax(logits_BTK)
+    wanted_BT = jnp.take_along_axis(logp_BTK, batch.targets[..., None], axis=-1)[..., 0]
+    return -((1 - smoothing) * wanted_BT + smoothing * logp_BTK.mean(-1))
+
+  def divergence(self, a_BTK: jax.Array, b_BTK: jax.Array, batch: Batch) -> jax.Array:
+    logp_a, logp_b = jax.nn.log_softmax(a_BTK), jax.nn.log_softmax(b_BTK)
+    return ((jnp.exp(logp_a) - jnp.exp(logp_b)) * (logp_a - logp_b)).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+  """What is right for an example, what is predicted, and [K] probabilities where there are any."""
+
+  gold: Any
+  predicted: Any
+  probabilities: np.ndarray | None = None
+
+
+class LabelOutputs:
+  """The answers of a model to examples, and how good they are."""
+
+  def __init__(self, task: LabelTask):
+    self._task = task
+    self.answers: list[Answer] = []
+
+  def add(self, told: tuple[Batch, np.ndarray]) -> None:
+    """Takes in a batch, on the host, and the scores of its labels [B, T, K]."""
+    batch, logits_BTK = told
+    self.answers += self._task.answers(batch, np.asarray(logits_BTK, np.float32))
+
+  @property
+  def golds(self) -> list[Any]:
+    return [answer.gold for answer in self.answers]
+
+  @property
+  def predicted(self) -> list[Any]:
+    return [answer.predicted for answer in self.answers]
+
+  @property
+  def confidence(self) -> np.ndarray | None:
+    """The largest probability of each example, [N]; None where there are none."""
+    if any(answer.probabilities is None for answer in self.answers):
+      return None
+    return np.array([answer.probabilities.max() for answer in self.answers])
+
+  def metrics(self) -> dict[str, float]:
+    everything = np.arange(len(self.answers))
+    measures = self._task.measures(self)
+    return {name: float(measures[name](everything)) for name in self._task.metrics}

@@ -1,0 +1,82 @@
+"""Records as text to be written: a prompt and its answer, made by templates."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from gptjax.data.sources import Source, documents
+from gptjax.data.templates import Example, Template
+from gptjax.data.tokenizer import start_of
+from gptjax.errors import UserError
+from gptjax.finetuning.chat_encoding import FlaggingEncoder, encode_pieces
+
+_VERSION = 1
+
+
+class Prompts:
+  """A source of records as one whose documents are the JSON of [prompt, answer, name]."""
+
+  def __init__(self, records: Source, prompt: Template, answer: Template):
+    self._records = records
+    self._prompt, self._answer = prompt, answer
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> str:
+    """UserError as of `Template.render`, or for an answer without text; '' for an empty line."""
+    record = self._records[index]
+    if not record:
+      return ""
+    example = Example(json.loads(record), self.name(index))
+    prompt, answer = self._prompt.render(example), self._answer.render(example)
+    if not answer.strip():
+      raise UserError(f"{example.place}: {self._answer.place} makes an answer without text of it.")
+    return json.dumps([prompt, answer, example.place])
+
+  def name(self, index: int) -> str:
+    return self._records.name(index)
+
+  def sizes(self) -> np.ndarray:
+    return self._records.sizes()
+
+  def fingerprint(self) -> str:
+    templates = json.dumps([self._prompt.source, self._answer.source]).encode()
+    return f"prompts {hashlib.sha256(templates).hexdigest()} {self._records.fingerprint()}"
+
+
+def texts(source: Prompts, indices: Iterable[int] | None = None) -> Iterator[str]:
+  """Yields each prompt with its answer, all or those at `indices`."""
+  for document in documents(source, indices):
+    prompt, answer, _ = json.loads(document)
+    yield prompt + answer
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEncoder(FlaggingEncoder):
+  """For documents of `Prompts`.
+
+  Of each it stores the start, prompt, answer and end of text. To be learnt are the answer and the
+  end. Start and prompt are the tokens that `evals.subject.Subject.write` goes on from; no special
+  token is parsed.
+  """
+
+  def fingerprint(self) -> str:
+    return f"prompt {_VERSION} {self.tokenizer.fingerprint()}"
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Encodes each document to uint32 [its tokens]; UserError for what is no text, by its name."""
+    return [self._encode(*json.loads(text)) for text in texts]
+
+  def _encode(self, prompt: str, answer: str, name: str) -> np.ndarray:
+    try:
+      asked, answered = encode_pieces(self.tokenizer, [prompt, answer], parse_specials=False)
+    except UserError as error:
+      raise UserError(f"{name}: {error}") from error
+    given = [*start_of(self.tokenizer), *asked]
+    learnt = [*answered, self.tokenizer.end_of_text]
+    stored = [*(2 * token for token in given), *(2 * token + 1 for token in learnt)]
+    return np.array(stored, np.uint32)

@@ -1,0 +1,113 @@
+"""Conversations as rows: whole ones side by side, none of which sees another."""
+
+import bisect
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from gptjax.data.batch import Batch
+from gptjax.data.cache import TokenCache
+from gptjax.data.packing import pad
+from gptjax.errors import UserError
+from gptjax.finetuning.chat_encoding import decode_flags
+
+
+class PackedConversations:
+  """Rows of T inputs and targets with every conversation once, but for those that are dropped.
+
+  A conversation of n tokens takes n - 1 places. Which share a row depends on their lengths alone.
+
+  Attributes:
+    sequence_length: T.
+    truncated: how many conversations are longer than a row and lose what is beyond.
+    dropped: how many are longer and left out.
+  """
+
+  def __init__(self, cache: TokenCache, sequence_length: int, overlong: str):
+    """Packs what a `ChatEncoder` or a `PromptEncoder` encoded.
+
+    Args:
+      cache: the conversations.
+      sequence_length: T.
+      overlong: 'truncate' keeps the first T + 1 tokens of a longer conversation, if one that is to
+        be learnt is among the targets; 'drop' keeps none.
+
+    Raises:
+      UserError: no conversation is left.
+    """
+    self._tokens, self.sequence_length = cache.tokens, sequence_length
+    self._starts = np.asarray(cache.boundaries) + 1
+    self._stops = np.append(self._starts[1:] - 1, cache.num_tokens - 1)
+    places = self._stops - self._starts - 1
+    kept = places <= sequence_length
+    overlong_ones = np.flatnonzero(~kept)
+    if overlong == "truncate":
+      kept[overlong_ones] = [self._has_target(one) for one in overlong_ones]
+    self.truncated = int(kept[overlong_ones].sum())
+    self.dropped = int((~kept).sum())
+    if not kept.any():
+      raise UserError(
+        f"none of {cache.num_documents} documents fits a row of {sequence_length} tokens "
+        f"(task.overlong={overlong!r}); the shortest takes {places.min()}. "
+        f"Set --config.sequence_length={places.min()} or more."
+      )
+    kept = np.flatnonzero(kept)
+    rows = first_fit_decreasing(np.minimum(places[kept], sequence_length), sequence_length)
+    self._members = kept[np.concatenate(rows)]
+    self._row_ends = np.cumsum([len(row) for row in rows])
+
+  def __len__(self) -> int:
+    return len(self._row_ends)
+
+  def __getitem__(self, index: int) -> Batch:
+    """Returns a row, each field [T]; weights are 1 where the target is to be learnt."""
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    first = self._row_ends[index - 1] if index else 0
+    inputs, targets, weights, segment_ids, positions = [], [], [], [], []
+    for segment, one in enumerate(self._members[first : self._row_ends[index]], start=1):
+      tokens, learnt = self._read(one)
+      inputs.append(tokens[:-1])
+      targets.append(tokens[1:])
+      weights.append(learnt[1:].astype(np.float32))
+      segment_ids.append(np.full(len(tokens) - 1, segment, np.int32))
+      positions.append(np.arange(len(tokens) - 1, dtype=np.int32))
+    fields = (inputs, targets, weights, segment_ids, positions)
+    return Batch(*(pad(np.concatenate(field), self.sequence_length) for field in fields))
+
+  def _read(self, one: int) -> tuple[np.ndarray, np.ndarray]:
+    stop = min(self._stops[one], self._starts[one] + self.sequence_length + 1)
+    return decode_flags(self._tokens[self._starts[one] : stop])
+
+  def _has_target(self, one: int) -> bool:
+    return bool(self._read(one)[1][1:].any())
+
+
+def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[np.ndarray]:
+  """Packs items into bins: the largest first, each into the first bin that has room for it.
+
+  At most 11/9 of the fewest bins possible and 2/3 of one are used (Dosa 2007).
+
+  Args:
+    sizes: none above `capacity`; of equal ones the first is packed first.
+
+  Returns:
+    The items of each bin, int64, in increasing order.
+  """
+  waiting: dict[int, deque[int]] = {}
+  for item, size in enumerate(sizes):
+    waiting.setdefault(int(size), deque()).append(item)
+  available = sorted(waiting)
+  bins = []
+  # Filling one bin at a time with the largest that still fits comes to the same.
+  while available:
+    room, items = capacity, []
+    while place := bisect.bisect_right(available, room):
+      size = available[place - 1]
+      items.append(waiting[size].popleft())
+      room -= size
+      if not waiting[size]:
+        del available[place - 1]
+    bins.append(np.array(sorted(items), np.int64))
+  return bins

@@ -1,0 +1,1 @@
+"""Decoding: how a token is chosen, and the compiled loop that chooses many."""

@@ -1,0 +1,167 @@
+"""A conversation with a chat model: its turns, its context, its commands in a terminal."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+from gptjax.data.chat import ChatTemplate, Message
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError, did_you_mean
+from gptjax.inference.generate import generate
+from gptjax.inference.sampling import Sampling
+from gptjax.model.gpt import GPT
+
+with contextlib.suppress(ImportError):
+  import readline  # noqa: F401 (gives `input` a line editor, where the system has one)
+
+# Each turn is longer than the last, and compiling for a new length takes longer than reading it.
+_PADDING = 256
+COMMANDS = {
+  "/reset": "forget the conversation",
+  "/temperature": "X: choose more freely (1), or always the most likely token (0)",
+  "/system": "TEXT: the message that the conversation starts with; without TEXT, none",
+  "/help": "this list",
+  "/quit": "end, as Ctrl-D does",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What a model said, how many of the oldest turns were dropped to make room for it, and whether
+  Ctrl-C cut it short."""
+
+  text: str
+  dropped: int
+  stopped: bool
+
+
+class Conversation:
+  """A model, and what was said to it and by it."""
+
+  def __init__(
+    self,
+    model: GPT,
+    tokenizer: Tokenizer,
+    *,
+    system: str | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    max_tokens: int = 512,
+    context: int = 0,
+    seed: int = 0,
+  ):
+    """Starts with nothing said.
+
+    Args:
+      model: any GPT.
+      tokenizer: the model's, with a chat template.
+      system: what the conversation starts with.
+      sampling: how tokens are chosen.
+      max_tokens: the most tokens of an answer; half of the context is the most in any case.
+      context: tokens of a conversation that the model sees; 0 is its `max_positions`.
+      seed: of the random choices.
+
+    Raises:
+      UserError: the tokenizer has no chat template.
+    """
+    self.model, self.tokenizer = model, tokenizer
+    self.template = ChatTemplate(tokenizer)
+    self.system, self.sampling, self.seed = system, sampling, seed
+    self.context = context or model.config.max_positions
+    self.max_tokens = min(max_tokens, self.context // 2)
+    self.turns: list[list[Message]] = []
+
+  def prompt(self, turns: list[list[Message]]) -> list[int]:
+    """Returns the ids of the system's message and `turns`, up to where an answer begins."""
+    before = [] if self.system is None else [{"role": "system", "content": self.system}]
+    return self.template.encode([*before, *(message for turn in turns for message in turn)])
+
+  def ask(self, text: str, on_text: Callable[[str], None]) -> Answer:
+    """Answers, and remembers both; of an answer that Ctrl-C stops, what was written.
+
+    Args:
+      text: what the user says.
+      on_text: called with each new piece of the answer.
+
+    Raises:
+      UserError: `text` alone leaves no room for an answer, or the template refuses it; the
+        conversation is as before.
+    """
+    turns = [*self.turns, [{"role": "user", "content": text}]]
+    room, dropped = self.context - self.max_tokens, 0
+    while len(prompt := self.prompt(turns[dropped:])) > room:
+      dropped += 1
+      if dropped == len(turns):
+        raise UserError(
+          f"a message that makes {len(prompt)} tokens with the system's has no room in the model's "
+          f"context of {self.context}, of which {self.max_tokens} are for the answer."
+        )
+    pieces = []
+
+    def write(_, piece: str) -> None:
+      pieces.append(piece)
+      on_text(piece)
+
+    try:
+      generate(
+        self.model,
+        self.tokenizer,
+        [prompt],
+        max_tokens=self.max_tokens,
+        sampling=self.sampling,
+        seed=self.seed,
+        on_text=write,
+        pad_to_multiple_of=_PADDING,
+      )
+      stopped = False
+    except KeyboardInterrupt:
+      stopped = True
+    answer = "".join(pieces)
+    turns[-1].append({"role": "assistant", "content": answer})
+    self.turns, self.seed = turns[dropped:], (self.seed + 1) % 2**32
+    return Answer(answer, dropped, stopped)
+
+  def command(self, line: str) -> str:
+    """Obeys a line that starts with '/', but for /quit; returns what to say about it."""
+    name, _, rest = line.partition(" ")
+    match name:
+      case "/reset":
+        self.turns = []
+        return "the conversation is forgotten"
+      case "/temperature":
+        try:
+          self.sampling = dataclasses.replace(self.sampling, temperature=float(rest))
+        except ValueError as error:
+          return str(error) if isinstance(error, UserError) else f"{rest!r} is no number"
+        return f"the temperature is {self.sampling.temperature:g}"
+      case "/system":
+        self.system = rest.strip() or None
+        return f"the system's message is {self.system!r}" if self.system else "no system's message"
+      case "/help":
+        return "\n".join(f"{name} {text}" for name, text in COMMANDS.items())
+      case _:
+        return f"no command {name!r}. {did_you_mean(name, COMMANDS)}"
+
+
+def converse(conversation: Conversation) -> None:
+  """Reads from the terminal and answers, until the end of the input or /quit."""
+  while True:
+    try:
+      line = input("> ").strip()
+    except EOFError:
+      print()
+      return
+    except KeyboardInterrupt:
+      print()
+      continue
+    if line == "/quit":
+      return
+    if line.startswith("/"):
+      print(f"[{conversation.command(line)}]")
+    elif line:
+      try:
+        answer = conversation.ask(line, lambda text: print(text, end="", flush=True))
+        print("\n[stopped]" if answer.stopped else "")
+        if answer.dropped:
+          print(f"[turns that do not fit into the context any more: {answer.dropped}, the oldest]")
+      except UserError as error:
+        print(f"[{error}]")

@@ -1,0 +1,214 @@
+"""Converts a model or its adapters from one format to another."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from etils import epath
+from flax import nnx
+from safetensors import SafetensorError
+from tokenizers import decoders, models, pre_tokenizers
+
+from gptjax import config as config_lib
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError
+from gptjax.interop import huggingface
+from gptjax.interop.family import Family
+from gptjax.interop.labels import config_fields, transformers_task
+from gptjax.interop.verify import verify
+from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import GPT, describe, describe_parameters
+from gptjax.peft import huggingface as adapter_files
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.layers import Adapter
+from gptjax.peft.surgery import merge, put_on
+from gptjax.training.checkpoints import Checkpoints
+from gptjax.training.pretrained import (
+  CHECKPOINTS,
+  TOKENIZER,
+  Labels,
+  labels_of,
+  load_checkpoint,
+  load_model,
+  open_foreign,
+  read_model_config,
+)
+
+FORMATS = ("gptjax", "hf", "peft")
+# Of the largest logit: float32 sums of a few thousand terms in another order.
+_TOLERANCE = 1e-3
+
+
+def convert(
+  source: str,
+  target: Path,
+  *,
+  to: str,
+  family: str | None = None,
+  dtype: str = "float32",
+  adapter: Path | None = None,
+) -> None:
+  """Writes the model and the tokenizer of a checkpoint, or its adapters, into a new folder.
+
+  Args:
+    source: as `pretrained.load_model` takes it; of 'peft', a run that trained adapters.
+    target: does not exist, or is empty. It appears whole or not at all.
+    to: 'gptjax', 'hf' or 'peft'.
+    family: of 'hf', 'peft' and an adapter, its `model_type`; None is that of the source or of what
+      it started from, or the first that fits.
+    dtype: of 'hf', that of the weights.
+    adapter: a folder of the `peft` library to merge into the model.
+
+  Raises:
+    UserError: the source cannot be read, the target is there or cannot be written, the family
+      cannot be the model, the dtype cannot hold a weight, or the adapters cannot be merged, or not
+      be written.
+  """
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise UserError(f"--to={target} is there already and not empty; nothing is overwritten.")
+  if to == "peft":
+    write = _adapters_of(source, family)
+  else:
+    write = _model_of(source, to, family, dtype, adapter)
+  partial = target.with_name(f"{target.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    partial.mkdir(parents=True)
+    write(partial)
+    if target.exists():
+      target.rmdir()
+    partial.rename(target)
+  except (OSError, SafetensorError) as error:
+    raise UserError(f"--to={target}: cannot be written ({error}).") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _model_of(
+  source: str, to: str, family: str | None, dtype: str, adapter: Path | None
+) -> Callable[[Path], None]:
+  """Loads a model, merged with an adapter; returns what writes it into a folder."""
+  labels = labels_of(source)
+  if to == "hf" or adapter is not None:
+    task = transformers_task(labels) if labels else ""
+    chosen = _find_family(source, read_model_config(source), family, task)
+  model, tokenizer = load_model(source)
+  if adapter is not None:
+    model = merge(put_on(model, *adapter_files.read(adapter, model.config, chosen)))
+  if set(describe(model)) != set(describe_parameters(model.config)):
+    of = source if adapter is None else adapter
+    raise UserError(f"{of}: its adapters cannot be merged, so that no format here can hold it.")
+
+  def write(folder: Path) -> None:
+    if to == "gptjax":
+      _save_run(folder, model, tokenizer, labels)
+      return
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    fields = config_fields(labels) | _padding(tokenizer) if labels else {}
+    huggingface.save(folder, model.config, params, chosen, dtype, fields)
+    _save_tokenizer(folder, tokenizer)
+
+  return write
+
+
+def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
+  """Loads the adapters of a run; returns what writes them into a folder."""
+  config = None if open_foreign(source) else config_lib.open_saved(epath.Path(source))
+  peft = None if config is None else PeftConfig.from_config(config.get("peft"))
+  if peft is None:
+    raise UserError(f"--format=peft: {source} is no run that trained adapters.")
+  model_config = read_model_config(source)
+  chosen = _find_family(config.init_from, model_config, family)
+  model, _ = load_checkpoint(source)
+  adapters = nnx.to_pure_dict(nnx.state(model, Adapter))
+  base = config.init_from.removeprefix("hf:")
+  return lambda folder: adapter_files.write(folder, model_config, peft, adapters, chosen, base)
+
+
+def _padding(tokenizer: Tokenizer) -> dict[str, int]:
+  """The field without which `transformers` scores one text at a time. A text ends in end_of_text,
+  which would not be found were it the padding too."""
+  pad = tokenizer.specials.get(tokenizer.roles.get("pad_token"))
+  return {} if pad in (None, tokenizer.end_of_text) else {"pad_token_id": pad}
+
+
+def _find_family(source: str, config: ModelConfig, family: str | None, task: str = "") -> Family:
+  """The one that is named, that of the source's files, or the first that can be the model."""
+  foreign = None if family else open_foreign(source)
+  if isinstance(foreign, huggingface.HuggingFaceModel):
+    family = foreign.family.model_type
+  return huggingface.find_family(config, family, task)
+
+
+def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | None) -> None:
+  """Writes what `pretrained.load_model` reads: a work directory whose run is at step 0."""
+  values: dict[str, Any] = {"model": vars(model.config), "tokenizer": tokenizer.spec}
+  if labels:
+    values["task"] = {"name": labels.task, "labels": labels.names}
+  (folder / config_lib.CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+  tokenizer.save(folder / TOKENIZER)
+  with Checkpoints(folder / CHECKPOINTS, keep=1) as checkpoints:
+    checkpoints.save(0, {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))})
+    checkpoints.wait()
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+  """Writes the tokenizer's files, and what `transformers` needs beside them where they lack it.
+
+  Raises:
+    UserError: its files are in no format of Hugging Face's.
+  """
+  tokenizer.save(folder)
+  if tokenizer.spec.split("+")[0] == "bytes":
+    (folder / "tokenizer.json").write_text(_bytes_as_bpe(tokenizer).to_str())
+  if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+    end = tokenizer.end_of_text
+    text = next((text for text, token in tokenizer.specials.items() if token == end), None)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": text}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    ends = {"eos_token_id": sorted(tokenizer.stops)}
+    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+  try:
+    tokenizer_lib.load(str(folder))
+  except UserError as error:
+    raise UserError(
+      f"tokenizer {tokenizer.spec!r} is in no format of Hugging Face's; use --format=gptjax."
+    ) from error
+
+
+def _bytes_as_bpe(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+  """The tokenizer 'bytes' as a byte-level BPE without merges: the same ids."""
+  # Bytes that print are themselves, the others are from U+0100 on (Radford et al. 2019).
+  printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printing]
+  vocab = {chr(byte): byte for byte in printing}
+  vocab |= {chr(0x100 + number): byte for number, byte in enumerate(others)}
+  bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  bpe.decoder = decoders.ByteLevel()
+  bpe.add_special_tokens(sorted(tokenizer.specials, key=tokenizer.specials.get))
+  return bpe
+
+
+def name_checkpoint(source: str) -> str:
+  """Puts 'hf:' or 'gguf:' before what is one; a run's work directory stays as it is."""
+  if source.startswith(("hf:", "gguf:")):
+    return source
+  if (epath.Path(source).expanduser() / CHECKPOINTS).is_dir():
+    return str(epath.Path(source).expanduser())
+  return f"gguf:{source}" if source.endswith(".gguf") else f"hf:{source}"
+
+
+def check(model: GPT, tokenizer: Tokenizer, reference: str) -> int:
+  """Prints how near a model is to what `transformers` loads of hf:PATH or gguf:FILE; 1 if they are
+  not the same model, else 0."""
+  same = True
+  for name, found in verify(model, open_foreign(reference), tokenizer.encode).items():
+    print(f"{name}: {found}")
+    same &= found.largest_difference <= _TOLERANCE * found.scale
+  print("the same model" if same else "NOT the same model")
+  return 0 if same else 1

@@ -1,0 +1,1 @@
+"""Families of pretrained models, each a table of fields and a table of tensors."""

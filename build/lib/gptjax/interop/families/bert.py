@@ -1,0 +1,147 @@
+"""BERT and RoBERTa: encoders, with the head of masked language modelling and the pooler if the file
+has them. Chinese BERT and RoBERTa-wwm-ext are of the architecture BERT."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gptjax.interop.families.gpt import ACTIVATIONS
+from gptjax.interop.family import Family, always_these
+from gptjax.interop.fields import Fields, Rule, always, choice, fixed, ignored, same, several
+from gptjax.interop.labels import LabelHead
+from gptjax.interop.tensors import Entry, linear, norm, table
+from gptjax.model.config import ModelConfig
+
+_RULES = (
+  same("vocab_size", "vocab_size"),
+  same("hidden_size", "embed_dim"),
+  same("num_hidden_layers", "num_layers"),
+  same("num_attention_heads", "num_heads"),
+  same("intermediate_size", "mlp_dim"),
+  same("max_position_embeddings", "max_positions", 512),
+  same("type_vocab_size", "token_types", 2),
+  same("layer_norm_eps", "norm_eps", 1e-12),
+  same("initializer_range", "init_std", 0.02),
+  several("hidden_dropout_prob", "embed_dropout", "residual_dropout", default=0.1),
+  same("attention_probs_dropout_prob", "attention_dropout", 0.1),
+  fixed("is_decoder", False),
+  fixed("add_cross_attention", False),
+  fixed("position_embedding_type", "absolute"),
+  fixed("tie_word_embeddings", True),
+  # Of the original Chinese models, whose pooler is as of the others.
+  ignored(
+    "directionality",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
+  ),
+  always(visibility="bidirectional", norm_placement="post", embed_norm=True),
+)
+
+
+def _heads(transform: str, prefix: str) -> Rule:
+  """What heads there are, which the tensors say."""
+
+  def read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+    has_head = f"{transform}.weight" in fields.tensors
+    names = {f"{prefix}pooler.dense.weight", "pooler.dense.weight"}
+    return {
+      "head_transform": has_head,
+      "head_bias": has_head,
+      "pooler": not names.isdisjoint(fields.tensors),
+    }
+
+  return Rule(read, lambda config: {})
+
+
+def _encoder(prefix: str) -> list[Entry]:
+  layer = f"{prefix}encoder.layer.{{i}}"
+  return [
+    *table(f"{prefix}embeddings.word_embeddings", "embed"),
+    *table(f"{prefix}embeddings.position_embeddings", "position"),
+    *table(f"{prefix}embeddings.token_type_embeddings", "token_type"),
+    *norm(f"{prefix}embeddings.LayerNorm", "embed_norm"),
+    *linear(f"{layer}.attention.self.query", "blocks/attention/query"),
+    *linear(f"{layer}.attention.self.key", "blocks/attention/key"),
+    *linear(f"{layer}.attention.self.value", "blocks/attention/value"),
+    *linear(f"{layer}.attention.output.dense", "blocks/attention/out"),
+    *norm(f"{layer}.attention.output.LayerNorm", "blocks/attention_norm"),
+    *linear(f"{layer}.intermediate.dense", "blocks/mlp/up"),
+    *linear(f"{layer}.output.dense", "blocks/mlp/down"),
+    *norm(f"{layer}.output.LayerNorm", "blocks/mlp_norm"),
+    *linear(f"{prefix}pooler.dense", "pooler"),
+  ]
+
+
+def _read_offset(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+  # Positions are counted from one behind the id of padding.
+  return {"position_offset": fields.take("pad_token_id", 1, int) + 1}
+
+
+def _architecture(name: str):
+  def of(config: ModelConfig) -> str:
+    return f"{name}ForMaskedLM" if config.head_transform else f"{name}Model"
+
+  return of
+
+
+# Of LayerNorms, in files of before 2019 and those made of them.
+_OLDER_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+BERT = Family(
+  "bert",
+  _architecture("Bert"),
+  (
+    *_RULES,
+    choice("hidden_act", ACTIVATIONS, "gelu"),
+    _heads("cls.predictions.transform.dense", "bert."),
+  ),
+  always_these(
+    *_encoder("bert."),
+    *linear("cls.predictions.transform.dense", "head_transform/linear"),
+    *norm("cls.predictions.transform.LayerNorm", "head_transform/norm"),
+    Entry("cls.predictions.bias", ("head_bias",)),
+  ),
+  prefix="bert.",
+  older_names=_OLDER_NAMES,
+  ignored=(r"(bert\.)?embeddings\.position_ids", r"cls\.seq_relationship\.(weight|bias)"),
+  copies={
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+  },
+  label_heads={
+    "BertForSequenceClassification": LabelHead("classifier", pooler="bert.pooler.dense"),
+    "BertForTokenClassification": LabelHead("classifier"),
+    "BertForQuestionAnswering": LabelHead("qa_outputs"),
+  },
+)
+
+ROBERTA = Family(
+  "roberta",
+  _architecture("Roberta"),
+  (
+    *_RULES,
+    # Its head has this one whatever the layers have, and ours has theirs.
+    choice("hidden_act", {"gelu": {"activation": "gelu"}}, "gelu"),
+    Rule(_read_offset, lambda config: {"pad_token_id": config.position_offset - 1}),
+    _heads("lm_head.dense", "roberta."),
+  ),
+  always_these(
+    *_encoder("roberta."),
+    *linear("lm_head.dense", "head_transform/linear"),
+    *norm("lm_head.layer_norm", "head_transform/norm"),
+    Entry("lm_head.bias", ("head_bias",)),
+  ),
+  prefix="roberta.",
+  ignored=(r"(roberta\.)?embeddings\.position_ids",),
+  copies={
+    "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+    "lm_head.decoder.bias": "lm_head.bias",
+  },
+  label_heads={
+    "RobertaForSequenceClassification": LabelHead("classifier.out_proj", pooler="classifier.dense"),
+    "RobertaForTokenClassification": LabelHead("classifier"),
+    "RobertaForQuestionAnswering": LabelHead("qa_outputs"),
+  },
+)

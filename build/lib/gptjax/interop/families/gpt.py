@@ -1,0 +1,280 @@
+"""GPT-1, GPT-2, GPT-Neo, GPT-NeoX (Pythia) and GPT-J."""
+
+from typing import Any
+
+from gptjax.interop.family import Family, always_these
+from gptjax.interop.fields import (
+  Rule,
+  always,
+  choice,
+  fixed,
+  ignored,
+  read_layers,
+  rope,
+  same,
+  several,
+)
+from gptjax.interop.labels import LabelHead
+from gptjax.interop.tensors import Entry, conv1d, linear, norm, table
+from gptjax.model.config import ModelConfig
+
+ACTIVATIONS = {
+  "gelu_new": {"activation": "gelu_tanh"},
+  "gelu_pytorch_tanh": {"activation": "gelu_tanh"},
+  "gelu": {"activation": "gelu"},
+  "relu": {"activation": "relu"},
+  "silu": {"activation": "silu"},
+  "swish": {"activation": "silu"},
+}
+_DROPOUTS = (
+  same("embd_pdrop", "embed_dropout", 0.1),
+  same("attn_pdrop", "attention_dropout", 0.1),
+  same("resid_pdrop", "residual_dropout", 0.1),
+)
+_SHAPE = (
+  same("vocab_size", "vocab_size"),
+  same("n_embd", "embed_dim"),
+  same("n_layer", "num_layers"),
+  same("n_head", "num_heads"),
+  same("n_positions", "max_positions"),
+  same("layer_norm_epsilon", "norm_eps", 1e-5),
+  same("initializer_range", "init_std", 0.02),
+)
+
+_SCORE = LabelHead("score", bias=False)
+
+
+def _label_heads(stem: str) -> dict[str, LabelHead]:
+  return {
+    f"{stem}ForSequenceClassification": _SCORE,
+    f"{stem}ForTokenClassification": LabelHead("classifier"),
+    f"{stem}ForQuestionAnswering": LabelHead("qa_outputs"),
+  }
+
+
+def _mlp_dim(theirs: str) -> Rule:
+  """A width that is null for four times that of the model."""
+  return Rule(
+    lambda fields, found: {
+      "mlp_dim": fields.take(theirs, None, int | None) or 4 * found["embed_dim"]
+    },
+    lambda config: {theirs: config.mlp_dim},
+  )
+
+
+def _gpt2_layer(theirs: str) -> list[Entry]:
+  """A layer of GPT-1 and GPT-2."""
+  queries_keys_values = [f"blocks/attention/{name}" for name in ("query", "key", "value")]
+  return [
+    *norm(f"{theirs}.ln_1", "blocks/attention_norm"),
+    *norm(f"{theirs}.ln_2", "blocks/mlp_norm"),
+    *conv1d(f"{theirs}.attn.c_attn", *queries_keys_values),
+    *conv1d(f"{theirs}.attn.c_proj", "blocks/attention/out"),
+    *conv1d(f"{theirs}.mlp.c_fc", "blocks/mlp/up"),
+    *conv1d(f"{theirs}.mlp.c_proj", "blocks/mlp/down"),
+  ]
+
+
+GPT1 = Family(
+  "openai-gpt",
+  lambda config: "OpenAIGPTLMHeadModel",
+  (
+    *_SHAPE,
+    *_DROPOUTS,
+    Rule(lambda fields, found: {"mlp_dim": 4 * found["embed_dim"]}, lambda config: {}),
+    # What this architecture calls 'gelu' is the approximation by tanh.
+    choice("afn", {"gelu": {"activation": "gelu_tanh"}, "relu": {"activation": "relu"}}, "gelu"),
+    same("tie_word_embeddings", "tied_head", True),
+    always(norm_placement="post"),
+  ),
+  always_these(
+    *table("transformer.tokens_embed", "embed"),
+    *table("transformer.positions_embed", "position"),
+    *_gpt2_layer("transformer.h.{i}"),
+    *linear("lm_head", "head"),
+  ),
+  prefix="transformer.",
+  ignored=(r"(transformer\.)?h\.\d+\.attn\.bias", r"(transformer\.)?position_ids"),
+  copies={"lm_head.weight": "transformer.tokens_embed.weight"},
+  label_heads={"OpenAIGPTForSequenceClassification": _SCORE},
+)
+
+GPT2 = Family(
+  "gpt2",
+  lambda config: "GPT2LMHeadModel",
+  (
+    *_SHAPE,
+    *_DROPOUTS,
+    _mlp_dim("n_inner"),
+    choice("activation_function", ACTIVATIONS, "gelu_new"),
+    choice(
+      "scale_attn_weights", {True: {"attention_scale": 0.0}, False: {"attention_scale": 1.0}}, True
+    ),
+    fixed("scale_attn_by_inverse_layer_idx", False),
+    fixed("add_cross_attention", False),
+    ignored("reorder_and_upcast_attn"),
+    same("tie_word_embeddings", "tied_head", True),
+  ),
+  always_these(
+    *table("transformer.wte", "embed"),
+    *table("transformer.wpe", "position"),
+    *_gpt2_layer("transformer.h.{i}"),
+    *norm("transformer.ln_f", "final_norm"),
+    *linear("lm_head", "head"),
+  ),
+  prefix="transformer.",
+  ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
+  copies={"lm_head.weight": "transformer.wte.weight"},
+  label_heads=_label_heads("GPT2"),
+)
+
+
+def _read_neo_layers(fields, found) -> dict[str, Any]:
+  types = fields.take("attention_types", [[["global", "local"], found["num_layers"] // 2]])
+  fields.take("attention_layers", None)
+  window = fields.take("window_size", 256, int)
+  try:
+    kinds = [kind for pattern, times in types for kind in pattern * times]
+  except (TypeError, ValueError) as error:
+    raise fields.refuse("attention_types", types, ([[["global", "local"], 12]],)) from error
+  names = {"global": "full", "local": "local"}
+  return read_layers(fields, "attention_types", kinds, names, window, found["num_layers"])
+
+
+def _write_neo_layers(config: ModelConfig) -> dict[str, Any]:
+  pattern = ["global" if kind == "full" else "local" for kind in config.layer_pattern]
+  return {
+    "attention_types": [[pattern, config.num_layers // len(pattern)]],
+    "window_size": config.window or 256,
+  }
+
+
+GPT_NEO = Family(
+  "gpt_neo",
+  lambda config: "GPTNeoForCausalLM",
+  (
+    same("vocab_size", "vocab_size"),
+    same("hidden_size", "embed_dim"),
+    same("num_layers", "num_layers"),
+    same("num_heads", "num_heads"),
+    _mlp_dim("intermediate_size"),
+    same("max_position_embeddings", "max_positions"),
+    same("layer_norm_epsilon", "norm_eps", 1e-5),
+    same("initializer_range", "init_std", 0.02),
+    same("embed_dropout", "embed_dropout", 0.0),
+    same("attention_dropout", "attention_dropout", 0.0),
+    same("resid_dropout", "residual_dropout", 0.0),
+    choice("activation_function", ACTIVATIONS, "gelu_new"),
+    Rule(_read_neo_layers, _write_neo_layers),
+    same("tie_word_embeddings", "tied_head", True),
+    always(qkv_bias=False, attention_scale=1.0),
+  ),
+  always_these(
+    *table("transformer.wte", "embed"),
+    *table("transformer.wpe", "position"),
+    *norm("transformer.h.{i}.ln_1", "blocks/attention_norm"),
+    *norm("transformer.h.{i}.ln_2", "blocks/mlp_norm"),
+    *linear("transformer.h.{i}.attn.attention.q_proj", "blocks/attention/query"),
+    *linear("transformer.h.{i}.attn.attention.k_proj", "blocks/attention/key"),
+    *linear("transformer.h.{i}.attn.attention.v_proj", "blocks/attention/value"),
+    *linear("transformer.h.{i}.attn.attention.out_proj", "blocks/attention/out"),
+    *linear("transformer.h.{i}.mlp.c_fc", "blocks/mlp/up"),
+    *linear("transformer.h.{i}.mlp.c_proj", "blocks/mlp/down"),
+    *norm("transformer.ln_f", "final_norm"),
+    *linear("lm_head", "head"),
+  ),
+  prefix="transformer.",
+  ignored=(r"(transformer\.)?h\.\d+\.attn\.attention\.(masked_)?bias",),
+  copies={"lm_head.weight": "transformer.wte.weight"},
+  label_heads=_label_heads("GPTNeo"),
+)
+
+GPT_NEOX = Family(
+  "gpt_neox",
+  lambda config: "GPTNeoXForCausalLM",
+  (
+    same("vocab_size", "vocab_size"),
+    same("hidden_size", "embed_dim"),
+    same("num_hidden_layers", "num_layers"),
+    same("num_attention_heads", "num_heads"),
+    same("intermediate_size", "mlp_dim"),
+    same("max_position_embeddings", "max_positions"),
+    same("layer_norm_eps", "norm_eps", 1e-5),
+    same("initializer_range", "init_std", 0.02),
+    several("hidden_dropout", "embed_dropout", "residual_dropout", default=0.0),
+    same("attention_dropout", "attention_dropout", 0.0),
+    choice("hidden_act", ACTIVATIONS, "gelu"),
+    several("attention_bias", "qkv_bias", "out_bias", default=True),
+    choice(
+      "use_parallel_residual",
+      {True: {"residual": "parallel"}, False: {"residual": "sequential"}},
+      True,
+    ),
+    rope(10_000.0, base="rotary_emb_base", fraction="rotary_pct"),
+    fixed("is_decoder", False),
+    same("tie_word_embeddings", "tied_head", False),
+  ),
+  always_these(
+    *table("gpt_neox.embed_in", "embed"),
+    *norm("gpt_neox.layers.{i}.input_layernorm", "blocks/attention_norm"),
+    *norm("gpt_neox.layers.{i}.post_attention_layernorm", "blocks/mlp_norm"),
+    *linear(
+      "gpt_neox.layers.{i}.attention.query_key_value",
+      "blocks/attention/query",
+      "blocks/attention/key",
+      "blocks/attention/value",
+      groups="heads",
+    ),
+    *linear("gpt_neox.layers.{i}.attention.dense", "blocks/attention/out"),
+    *linear("gpt_neox.layers.{i}.mlp.dense_h_to_4h", "blocks/mlp/up"),
+    *linear("gpt_neox.layers.{i}.mlp.dense_4h_to_h", "blocks/mlp/down"),
+    *norm("gpt_neox.final_layer_norm", "final_norm"),
+    *linear("embed_out", "head"),
+  ),
+  prefix="gpt_neox.",
+  ignored=(r"(gpt_neox\.)?layers\.\d+\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)",),
+  copies={"embed_out.weight": "gpt_neox.embed_in.weight"},
+  label_heads=_label_heads("GPTNeoX"),
+)
+
+GPT_J = Family(
+  "gptj",
+  lambda config: "GPTJForCausalLM",
+  (
+    *_SHAPE,
+    same("embd_pdrop", "embed_dropout", 0.0),
+    same("attn_pdrop", "attention_dropout", 0.0),
+    same("resid_pdrop", "residual_dropout", 0.0),
+    _mlp_dim("n_inner"),
+    same("rotary_dim", "rope_dim"),
+    choice("activation_function", ACTIVATIONS, "gelu_new"),
+    same("tie_word_embeddings", "tied_head", False),
+    ignored("rotary", "scale_attn_weights"),
+    always(
+      position="rope",
+      residual="parallel_one_norm",
+      qkv_bias=False,
+      out_bias=False,
+      head_bias=True,
+    ),
+  ),
+  always_these(
+    *table("transformer.wte", "embed"),
+    *norm("transformer.h.{i}.ln_1", "blocks/attention_norm"),
+    *linear("transformer.h.{i}.attn.q_proj", "blocks/attention/query", rotary_pairs=True),
+    *linear("transformer.h.{i}.attn.k_proj", "blocks/attention/key", rotary_pairs=True),
+    *linear("transformer.h.{i}.attn.v_proj", "blocks/attention/value"),
+    *linear("transformer.h.{i}.attn.out_proj", "blocks/attention/out"),
+    *linear("transformer.h.{i}.mlp.fc_in", "blocks/mlp/up"),
+    *linear("transformer.h.{i}.mlp.fc_out", "blocks/mlp/down"),
+    *norm("transformer.ln_f", "final_norm"),
+    Entry("lm_head.weight", ("head/kernel",), transposed=True),
+    Entry("lm_head.bias", ("head_bias",)),
+  ),
+  prefix="transformer.",
+  ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_bias|bias|embed_positions)",),
+  label_heads={
+    "GPTJForSequenceClassification": _SCORE,
+    "GPTJForQuestionAnswering": LabelHead("qa_outputs"),
+  },
+)

@@ -1,0 +1,144 @@
+"""T5, its version 1.1, and mT5."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gptjax.interop.family import Family
+from gptjax.interop.fields import Fields, Rule, always, choice, fixed, ignored, same, several
+from gptjax.interop.tensors import Entry, linear, norm, table
+from gptjax.model.config import ModelConfig
+
+
+def _read_layers(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+  encoder = fields.take("num_layers", kind=int)
+  return {
+    "encoder_layers": encoder,
+    "num_layers": fields.take("num_decoder_layers", None, int | None) or encoder,
+  }
+
+
+def _write_layers(config: ModelConfig) -> dict[str, Any]:
+  return {"num_layers": config.encoder_layers, "num_decoder_layers": config.num_layers}
+
+
+def _read_head(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+  """A file of an untied head has its matrix, whatever its config says of tying."""
+  fields.take("tie_word_embeddings", None)
+  return {"tied_head": "lm_head.weight" not in fields.tensors}
+
+
+def _read_scale(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+  """The hidden states are scaled in T5 but not in its version 1.1, which older files tell by the
+  untied head."""
+  tied = fields.take("tie_word_embeddings", True)
+  scaled = fields.take("scale_decoder_outputs", tied is not False)
+  return {"logit_scale": found["embed_dim"] ** -0.5 if scaled else 1.0}
+
+
+def _write_scale(config: ModelConfig) -> dict[str, Any]:
+  scaled = config.logit_scale != 1
+  return {"scale_decoder_outputs": scaled, "tie_word_embeddings": scaled}
+
+
+_RULES = (
+  same("vocab_size", "vocab_size"),
+  same("d_model", "embed_dim"),
+  same("d_kv", "head_dim"),
+  same("d_ff", "mlp_dim"),
+  same("num_heads", "num_heads"),
+  Rule(_read_layers, _write_layers),
+  same("relative_attention_num_buckets", "t5_buckets", 32),
+  same("relative_attention_max_distance", "t5_max_distance", 128),
+  same("layer_norm_epsilon", "norm_eps", 1e-6),
+  # Which its positions do not end at.
+  same("n_positions", "max_positions", 512),
+  several("dropout_rate", "residual_dropout", "attention_dropout", "embed_dropout", default=0.1),
+  same("decoder_start_token_id", "decoder_start", 0),
+  fixed("is_encoder_decoder", True),
+  fixed("is_decoder", False),
+  ignored("dense_act_fn", "is_gated_act", "initializer_factor", "tokenizer_class"),
+  always(bias=False, norm="rmsnorm", position="t5", attention_scale=1.0),
+)
+_ACTIVATIONS = {
+  "relu": {"activation": "relu"},
+  "gated-gelu": {"activation": "geglu"},
+  "gated-silu": {"activation": "swiglu"},
+}
+
+
+def _attention(theirs: str, ours: str) -> list[Entry]:
+  return [
+    *linear(f"{theirs}.q", f"{ours}/query"),
+    *linear(f"{theirs}.k", f"{ours}/key"),
+    *linear(f"{theirs}.v", f"{ours}/value"),
+    *linear(f"{theirs}.o", f"{ours}/out"),
+  ]
+
+
+def _stack(theirs: str, ours: str, last: int) -> list[Entry]:
+  """A stack whose layers have `last` sublayers before the feed-forward network."""
+  layer, blocks = f"{theirs}.block.{{i}}.layer", f"{ours}blocks"
+  feed_forward = f"{layer}.{last}.DenseReluDense"
+  return [
+    *norm(f"{layer}.0.layer_norm", f"{blocks}/attention_norm"),
+    *_attention(f"{layer}.0.SelfAttention", f"{blocks}/attention"),
+    *table(
+      f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias",
+      f"{ours}attention_bias/relative",
+    ),
+    *norm(f"{layer}.{last}.layer_norm", f"{blocks}/mlp_norm"),
+    *linear(f"{feed_forward}.wi_0", f"{blocks}/mlp/gate"),
+    *linear(f"{feed_forward}.wo", f"{blocks}/mlp/down"),
+    *norm(f"{theirs}.final_layer_norm", f"{ours}final_norm"),
+  ]
+
+
+def _entries(up: str) -> tuple[Entry, ...]:
+  """`up` is what the plain or the gated network calls the projection."""
+  return (
+    *table("shared", "embed"),
+    *_stack("encoder", "encoder/", 1),
+    *linear(f"encoder.block.{{i}}.layer.1.DenseReluDense.{up}", "encoder/blocks/mlp/up"),
+    *_stack("decoder", "", 2),
+    *linear(f"decoder.block.{{i}}.layer.2.DenseReluDense.{up}", "blocks/mlp/up"),
+    *norm("decoder.block.{i}.layer.1.layer_norm", "blocks/cross_norm"),
+    *_attention("decoder.block.{i}.layer.1.EncDecAttention", "blocks/cross_attention"),
+    *linear("lm_head", "head"),
+  )
+
+
+def _of_config(config: ModelConfig) -> tuple[Entry, ...]:
+  return _entries("wi" if config.activation == "relu" else "wi_1")
+
+
+_COPIES = {
+  "encoder.embed_tokens.weight": "shared.weight",
+  "decoder.embed_tokens.weight": "shared.weight",
+}
+
+T5 = Family(
+  "t5",
+  lambda config: "T5ForConditionalGeneration",
+  (
+    *_RULES,
+    choice("feed_forward_proj", _ACTIVATIONS, "relu"),
+    Rule(_read_scale, _write_scale),
+    Rule(_read_head, lambda config: {}),
+  ),
+  _of_config,
+  # An early file has a bias of cross-attention, which nothing reads.
+  ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+  copies=_COPIES,
+)
+
+MT5 = Family(
+  "mt5",
+  lambda config: "MT5ForConditionalGeneration",
+  (
+    *_RULES,
+    choice("feed_forward_proj", _ACTIVATIONS, "gated-gelu"),
+    Rule(_read_head, lambda config: {"tie_word_embeddings": config.tied_head}),
+  ),
+  _of_config,
+  copies=_COPIES,
+)

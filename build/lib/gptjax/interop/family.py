@@ -1,0 +1,180 @@
+"""What a family of models is to us: a mapping of its config and one of its tensors."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gptjax.errors import UserError
+from gptjax.interop.fields import Fields, Rule
+from gptjax.interop.labels import LabelHead, can_fold_bias
+from gptjax.interop.tensors import Entry, applicable
+from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import describe_parameters
+
+# What no architecture depends on: of the file, of text, of training heads, of how it is run.
+_BOOKKEEPING = (
+  "architectures",
+  "model_type",
+  "dtype",
+  "torch_dtype",
+  "transformers_version",
+  "_name_or_path",
+  "transformers.js_config",
+  "use_cache",
+  "cache_implementation",
+  "gradient_checkpointing",
+  "bos_token_id",
+  "eos_token_id",
+  "pad_token_id",
+  "task_specific_params",
+  "output_past",
+  "output_router_logits",
+  "router_aux_loss_coef",
+  "classifier_dropout",
+  "n_ctx",
+  "id2label",
+  "label2id",
+  "num_labels",
+  "problem_type",
+  "summary_activation",
+  "summary_first_dropout",
+  "summary_proj_to_labels",
+  "summary_type",
+  "summary_use_proj",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One `model_type` of Hugging Face's files.
+
+  Attributes:
+    model_type: its name there.
+    architecture: the class that loads what we write of a config.
+    rules: of the config's fields, in the order in which they are read.
+    entries: of all tensors that a model of this config may have.
+    prefix: what the names of tensors begin with, but not where the model has no head.
+    older_names: endings of tensors' names, and what they are in older files.
+    ignored: patterns of tensors that hold nothing learnt, or a head that we do not have.
+    copies: tensors that some files have twice, and which they repeat.
+    label_heads: the heads that score labels, by the classes of `transformers`.
+    label_head: the one of them that the models of this family have.
+  """
+
+  model_type: str
+  architecture: Callable[[ModelConfig], str]
+  rules: tuple[Rule, ...]
+  entries: Callable[[ModelConfig], Sequence[Entry]]
+  prefix: str = ""
+  older_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  ignored: tuple[str, ...] = ()
+  copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  label_heads: Mapping[str, LabelHead] = dataclasses.field(default_factory=dict)
+  label_head: LabelHead | None = None
+
+  def with_task(self, task: str) -> "Family":
+    """The family of the class for a task such as 'SequenceClassification'.
+
+    Raises:
+      UserError: there is none.
+    """
+    for name in self.label_heads:
+      if name.endswith(f"For{task}"):
+        return self.with_label_head(name)
+    raise UserError(
+      f"family {self.model_type!r} has no class of `transformers` for {task}; take --format=gptjax."
+    )
+
+  def with_label_head(self, architecture: str) -> "Family":
+    """The family of one of `label_heads`."""
+    head = self.label_heads[architecture]
+    prefix = head.prefix or self.prefix
+    own = {name for entry in head.entries for name in entry.ours}
+
+    def entries(config: ModelConfig) -> list[Entry]:
+      kept = [entry for entry in self.entries(config) if own.isdisjoint(entry.ours)]
+      return [*head.entries, *(entry.with_prefix(self.prefix, prefix) for entry in kept)]
+
+    return dataclasses.replace(
+      self,
+      architecture=lambda config: architecture,
+      rules=(*self.rules, head.rule),
+      entries=entries,
+      prefix=prefix,
+      label_head=head,
+    )
+
+  def stored(self, config: ModelConfig) -> ModelConfig:
+    """The model that files of this family say: without a pooler that the head of labels does not
+    read, and without a bias of it that goes into the last norm's."""
+    if self.label_head is None:
+      return config
+    folds = not self.label_head.bias and can_fold_bias(describe_parameters(config))
+    return dataclasses.replace(
+      config,
+      pooler=config.pooler and bool(self.label_head.pooler or config.label_pooling == "pooler"),
+      label_bias=config.label_bias and not folds,
+    )
+
+  def read_config(self, fields: Fields) -> ModelConfig:
+    """Raises UserError for a field that is missing, unknown, or has a value that is."""
+    found: dict[str, Any] = {}
+    for rule in self.rules:
+      found |= rule.read(fields, found)
+    for name in _BOOKKEEPING:
+      fields.take(name, None)
+    fields.refuse_unread()
+    try:
+      return ModelConfig(**found)
+    except UserError as error:
+      raise UserError(f"{fields.source}: {error}") from error
+
+  def write_config(self, config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json.
+
+    Raises:
+      UserError: the family cannot be such a model.
+    """
+    if lacking := self.lacks(config):
+      kind = f"family {self.model_type!r}" if self.label_head is None else self.architecture(config)
+      raise UserError(f"{kind} lacks {'; '.join(lacking)}.")
+    return self._written(config)
+
+  def lacks(self, config: ModelConfig) -> list[str]:
+    """What the family cannot say of a config, one thing each; empty if it can be such a model.
+
+    Raises:
+      UserError: what it would say is no model, or has no place for a parameter.
+    """
+    source = f"family {self.model_type!r} of this model"
+    config = self.stored(config)
+    written = Fields(self._written(config), source, self._tensors_that_decide(config))
+    found = self.read_config(written)
+    of_labels = [] if self.label_head is None else config.head_differences(found)
+    if differences := [*config.differences(found), *of_labels]:
+      return differences
+    applicable(self.entries(config), describe_parameters(config), self.model_type)
+    return []
+
+  def _written(self, config: ModelConfig) -> dict[str, Any]:
+    theirs: dict[str, Any] = {
+      "model_type": self.model_type,
+      "architectures": [self.architecture(config)],
+    }
+    for rule in self.rules:
+      theirs |= rule.write(config)
+    return theirs
+
+  def _tensors_that_decide(self, config: ModelConfig) -> set[str]:
+    """Names of tensors whose presence is part of the config, as `Fields.tensors` has them."""
+    decided = {
+      "head_transform/linear/kernel": config.head_transform,
+      "pooler/kernel": config.pooler,
+      "head/kernel": not config.tied_head,
+    }
+    return {entry.theirs for entry in self.entries(config) if decided.get(entry.ours[0])}
+
+
+def always_these(*entries: Entry) -> Callable[[ModelConfig], Sequence[Entry]]:
+  """The entries of a family whose names do not depend on the config."""
+  return lambda config: entries

@@ -1,0 +1,265 @@
+"""The fields of another library's config, each mapped to ours by a rule that reads and writes."""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+from gptjax.errors import UserError
+from gptjax.model.config import ModelConfig, shortest_period
+
+REQUIRED = object()
+_KINDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+
+
+class Fields:
+  """The fields of a file, of which none may stay unread.
+
+  Attributes:
+    source: the file, for errors.
+    tensors: names of the tensors that come with it, which decide what a config leaves open.
+  """
+
+  def __init__(self, values: Mapping[str, Any], source: str, tensors: Collection[str] = ()):
+    self.source = source
+    self.tensors = tensors
+    self._unread = dict(values)
+
+  def take(self, name: str, default: Any = REQUIRED, kind: Any = None) -> Any:
+    """Returns the value of a field.
+
+    Raises:
+      UserError: it is missing and has no default, or it is neither that nor of `kind`, a type or a
+        union of some; an int is a float too, a bool is no int.
+    """
+    value = self._unread.pop(name, default)
+    if value is REQUIRED:
+      raise UserError(f"{self.source}: no field {name!r}, which the architecture needs.")
+    kinds = typing.get_args(kind) or (kind,)
+    of_kind = type(value) in kinds or (type(value) is int and float in kinds)
+    if kind is not None and value is not default and not of_kind:
+      wanted = getattr(kind, "__name__", str(kind))
+      raise UserError(f"{self.source}: field {name!r} is {value!r}, not a value of type {wanted}.")
+    return value
+
+  def take_mapping(self, name: str) -> Mapping[str, Any] | None:
+    """Returns a field that has fields; None if it is null or missing."""
+    return self.take(name, None, dict | None)
+
+  def refuse(self, name: str, value: Any, known: Collection[Any]) -> UserError:
+    choices = " or ".join(map(repr, known))
+    return UserError(f"{self.source}: field {name!r} is {value!r}; only {choices} can be read.")
+
+  def nested(self, name: str, values: Mapping[str, Any]) -> "Fields":
+    return Fields(values, f"{self.source}: {name}", self.tensors)
+
+  def refuse_unread(self) -> None:
+    """Raises UserError if a field was not read: it could change what the model computes."""
+    if self._unread:
+      name, value = next(iter(self._unread.items()))
+      raise UserError(f"{self.source}: field {name!r} = {value!r} is not known.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """One thing that configs say, both ways.
+
+  read: their fields, and what of our config the rules before it found -> more of it.
+  write: our config -> their fields.
+  """
+
+  read: Callable[[Fields, Mapping[str, Any]], dict[str, Any]]
+  write: Callable[[ModelConfig], dict[str, Any]]
+
+
+def same(theirs: str, ours: str, default: Any = REQUIRED, *, none: Any = None) -> Rule:
+  """A value that is copied. `none` is what we write for their null, or for a field that is missing
+  and whose default is null."""
+
+  kind = _KINDS[ours] if none is None else _KINDS[ours] | None
+
+  def read(fields, found):
+    value = fields.take(theirs, default, kind)
+    return {ours: none if value is None else value}
+
+  def write(config):
+    value = getattr(config, ours)
+    return {theirs: None if none is not None and value == none else value}
+
+  return Rule(read, write)
+
+
+def several(theirs: str, *ours: str, default: Any = REQUIRED) -> Rule:
+  """A value that we say more than once."""
+
+  def read(fields, found):
+    return dict.fromkeys(ours, fields.take(theirs, default, _KINDS[ours[0]]))
+
+  return Rule(read, lambda config: {theirs: getattr(config, ours[0])})
+
+
+def choice(theirs: str, values: Mapping[Any, Mapping[str, Any]], default: Any = REQUIRED) -> Rule:
+  """A value that stands for some of our fields; of values that mean the same, the first is
+  written."""
+
+  def read(fields, found):
+    value = fields.take(theirs, default)
+    if not isinstance(value, Hashable) or value not in values:
+      raise fields.refuse(theirs, value, values)
+    return dict(values[value])
+
+  def write(config):
+    fits = (
+      value
+      for value, ours in values.items()
+      if all(getattr(config, name) == x for name, x in ours.items())
+    )
+    # Where none fits, what is written reads as another config, which the caller refuses.
+    return {theirs: next(fits, next(iter(values)))}
+
+  return Rule(read, write)
+
+
+def always(**ours: Any) -> Rule:
+  """What the architecture says without a field."""
+  return Rule(lambda fields, found: ours, lambda config: {})
+
+
+def fixed(theirs: str, value: Any) -> Rule:
+  """A field of which we know one value alone, its default."""
+  return Rule(choice(theirs, {value: {}}, value).read, lambda config: {})
+
+
+def ignored(*names: str) -> Rule:
+  """Fields that say nothing of what the model computes."""
+
+  def read(fields, found):
+    for name in names:
+      fields.take(name, None)
+    return {}
+
+  return Rule(read, lambda config: {})
+
+
+def read_layers(
+  fields: Fields,
+  theirs: str,
+  kinds: Sequence[Any],
+  names: Mapping[str, str],
+  window: int | None,
+  num_layers: int,
+) -> dict[str, Any]:
+  """`layer_pattern` and `window` of what a field calls the kind of each layer; `names` maps their
+  kinds to ours."""
+  for kind in kinds:
+    if not isinstance(kind, str) or kind not in names:
+      raise fields.refuse(theirs, kind, names)
+  if len(kinds) != num_layers:
+    raise UserError(f"{fields.source}: {theirs!r} is of {len(kinds)} layers, not {num_layers}.")
+  pattern = shortest_period(tuple(names[kind] for kind in kinds))
+  return {"layer_pattern": pattern, "window": (window or 0) if "local" in pattern else 0}
+
+
+def rope(default_base: float, *, must_say_scaling: bool = False, **legacy: str) -> Rule:
+  """Rotary positions: `rope_parameters`, or `rope_theta` and `rope_scaling` in older files.
+
+  `legacy` gives the older names of 'base' and 'fraction' where a family has its own.
+  """
+
+  def read(fields, found):
+    parameters = fields.take_mapping("rope_parameters")
+    scaling = fields.take_mapping("rope_scaling")
+    if must_say_scaling and parameters is None and scaling is None:
+      fields.take("rope_parameters")
+    base = fields.take(legacy.get("base", "rope_theta"), default_base)
+    values = {"rope_theta": base} | (scaling or {}) | (parameters or {})
+    if "fraction" in legacy:
+      values = {"partial_rotary_factor": fields.take(legacy["fraction"], 0.25)} | values
+    return read_rope(fields.nested("rope_parameters", values), found)
+
+  def write(config):
+    return {"rope_parameters": write_rope(config)}
+
+  return Rule(read, write)
+
+
+def read_rope(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+  """One set of rotary parameters -> our fields; `found` has the width and the positions."""
+
+  def number(name: str, default: Any = REQUIRED) -> float:
+    return float(fields.take(name, default, float))
+
+  original = fields.take("original_max_position_embeddings", None, int | None)
+  head_dim = found.get("head_dim") or found["embed_dim"] // found["num_heads"]
+  ours = {
+    "position": "rope",
+    "rope_base": number("rope_theta"),
+    "rope_dim": int(head_dim * number("partial_rotary_factor", 1.0)),
+  }
+  older_kind = fields.take("type", "default")
+  kind = fields.take("rope_type", older_kind)
+  if kind == "linear":
+    ours |= {"rope_scaling": "linear", "rope_factor": number("factor")}
+  elif kind == "llama3":
+    ours |= {
+      "rope_scaling": "llama3",
+      "rope_factor": number("factor"),
+      "rope_slow_turns": _unless(1.0, number("low_freq_factor")),
+      "rope_fast_turns": _unless(4.0, number("high_freq_factor")),
+      "rope_original_positions": original or 0,
+    }
+  elif kind == "yarn":
+    ours |= {
+      "rope_scaling": "yarn",
+      "rope_factor": number("factor"),
+      "rope_slow_turns": _unless(1.0, number("beta_slow", 1.0)),
+      "rope_fast_turns": _unless(32.0, number("beta_fast", 32.0)),
+      "rope_round": fields.take("truncate", True, bool),
+      "rope_attention_factor": float(fields.take("attention_factor", None, float | None) or 0),
+      "rope_original_positions": original or found["max_positions"],
+    }
+  elif kind != "default":
+    raise fields.refuse("rope_type", kind, ("default", "linear", "llama3", "yarn"))
+  fields.refuse_unread()
+  return ours
+
+
+def _unless(own: float, turns: float) -> float:
+  """0 for the number of turns that is the method's own, as presets say it."""
+  return 0.0 if turns == own else turns
+
+
+def write_rope(config: ModelConfig) -> dict[str, Any]:
+  theirs = {"rope_theta": config.rope_base}
+  if config.rope_dim != config.head_dim:
+    theirs["partial_rotary_factor"] = config.rope_dim / config.head_dim
+  original = {"original_max_position_embeddings": config.rope_original_positions}
+  match config.rope_scaling:
+    case "none":
+      return theirs | {"rope_type": "default"}
+    case "linear":
+      return theirs | {"rope_type": "linear", "factor": config.rope_factor}
+    case "llama3":
+      return (
+        theirs
+        | original
+        | {
+          "rope_type": "llama3",
+          "factor": config.rope_factor,
+          "low_freq_factor": config.rope_slow_turns or 1.0,
+          "high_freq_factor": config.rope_fast_turns or 4.0,
+        }
+      )
+  factor = {"attention_factor": config.rope_attention_factor}
+  return (
+    theirs
+    | original
+    | (factor if config.rope_attention_factor else {})
+    | {
+      "rope_type": "yarn",
+      "factor": config.rope_factor,
+      "beta_fast": config.rope_fast_turns or 32.0,
+      "beta_slow": config.rope_slow_turns or 1.0,
+      "truncate": config.rope_round,
+    }
+  )

@@ -1,0 +1,203 @@
+"""GGUF files of llama.cpp: Llama, Qwen 2 and Qwen 3, their weights dequantised as they are read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.errors import UserError, did_you_mean
+from gptjax.interop.fields import Fields, Rule, always, ignored, same
+from gptjax.interop.load import Importer
+from gptjax.interop.tensors import Entry, linear, norm, table
+from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import ParameterInfo, describe_parameters
+from gptjax.model.positions import rope_frequencies
+
+_ROPE_FACTORS = "rope_freqs.weight"
+# Of Llama 3.1 to 3.3; files have only the factors that follow from it.
+_LLAMA3_ORIGINAL_POSITIONS = 8192
+
+
+def _scaling(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+  kind = fields.take("rope.scaling.type", "none")
+  factor = fields.take("rope.scaling.factor", 1.0, float)
+  original = fields.take("rope.scaling.original_context_length", 0, int)
+  fields.take("rope.scaling.finetuned", None)
+  if kind not in ("none", "linear", "yarn"):
+    raise fields.refuse("rope.scaling.type", kind, ("none", "linear", "yarn"))
+  if kind == "none":
+    return {}
+  return {
+    "rope_scaling": kind,
+    "rope_factor": float(factor),
+    "rope_original_positions": original,
+  }
+
+
+_RULES = (
+  same("block_count", "num_layers"),
+  same("context_length", "max_positions"),
+  same("embedding_length", "embed_dim"),
+  same("feed_forward_length", "mlp_dim"),
+  same("attention.head_count", "num_heads"),
+  same("attention.head_count_kv", "num_kv_heads", 0),
+  same("attention.key_length", "head_dim", 0),
+  same("attention.layer_norm_rms_epsilon", "norm_eps"),
+  same("rope.freq_base", "rope_base", 10_000.0),
+  same("rope.dimension_count", "rope_dim", 0),
+  ignored("attention.value_length", "vocab_size"),
+  Rule(_scaling, lambda config: {}),
+  always(norm="rmsnorm", bias=False, activation="swiglu", position="rope"),
+)
+_FAMILIES = {
+  "llama": {},
+  "qwen2": {"qkv_bias": True},
+  "qwen3": {"qk_norm": True},
+}
+
+
+def _entries(architecture: str) -> tuple[Entry, ...]:
+  # llama.cpp turns neighbouring dimensions of Llama together, and has put them side by side.
+  pairs = {"rotary_pairs": architecture == "llama"}
+  return (
+    *table("token_embd", "embed"),
+    *norm("output_norm", "final_norm"),
+    *linear("output", "head"),
+    *norm("blk.{i}.attn_norm", "blocks/attention_norm"),
+    *linear("blk.{i}.attn_q", "blocks/attention/query", **pairs),
+    *linear("blk.{i}.attn_k", "blocks/attention/key", **pairs),
+    *linear("blk.{i}.attn_v", "blocks/attention/value"),
+    *linear("blk.{i}.attn_output", "blocks/attention/out"),
+    *norm("blk.{i}.attn_q_norm", "blocks/attention/query_norm"),
+    *norm("blk.{i}.attn_k_norm", "blocks/attention/key_norm"),
+    *norm("blk.{i}.ffn_norm", "blocks/mlp_norm"),
+    *linear("blk.{i}.ffn_gate", "blocks/mlp/gate"),
+    *linear("blk.{i}.ffn_up", "blocks/mlp/up"),
+    *linear("blk.{i}.ffn_down", "blocks/mlp/down"),
+  )
+
+
+class _GGUFTensors:
+  """Tensors of an opened file, dequantised when they are read."""
+
+  def __init__(self, path: Path, tensors: Any, dequantise: Any):
+    self._path = path
+    self._tensors = {tensor.name: tensor for tensor in tensors}
+    self._dequantise = dequantise
+
+  @property
+  def names(self) -> frozenset[str]:
+    return frozenset(self._tensors)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+  def read(self, name: str) -> np.ndarray:
+    tensor = self._tensors[name]
+    try:
+      return self._dequantise(tensor.data, tensor.tensor_type).reshape(self.shape(name))
+    except NotImplementedError as error:
+      raise UserError(
+        f"{self._path}: tensor {name!r} is {tensor.tensor_type.name}, which gguf cannot read."
+      ) from error
+
+
+class GGUFModel:
+  """An opened file, `path`: the config and the parameters of our model, to be loaded.
+
+  Attributes:
+    labels: none, since GGUF holds language models.
+
+  Raises:
+    UserError: there is no such file, it is damaged, its architecture or a field of it is unknown,
+      or its tensors do not fit its fields.
+  """
+
+  labels = None
+
+  def __init__(self, path: str):
+    self.path = Path(path).expanduser()
+    fields, self._tensors = _open(self.path)
+    architecture = fields.get("general.architecture")
+    if architecture not in _FAMILIES:
+      raise UserError(
+        f"{path}: no architecture {architecture!r} is read from GGUF. "
+        f"{did_you_mean(str(architecture), _FAMILIES)}"
+      )
+    prefix = f"{architecture}."
+    own = Fields(
+      {name.removeprefix(prefix): x for name, x in fields.items() if name.startswith(prefix)},
+      str(path),
+      self._tensors.names,
+    )
+    found = {"tied_head": "output.weight" not in self._tensors.names, **_FAMILIES[architecture]}
+    for rule in _RULES:
+      found |= rule.read(own, found)
+    own.refuse_unread()
+    if "token_embd.weight" not in self._tensors.names:
+      raise UserError(f"{path}: no tensor 'token_embd.weight', which the config needs.")
+    found["vocab_size"] = self._tensors.shape("token_embd.weight")[0]
+    # Stored in float32; the number that was meant has few digits.
+    found["norm_eps"] = float(f"{found['norm_eps']:.6g}")
+    try:
+      self.config = ModelConfig(**self._with_llama3_rope(found))
+    except UserError as error:
+      raise UserError(f"{path}: {error}") from error
+    self.parameters: Mapping[str, ParameterInfo] = describe_parameters(self.config)
+    self._importer = Importer(
+      _entries(architecture),
+      self._tensors,
+      self.parameters,
+      self.config,
+      source=str(path),
+      ignored=(_ROPE_FACTORS,),
+    )
+
+  def load(
+    self, shardings: Mapping[str, jax.sharding.Sharding], *, progress: bool = False
+  ) -> dict[str, Any]:
+    """The parameters as `Importer.load` makes them."""
+    return self._importer.load(shardings, progress=progress)
+
+  @property
+  def tokenizer(self) -> str:
+    """The spec of its tokenizer."""
+    return str(self.path)
+
+  def _with_llama3_rope(self, found: dict[str, Any]) -> dict[str, Any]:
+    """Llama 3.1's scaling, told by the factors that it divides the frequencies by."""
+    if _ROPE_FACTORS not in self._tensors.names:
+      return found
+    factors = self._tensors.read(_ROPE_FACTORS)
+    scaled = found | {
+      "rope_scaling": "llama3",
+      "rope_factor": float(factors.max()),
+      "rope_original_positions": _LLAMA3_ORIGINAL_POSITIONS,
+    }
+    plain, _ = rope_frequencies(ModelConfig(**found))
+    expected = plain / rope_frequencies(ModelConfig(**scaled))[0]
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+      raise UserError(f"tensor {_ROPE_FACTORS!r} is not the scaling of Llama 3.1.")
+    return scaled
+
+
+def _open(path: Path) -> tuple[dict[str, Any], _GGUFTensors]:
+  try:
+    import gguf  # An extra: few need it.
+  except ImportError as error:
+    raise UserError(f"{path} needs the package gguf: pip install gguf.") from error
+  if not path.is_file():
+    raise UserError(f"{path}: no such file.")
+  try:
+    reader = gguf.GGUFReader(path)
+  except (ValueError, IndexError, KeyError) as error:
+    raise UserError(f"{path}: not a GGUF file, or cut short ({error}).") from error
+  # Lists of tokens and merges take seconds to decode, and are none of the model's fields.
+  fields = {
+    name: field.contents()
+    for name, field in reader.fields.items()
+    if not name.startswith("tokenizer.")
+  }
+  return fields, _GGUFTensors(path, reader.tensors, gguf.quants.dequantize)

@@ -1,0 +1,363 @@
+"""Attention: who sees whom, grouped heads, the key-value cache.
+
+Axes: B batch, T query positions, S key positions, D width, N query heads, K key-value heads,
+G query heads of one key-value head, H head width.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from gptjax.devices import sharding
+from gptjax.devices.sharding import constrain
+from gptjax.errors import UserError
+from gptjax.model import kernels
+from gptjax.model.config import ModelConfig
+from gptjax.model.figures import Figures
+from gptjax.model.kernels import LANES
+from gptjax.model.layers import Linear, Mix, RMSNorm, dropout, soft_cap
+from gptjax.model.positions import rotate
+
+# Far below any logit, and finite: a row with nothing to see becomes uniform instead of NaN.
+MASKED = -1e30
+
+# Queries whose logits `largest_logit` holds at a time, at most.
+_OBSERVED_QUERIES = 1024
+
+
+def visible(
+  query_positions_BT: jax.Array,
+  key_positions_BS: jax.Array,
+  window: int | None = None,
+  query_segments_BT: jax.Array | None = None,
+  key_segments_BS: jax.Array | None = None,
+  *,
+  visibility: str = "causal",
+  prefix_BS: jax.Array | None = None,
+) -> jax.Array:
+  """Which keys a query may see: bool [B, T, S].
+
+  Within its own segment of a packed row: the past and itself, no further back than `window`
+  positions (its own included), or everything if `visibility` is 'bidirectional', or besides the
+  past the keys of the prefix, where `prefix_BS` is not 0.
+  """
+  distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
+  mask_BTS = distance_BTS >= 0
+  if visibility == "bidirectional":
+    mask_BTS = jnp.ones_like(mask_BTS)
+  elif visibility == "prefix" and prefix_BS is not None:
+    mask_BTS |= prefix_BS[:, None, :] > 0
+  if window is not None:
+    mask_BTS &= distance_BTS < window
+  if query_segments_BT is not None:
+    mask_BTS &= same_segment(query_segments_BT, key_segments_BS)
+  return mask_BTS
+
+
+def same_segment(query_segments_BT: jax.Array, key_segments_BS: jax.Array) -> jax.Array:
+  """Bool [B, T, S]."""
+  return query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+  """Who sees whom, in the form that the kernel takes.
+
+  kernel: 'xla', 'splash' or 'cudnn'. window, visibility: as of `visible`. segment_ids_BT: for a
+  kernel that works out what is visible itself. visible_BTS: for one that is told.
+  """
+
+  kernel: str = dataclasses.field(metadata={"static": True})
+  window: int | None = dataclasses.field(default=None, metadata={"static": True})
+  visibility: str = dataclasses.field(default="causal", metadata={"static": True})
+  segment_ids_BT: jax.Array | None = None
+  visible_BTS: jax.Array | None = None
+
+
+def make_mask(
+  kernel: str,
+  query_positions_BT: jax.Array,
+  key_positions_BS: jax.Array,
+  window: int | None,
+  segment_ids_BT: jax.Array | None,
+  *,
+  visibility: str = "causal",
+  prefix_BS: jax.Array | None = None,
+) -> Mask:
+  """The mask of `visible`, whose arguments these are, for one kernel."""
+  if kernel == "splash":
+    return Mask(kernel, window, visibility, segment_ids_BT=segment_ids_BT)
+  seen = visible(
+    query_positions_BT,
+    key_positions_BS,
+    window,
+    segment_ids_BT,
+    segment_ids_BT,
+    visibility=visibility,
+    prefix_BS=prefix_BS,
+  )
+  return Mask(kernel, window, visibility, visible_BTS=seen)
+
+
+def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: bool) -> str:
+  """The kernel of `config.attention`; of 'auto', the platform's own where it can do the job.
+
+  Args:
+    length: of a row, T.
+    cached: whether there are earlier keys, which may not be where their positions say.
+    training: whether there is dropout.
+
+  Raises:
+    UserError: the config asks for a kernel that cannot do the job.
+  """
+  if cached:
+    return "xla"
+  common = [
+    (training and config.attention_dropout > 0, "attention dropout"),
+    (config.position in ("alibi", "t5"), f"position={config.position!r}, a bias"),
+    (config.attention_sinks, "attention_sinks"),
+  ]
+  spans = LANES * sharding.axis_parts("time")
+  obstacles = {
+    "xla": [],
+    "splash": [
+      *common,
+      (config.visibility == "prefix", "visibility='prefix'"),
+      (length % spans, f"a row of {length}: not a multiple of {spans}"),
+    ],
+    "cudnn": [
+      *common,
+      (config.attention_soft_cap, "attention_soft_cap"),
+      (config.dtype != "bfloat16", f"dtype={config.dtype!r}: it needs bfloat16"),
+      (config.head_dim % 8, f"head_dim={config.head_dim}: not a multiple of 8"),
+      (length % 2, f"a row of {length}: odd"),
+    ],
+  }
+
+  def obstacle(kernel: str) -> str | None:
+    return next((reason for holds, reason in obstacles[kernel] if holds), None)
+
+  if config.attention == "auto":
+    own = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "xla")
+    return "xla" if obstacle(own) else own
+  if reason := obstacle(config.attention):
+    raise UserError(
+      f"model.attention={config.attention!r} cannot do {reason}. Set model.attention=xla."
+    )
+  return config.attention
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: Mask,
+  *,
+  scale: float | None = None,
+  bias_BNTS: jax.Array | None = None,
+  cap: float = 0.0,
+  sinks_N: jax.Array | None = None,
+  dropout_rate: float = 0.0,
+  key: jax.Array | None = None,
+) -> jax.Array:
+  """softmax(scale QK^T + bias) V over visible keys (Vaswani et al. 2017, eq. 1).
+
+  Shapes: q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K -> [B, T, N, H]. The scale is
+  1 / sqrt(H) if it is None. The softmax is float32; the products have the dtype of q. `sinks_N` is
+  the logit of one more key a head, whose value is 0. Bias, sinks and dropout are of the 'xla'
+  kernel alone, the cap of all but 'cudnn'; `choose_kernel` sees to that.
+  """
+  scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
+  match mask.kernel:
+    case "splash":
+      segments, causal = mask.segment_ids_BT, mask.visibility == "causal"
+      options = {"window": mask.window, "causal": causal, "cap": cap}
+      return kernels.splash(q_BTNH * scale, k_BSKH, v_BSKH, segments, **options)
+    case "cudnn":
+      return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask.visible_BTS, scale)
+  q_BTNH, k_BSKH, v_BSKH = checkpoint_name((q_BTNH, k_BSKH, v_BSKH), "qkv")
+  logits = _visible_logits(q_BTNH * scale, k_BSKH, mask.visible_BTS, bias_BNTS, cap)
+  if sinks_N is None:
+    weights = jax.nn.softmax(logits, axis=-1)
+  else:
+    sinks = jnp.broadcast_to(
+      sinks_N.astype(jnp.float32).reshape(1, *logits.shape[1:3], 1, 1), (*logits.shape[:-1], 1)
+    )
+    weights = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
+  weights = dropout(weights.astype(q_BTNH.dtype), dropout_rate, key)
+  attended = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(q_BTNH.shape)
+  return checkpoint_name(attended, "attention")
+
+
+def _visible_logits(scaled_q_BTNH, k_BSKH, visible_BTS, bias_BNTS, cap: float) -> jax.Array:
+  """What the softmax is taken of: float32 [B, K, G, T, S], `MASKED` where a key is not seen."""
+  B, T, N, H = scaled_q_BTNH.shape
+  K = k_BSKH.shape[2]
+  q_BTKGH = scaled_q_BTNH.reshape(B, T, K, N // K, H)
+  logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32)
+  logits = soft_cap(logits, cap)
+  if bias_BNTS is not None:
+    logits += bias_BNTS.reshape(logits.shape[:3] + bias_BNTS.shape[2:])
+  return jnp.where(visible_BTS[:, None, None], logits, MASKED)
+
+
+def largest_logit(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  mask: Mask,
+  positions_BT: jax.Array,
+  *,
+  scale: float | None = None,
+  bias_BNTS: jax.Array | None = None,
+  cap: float = 0.0,
+) -> jax.Array:
+  """The largest logit of a query and a key that it sees, for any kernel: a float32 scalar.
+
+  What `attend` would give its softmax, some queries at a time, so that a row that only a flash
+  kernel could hold fits. Keys and queries have the same positions. It has no gradient.
+  """
+  q_BTNH, k_BSKH, bias_BNTS = jax.lax.stop_gradient((q_BTNH, k_BSKH, bias_BNTS))
+  scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
+  T = q_BTNH.shape[1]
+  parts = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= _OBSERVED_QUERIES)
+
+  def of_queries(queries):
+    q_BTNH, q_positions_BT, q_segments_BT, visible_BTS, bias_BTNS = queries
+    if visible_BTS is None:
+      segments = (q_segments_BT, mask.segment_ids_BT)
+      visible_BTS = visible(
+        q_positions_BT, positions_BT, mask.window, *segments, visibility=mask.visibility
+      )
+    bias_BNTS = None if bias_BTNS is None else bias_BTNS.swapaxes(1, 2)
+    return _visible_logits(q_BTNH * scale, k_BSKH, visible_BTS, bias_BNTS, cap).max()
+
+  bias_BTNS = None if bias_BNTS is None else bias_BNTS.swapaxes(1, 2)
+  queries = (q_BTNH, positions_BT, mask.segment_ids_BT, mask.visible_BTS, bias_BTNS)
+  by_part = jax.tree.map(
+    lambda x: x.reshape(x.shape[0], parts, T // parts, *x.shape[2:]).swapaxes(0, 1), queries
+  )
+  return jax.lax.map(of_queries, by_part).max()
+
+
+class Attention(nnx.Module):
+  """Multi-head attention, grouped keys and values by configuration.
+
+  Shapes: [B, T, D] -> [B, T, D]. Of a layer's input to itself, by a call; or to what an encoder
+  made, by `keys_and_values` and `cross`, then without positions.
+  """
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, cross: bool = False):
+    self.config = config
+    D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    shared = {"dtype": config.dtype, "rngs": rngs}
+
+    def project(heads: int, axis: str) -> Linear:
+      axes = ("embed", axis, "head_dim")
+      std = config.hidden_std
+      return Linear((D,), (heads, H), axes=axes, bias=config.qkv_bias, std=std, **shared)
+
+    self.query = project(N, "heads")
+    self.key = project(K, "kv_heads")
+    self.value = project(K, "kv_heads")
+    self.out = Linear(
+      (N, H),
+      (D,),
+      axes=("heads", "head_dim", "embed"),
+      bias=config.out_bias,
+      std=config.residual_std,
+      **shared,
+    )
+    norm = {"eps": config.norm_eps, "offset": config.norm_offset, "axis": "head_dim"}
+    self.query_norm = RMSNorm(H, **norm) if config.qk_norm else None
+    self.key_norm = RMSNorm(H, **norm) if config.qk_norm else None
+    self.sinks = nnx.Param(jnp.zeros(N), axes=("heads",)) if config.attention_sinks else None
+    self.value_mix = Mix(0.5, 0.5) if config.value_residual and not cross else None
+
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    mask: Mask,
+    bias_BNTS: jax.Array | None = None,
+    *,
+    first_values_BTKH: jax.Array | None = None,
+    cache: tuple[jax.Array, jax.Array] | None = None,
+    key: jax.Array | None = None,
+    figures: Figures | None = None,
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Returns the output and the cache with this call's keys and values written into it.
+
+    A cache is (keys, values), each [B, S, K, H]; position p lives in slot p. Without one, the
+    keys are those of x itself and S = T. `first_values_BTKH` are those of the first layer, for
+    `value_residual`. `figures` get `largest_logit`, of a call without a cache.
+    """
+    config = self.config
+    x_BTD = constrain(x_BTD, "batch", "time", None)
+    q_BTNH = self._queries(x_BTD)
+    k_BSKH, v_BSKH = self.keys_and_values(x_BTD)
+    if config.position == "rope":
+      local = mask.window is not None
+      q_BTNH = rotate(q_BTNH, positions_BT, config, local=local)
+      k_BSKH = rotate(k_BSKH, positions_BT, config, local=local)
+    if self.value_mix is not None:
+      v_BSKH = self.value_mix(v_BSKH, first_values_BTKH)
+    if cache is not None:
+      rows = jnp.arange(x_BTD.shape[0])[:, None]
+      k_BSKH = cache[0].at[rows, positions_BT].set(k_BSKH, mode="drop")
+      v_BSKH = cache[1].at[rows, positions_BT].set(v_BSKH, mode="drop")
+      cache = (k_BSKH, v_BSKH)
+    if figures is not None:
+      figures["largest_logit"] = largest_logit(
+        q_BTNH,
+        k_BSKH,
+        mask,
+        positions_BT,
+        scale=self._scale,
+        bias_BNTS=bias_BNTS,
+        cap=config.attention_soft_cap,
+      )
+    return self._attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key), cache
+
+  def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each [B, S, K, H], without positions."""
+    k_BSKH, v_BSKH = self.key(x_BSD), self.value(x_BSD)
+    return (k_BSKH if self.key_norm is None else self.key_norm(k_BSKH)), v_BSKH
+
+  def cross(
+    self,
+    x_BTD: jax.Array,
+    keys_and_values: tuple[jax.Array, jax.Array],
+    mask: Mask,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Attends to keys and values that `keys_and_values` made of something else."""
+    q_BTNH = self._queries(constrain(x_BTD, "batch", "time", None))
+    return self._attend(q_BTNH, *keys_and_values, mask, None, key)
+
+  def _queries(self, x_BTD: jax.Array) -> jax.Array:
+    q_BTNH = self.query(x_BTD)
+    return q_BTNH if self.query_norm is None else self.query_norm(q_BTNH)
+
+  @property
+  def _scale(self) -> float:
+    return self.config.attention_scale or 1 / math.sqrt(self.config.head_dim)
+
+  def _attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key) -> jax.Array:
+    attended = attend(
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      mask,
+      scale=self._scale,
+      bias_BNTS=bias_BNTS,
+      cap=self.config.attention_soft_cap,
+      sinks_N=None if self.sinks is None else self.sinks[...],
+      dropout_rate=self.config.attention_dropout,
+      key=key,
+    )
+    return checkpoint_name(self.out(attended), "attention_out")

@@ -1,0 +1,130 @@
+"""One layer: attention, in a decoder with an encoder cross-attention, and the feed-forward network.
+
+Axes: B batch, T query positions, S key positions, D width, K key-value heads, H head width.
+"""
+
+import functools
+
+import jax
+from flax import nnx
+
+from gptjax.devices.sharding import constrain
+from gptjax.model.attention import Attention, Mask
+from gptjax.model.config import ModelConfig
+from gptjax.model.feedforward import FeedForward
+from gptjax.model.figures import Figures, Routing
+from gptjax.model.layers import LayerNorm, Mix, RMSNorm, dropout
+from gptjax.model.moe import MixtureOfExperts
+
+# Keys and values, each [B, S, K, H].
+KeysAndValues = tuple[jax.Array, jax.Array]
+
+
+def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
+  if config.norm == "rmsnorm":
+    return RMSNorm(config.embed_dim, eps=config.norm_eps, offset=config.norm_offset)
+  return LayerNorm(config.embed_dim, eps=config.norm_eps, bias=config.bias)
+
+
+class Block(nnx.Module):
+  """Branches, each with its norms, added to the residual stream. [B, T, D] -> [B, T, D]."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    both, shared = config.norm_placement == "both", config.residual == "parallel_one_norm"
+    self.attention_norm = make_norm(config)
+    self.attention = Attention(config, rngs)
+    self.attention_out_norm = make_norm(config) if both else None
+    self.cross_norm = make_norm(config) if config.encoder_layers else None
+    self.cross_attention = Attention(config, rngs, cross=True) if config.encoder_layers else None
+    self.cross_out_norm = make_norm(config) if config.encoder_layers and both else None
+    self.mlp_norm = None if shared else make_norm(config)
+    self.mlp = MixtureOfExperts(config, rngs) if config.num_experts else FeedForward(config, rngs)
+    self.mlp_out_norm = make_norm(config) if both else None
+    self.embed_mix = Mix(1.0, 0.0) if config.embed_residual else None
+
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    mask: Mask,
+    bias_BNTS: jax.Array | None = None,
+    *,
+    embedded_BTD: jax.Array | None = None,
+    first_values_BTKH: jax.Array | None = None,
+    cross: KeysAndValues | None = None,
+    cross_mask: Mask | None = None,
+    valid_BT: jax.Array | None = None,
+    cache: KeysAndValues | None = None,
+    key: jax.Array | None = None,
+    figures: Figures | None = None,
+    routing: Routing | None = None,
+  ) -> tuple[jax.Array, KeysAndValues | None]:
+    """Returns the output and the written cache, as `Attention` does.
+
+    `cross` is what `Block.cross_attention` makes of the encoder's output. `valid_BT` tells experts
+    what is not padding. `figures` get `attention`, `cross_attention` and `mlp`, each as it is added
+    to the residual stream, `residual`, that stream after the layer, and `largest_logit`.
+    """
+    config = self.config
+    keys = (None,) * 5 if key is None else jax.random.split(key, 5 if self.cross_norm else 3)
+    attention = functools.partial(
+      self.attention,
+      positions_BT=positions_BT,
+      mask=mask,
+      bias_BNTS=bias_BNTS,
+      first_values_BTKH=first_values_BTKH,
+      cache=cache,
+      key=keys[0],
+      figures=figures,
+    )
+    mlp = self.mlp
+    if config.num_experts:
+      mlp = functools.partial(mlp, valid_BT=valid_BT, routing=routing)
+
+    def add(x_BTD, branch_BTD, name, key):
+      branch_BTD = dropout(branch_BTD, config.residual_dropout, key)
+      if config.depth_ratio != 1:
+        branch_BTD = branch_BTD / config.depth_ratio
+      if figures is not None:
+        figures.note(name, branch_BTD)
+      return x_BTD + branch_BTD
+
+    def add_branch(x_BTD, name, branch, norms, key):
+      before, after = norms
+      post = config.norm_placement == "post"
+      branch_BTD = branch(x_BTD if post else before(x_BTD))
+      branch_BTD = branch_BTD if after is None else after(branch_BTD)
+      x_BTD = add(x_BTD, branch_BTD, name, key)
+      return before(x_BTD) if post else x_BTD
+
+    def attend(x_BTD):
+      nonlocal cache
+      branch_BTD, cache = attention(x_BTD)
+      return branch_BTD
+
+    if self.embed_mix is not None:
+      x_BTD = self.embed_mix(x_BTD, embedded_BTD)
+    if config.residual == "sequential":
+      norms = (self.attention_norm, self.attention_out_norm)
+      x_BTD = add_branch(x_BTD, "attention", attend, norms, keys[1])
+      if self.cross_attention is not None:
+        branch = functools.partial(
+          self.cross_attention.cross, keys_and_values=cross, mask=cross_mask, key=keys[3]
+        )
+        norms = (self.cross_norm, self.cross_out_norm)
+        x_BTD = add_branch(x_BTD, "cross_attention", branch, norms, keys[4])
+      x_BTD = add_branch(x_BTD, "mlp", mlp, (self.mlp_norm, self.mlp_out_norm), keys[2])
+    else:
+      normed_BTD = self.attention_norm(x_BTD)
+      mlp_BTD = mlp(normed_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD))
+      x_BTD = add(x_BTD, attend(normed_BTD), "attention", keys[1])
+      x_BTD = add(x_BTD, mlp_BTD, "mlp", keys[2])
+    if figures is not None:
+      figures.note("residual", x_BTD)
+    return constrain(x_BTD, "batch", "residual_time", None), cache
+
+  def values(self, x_BTD: jax.Array) -> jax.Array:
+    """The values [B, T, K, H] of the layer for its input [B, T, D], before any mixture."""
+    x_BTD = x_BTD if self.config.norm_placement == "post" else self.attention_norm(x_BTD)
+    return self.attention.value(constrain(x_BTD, "batch", "time", None))

@@ -1,0 +1,304 @@
+"""The model: a Transformer of any generation, by configuration.
+
+Axes: B batch, T query positions, S key positions, D width, V vocabulary, L layers.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.devices.sharding import constrain
+from gptjax.errors import UserError
+from gptjax.model.attention import same_segment
+from gptjax.model.block import make_norm
+from gptjax.model.config import ModelConfig
+from gptjax.model.feedforward import activate
+from gptjax.model.figures import Figures, Routing
+from gptjax.model.layers import Embedding, LayerNorm, Linear, dropout, soft_cap
+from gptjax.model.stack import Cache, Encoded, Stack
+
+# The parameters that are new in a model which scores labels.
+LABEL_HEAD = ("label_head/kernel", "label_head/bias")
+
+
+class HeadTransform(nnx.Module):
+  """norm(act(x W + b)), between the last layer and the logits of BERT. [B, T, D] -> [B, T, D]."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.linear = _square(config, rngs)
+    self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps, bias=True)
+    self.activation = config.activation
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    return self.norm(activate(self.activation, self.linear(x_BTD)))
+
+
+class GPT(Stack):
+  """Tokens in, logits out: of the vocabulary, or of labels. Parameters are float32; those of all
+  layers are stacked as [L, ...]."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    D, V, std = config.embed_dim, config.vocab_size, config.init_std
+
+    def table(rows: int, axis: str) -> Embedding:
+      return Embedding(rows, D, axes=(axis, "embed"), std=std, rngs=rngs)
+
+    self.embed = table(V, "vocab")
+    self.position = (
+      table(config.max_positions, "positions") if config.position == "learned" else None
+    )
+    self.token_type = table(config.token_types, "types") if config.token_types else None
+    self.embed_norm = make_norm(config) if config.embed_norm else None
+    super().__init__(config, rngs)
+    self.encoder = Stack(config.encoder, rngs) if config.encoder_layers else None
+    K = config.num_labels
+
+    def head(size: int, axis: str, bias: bool, dtype: str) -> Linear:
+      axes = ("embed", axis)
+      return Linear((D,), (size,), axes=axes, bias=bias, std=std, dtype=dtype, rngs=rngs)
+
+    self.head_transform = HeadTransform(config, rngs) if config.head_transform and not K else None
+    self.head = None if config.tied_head or K else head(V, "vocab", False, config.dtype)
+    has_bias = config.head_bias and not K
+    self.head_bias = nnx.Param(jnp.zeros(V), axes=("vocab",)) if has_bias else None
+    self.pooler = _square(config, rngs) if config.pooler else None
+    self.label_head = head(K, "labels", config.label_bias, "float32") if K else None
+
+  def __call__(self, tokens_BT: jax.Array, **kwargs) -> jax.Array:
+    """Logits [B, T, V], float32, of the token after each position, or of the token itself in a
+    bidirectional model; arguments as for `hidden`."""
+    x_BTD, _ = self.hidden(tokens_BT, **kwargs)
+    return self.logits(x_BTD)
+
+  def hidden(
+    self,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    prefix_BS: jax.Array | None = None,
+    token_types_BT: jax.Array | None = None,
+    encoded: Encoded | None = None,
+    cache: Cache | None = None,
+    key: jax.Array | None = None,
+    figures: Figures | None = None,
+    routing: Routing | None = None,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Runs all but the output projection.
+
+    Args:
+      tokens_BT: int32 token ids.
+      positions_BT: int32 position of each token in its segment, in steps of 1; None counts from 0.
+      segment_ids_BT: int32; tokens see only tokens of an equal id. None is one segment a row. Of
+        experts, those of id 0 are padding.
+      prefix_BS: int32; of a 'prefix' model, the keys that are not 0 are seen by all. None is none.
+      token_types_BT: int32; None is type 0.
+      encoded: from `encode`, in a model with an encoder.
+      cache: keys and values of earlier positions, from `empty_cache`.
+      key: of dropout; None for none.
+      figures: gets those of `Block`, with a leading axis L, in a call without a cache.
+      routing: gets what the routers of a mixture of experts tell, likewise.
+
+    Returns:
+      Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it.
+
+    Raises:
+      UserError: the row or the cache is longer than the learned position table, the model has an
+        encoder and `encoded` is missing, or the model sees the future and is given a cache.
+    """
+    config = self.config
+    if (encoded is None) != (self.encoder is None):
+      needs = "has no encoder" if self.encoder is None else "reads what `encode` returns"
+      raise UserError(f"encoded={encoded}: the model {needs}.")
+    if cache is not None and config.visibility == "bidirectional":
+      raise UserError("model.visibility='bidirectional': the model cannot write token by token.")
+    keys = (None, None) if key is None else jax.random.split(key)
+    length = None if cache is None else cache[0][0].shape[1]
+    x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, keys[0], length)
+    if positions_BT is None:
+      positions_BT = _count(tokens_BT)
+    return self.run(
+      x_BTD,
+      positions_BT,
+      segment_ids_BT=segment_ids_BT,
+      prefix_BS=prefix_BS,
+      encoded=encoded,
+      cache=cache,
+      key=keys[1],
+      figures=figures,
+      routing=routing,
+    )
+
+  def encode(
+    self,
+    tokens_BS: jax.Array,
+    *,
+    positions_BS: jax.Array | None = None,
+    segment_ids_BS: jax.Array | None = None,
+    key: jax.Array | None = None,
+    for_decoding: bool = False,
+  ) -> Encoded:
+    """Runs the encoder; arguments as for `hidden`. `for_decoding` also makes the keys and values of
+    each layer of the decoder, which do not change from token to token."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    x_BSD = self._embed(tokens_BS, positions_BS, None, keys[0])
+    if positions_BS is None:
+      positions_BS = _count(tokens_BS)
+    hidden_BSD, _ = self.encoder.run(
+      x_BSD, positions_BS, segment_ids_BT=segment_ids_BS, key=keys[1]
+    )
+    pairs = None
+    if for_decoding:
+      pairs = [block.cross_attention.keys_and_values(hidden_BSD) for block in self.layers()]
+    return Encoded(hidden_BSD, segment_ids_BS, pairs)
+
+  def _embed(self, tokens_BT, positions_BT, token_types_BT, key, length=None) -> jax.Array:
+    """Embeddings [B, T, D] in the compute dtype; `length` is that of the cache."""
+    config = self.config
+    if positions_BT is None:
+      positions_BT = _count(tokens_BT)
+    x_BTD = self.embed(tokens_BT)
+    if config.embed_scale != 1:
+      x_BTD = x_BTD * config.embed_scale
+    if self.position is not None:
+      room = config.max_positions - config.position_offset
+      if (length := length or tokens_BT.shape[1]) > room:
+        raise UserError(
+          f"{length} positions do not fit the {room} learned positions of the "
+          "model: shorten the text, set model.max_positions and train anew, or use 'rope'."
+        )
+      x_BTD += self.position(positions_BT + config.position_offset)
+    if self.token_type is not None:
+      types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
+      x_BTD += self.token_type(types_BT)
+    if self.embed_norm is not None:
+      x_BTD = self.embed_norm(x_BTD)
+    x_BTD = dropout(x_BTD, config.embed_dropout, key)
+    return constrain(x_BTD.astype(config.dtype), "batch", "residual_time", None)
+
+  def logits(self, x_BTD: jax.Array) -> jax.Array:
+    """Hidden states [B, T, D] -> logits [B, T, V], float32; UserError in a model of labels."""
+    if self.label_head is not None:
+      raise UserError(
+        f"the model scores {self.config.num_labels} labels (model.num_labels) and writes no text."
+      )
+    x_BTD = self.features(x_BTD)
+    logits_BTV = self.head(x_BTD) if self.head is not None else self.embed.scores(x_BTD)
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    if self.head_bias is not None:
+      logits_BTV += self.head_bias[...].reshape(1, 1, -1)
+    return soft_cap(logits_BTV, self.config.logit_soft_cap)
+
+  def features(self, x_BTD: jax.Array) -> jax.Array:
+    """Hidden states [B, T, D] -> what the output projection takes [B, T, D]."""
+    if self.head_transform is not None:
+      x_BTD = self.head_transform(x_BTD)
+    scale = self.config.logit_scale / self.config.width_ratio
+    return x_BTD if scale == 1 else x_BTD * scale
+
+  def output_kernel(self) -> tuple[jax.Array, tuple[str, str]]:
+    """The matrix that makes logits of features, float32, and its logical axes."""
+    if self.head is None:
+      return self.embed.embedding[...], ("vocab", "embed")
+    return self.head.kernel[...], ("embed", "vocab")
+
+  def label_logits(
+    self,
+    x_BTD: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Hidden states [B, T, D] -> scores of the labels at each token [B, T, K], float32.
+
+    Under label_pooling='mean' all tokens of a segment have the scores of their mean, under 'pooler'
+    each those of `pooled`. `key` is of dropout.
+    """
+    if self.config.label_pooling == "pooler":
+      x_BTD = self.pooled(x_BTD)
+    x_BTD = x_BTD.astype(jnp.float32)
+    if self.config.label_pooling == "mean":
+      if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+      same_BTS = same_segment(segment_ids_BT, segment_ids_BT).astype(jnp.float32)
+      x_BTD = (same_BTS @ x_BTD) / same_BTS.sum(-1, keepdims=True)
+    return self.label_head(dropout(x_BTD, self.config.label_dropout, key))
+
+  def pooled(self, x_BTD: jax.Array) -> jax.Array:
+    """tanh(x W + b) of each token [B, T, D], of which BERT reads the first (Devlin et al. 2019,
+    section 4.1)."""
+    return jnp.tanh(self.pooler(x_BTD))
+
+
+def _square(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
+  D, std = config.embed_dim, config.init_std
+  return Linear((D,), (D,), axes=("embed", None), bias=True, std=std, dtype=config.dtype, rngs=rngs)
+
+
+def _count(tokens_BT: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterInfo:
+  """What the rest of the code needs to know of a parameter without holding it.
+
+  axes: logical name of each axis, 'layers' first in a stack, then 'experts'.
+  fan_in_axes: which axes a projection contracts; None for what is not a projection's kernel.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  fan_in_axes: tuple[int, ...] | None
+
+  @property
+  def fan_in(self) -> int:
+    return math.prod(self.shape[axis] for axis in self.fan_in_axes or ())
+
+  @property
+  def fan_out_axes(self) -> tuple[int, ...]:
+    inputs = self.fan_in_axes or ()
+    stacks = ("layers", "experts")
+    return tuple(i for i, axis in enumerate(self.axes) if axis not in stacks and i not in inputs)
+
+  @property
+  def fan_out(self) -> int:
+    return math.prod(self.shape[axis] for axis in self.fan_out_axes)
+
+
+def abstract_model(config: ModelConfig) -> GPT:
+  """The model with shapes in the place of arrays; nothing is allocated."""
+  return nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
+
+
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+  """The static part of a model: `nnx.merge(model_graph(config), params)` is the model."""
+  return nnx.graphdef(abstract_model(config))
+
+
+def describe_parameters(config: ModelConfig) -> dict[str, ParameterInfo]:
+  """Name, shape and axes of every parameter; nothing is allocated."""
+  return describe(abstract_model(config))
+
+
+def describe(model: GPT, kind: type = nnx.Param) -> dict[str, ParameterInfo]:
+  """As `describe_parameters`, of the parameters of one kind of a model."""
+  described = {}
+  for path, parameter in nnx.to_flat_state(nnx.state(model, kind)):
+    shape, axes = parameter.shape, parameter.axes
+    stacked = len(shape) - len(axes)
+    inputs = getattr(parameter, "fan_in_axes", None)
+    first = stacked + (axes[:1] == ("experts",))
+    described["/".join(map(str, path))] = ParameterInfo(
+      shape=shape,
+      axes=("layers",) * stacked + axes,
+      fan_in_axes=None if inputs is None else tuple(first + i for i in range(inputs)),
+    )
+  return described
+
+
+def count_parameters(config: ModelConfig) -> int:
+  """The exact number of parameters; nothing is allocated."""
+  return sum(math.prod(info.shape) for info in describe_parameters(config).values())

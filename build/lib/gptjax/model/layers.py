@@ -1,0 +1,176 @@
+"""The leaves of the model: projections, norms, dropout. Parameters name their logical axes."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.devices import sharding
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def contract(x: jax.Array, kernel: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
+  """Contracts the last `count` axes of x with the first of the kernel; the others of both remain.
+
+  The kernel, with the logical `axes`, is gathered where it is split over `fsdp`, and again in the
+  backward pass. Its gradient is written in the kernel's own layout: JAX's rule for `dot_general`
+  makes it transposed, and on a CPU the copies cost 7 % of a training step (experiments/cpu_speed).
+  As of any rule of one's own, there is no forward-mode derivative.
+  """
+  return jnp.tensordot(x, sharding.gather(kernel, axes), axes=count)
+
+
+def _contract_forward(x: jax.Array, kernel: jax.Array, count: int, axes: tuple[str, ...]):
+  return contract(x, kernel, count, axes), (x, kernel)
+
+
+def _contract_backward(count: int, axes: tuple[str, ...], residuals, dy: jax.Array):
+  x, kernel = residuals
+  columns = kernel.ndim - count
+  dy_columns = tuple(range(dy.ndim - columns, dy.ndim))
+  kernel_columns = tuple(range(count, kernel.ndim))
+  whole = sharding.gather(kernel, axes)
+  dx = jax.lax.dot_general(dy, whole, ((dy_columns, kernel_columns), ((), ())))
+  return dx, sharding.sum_over_rows(_outer_sum, axes, x, dy)
+
+
+def _outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Sum of the outer products of x and y over their leading axes 'batch' and 'time'."""
+  return jax.lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())))
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+class Linear(nnx.Module):
+  """x @ kernel + bias, contracting one or more trailing axes of x.
+
+  Every matrix product with a weight goes through this class, so adapters and quantisation have
+  one place to attach to.
+
+  Shapes: [..., *in_shape] -> [..., *out_shape]; kernel [*in_shape, *out_shape], float32.
+
+  Args:
+    in_shape, out_shape: the contracted and the produced axes.
+    axes: logical names of the kernel's axes, in order.
+    bias: whether to add a bias of `out_shape`.
+    std: standard deviation of the normal initialisation.
+    dtype: of the product.
+  """
+
+  def __init__(
+    self,
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+    *,
+    axes: Sequence[str],
+    bias: bool,
+    std: float,
+    dtype: str,
+    rngs: nnx.Rngs,
+  ):
+    kernel = std * jax.random.normal(rngs.params(), (*in_shape, *out_shape))
+    self.kernel = nnx.Param(kernel, axes=tuple(axes), fan_in_axes=len(in_shape))
+    self.bias = (
+      nnx.Param(jnp.zeros(tuple(out_shape)), axes=tuple(axes[len(in_shape) :])) if bias else None
+    )
+    self.contracted_axes = len(in_shape)
+    self.axes = tuple(axes)
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = self.product(x)
+    if self.bias is not None:
+      bias = self.bias[...].astype(self.dtype)
+      y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    return y
+
+  def product(self, x: jax.Array) -> jax.Array:
+    """x @ kernel."""
+
+    def multiply(x: jax.Array) -> jax.Array:
+      kernel = self.kernel[...].astype(self.dtype)
+      return contract(x, kernel, self.contracted_axes, self.axes)
+
+    # Of a kernel that is dequantised, what it is made of is kept for the backward pass, not itself.
+    multiply = multiply if isinstance(self.kernel, nnx.Param) else jax.checkpoint(multiply)
+    return multiply(x.astype(self.dtype))
+
+
+class Embedding(nnx.Module):
+  """A table of vectors. Shapes: int [...] -> float32 [..., D]; embedding [rows, D], float32."""
+
+  def __init__(self, rows: int, width: int, *, axes: Sequence[str], std: float, rngs: nnx.Rngs):
+    table = std * jax.random.normal(rngs.params(), (rows, width))
+    self.embedding = nnx.Param(table, axes=tuple(axes))
+
+  def __call__(self, indices: jax.Array) -> jax.Array:
+    return jnp.take(self.embedding[...], indices, axis=0, mode="clip")
+
+  def scores(self, x: jax.Array) -> jax.Array:
+    """The product with every vector of the table: [..., D] -> [..., rows], in the dtype of x."""
+    return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype))
+
+
+class LayerNorm(nnx.Module):
+  """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32."""
+
+  def __init__(self, width: int, *, eps: float, bias: bool, axis: str = "embed"):
+    self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
+    self.bias = nnx.Param(jnp.zeros(width), axes=(axis,)) if bias else None
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    mean = y.mean(-1, keepdims=True)
+    # E[x^2] - E[x]^2, so that one pass over x makes both.
+    variance = jnp.maximum(jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean), 0)
+    y = (y - mean) * jax.lax.rsqrt(variance + self.eps)
+    y *= _as_last_axis(self.scale[...], y)
+    if self.bias is not None:
+      y += _as_last_axis(self.bias[...], y)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + eps) * (scale + offset) over the last axis, in float32."""
+
+  def __init__(self, width: int, *, eps: float, offset: float = 0.0, axis: str = "embed"):
+    self.scale = nnx.Param(jnp.full(width, 1 - offset), axes=(axis,))
+    self.eps = eps
+    self.offset = offset
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    return (y * _as_last_axis(self.scale[...] + self.offset, y)).astype(x.dtype)
+
+
+class Mix(nnx.Module):
+  """a x + b y with two learnt scalars. Shapes: x and y alike -> the same; weights [2], float32."""
+
+  def __init__(self, a: float, b: float):
+    self.weights = nnx.Param(jnp.array([a, b]), axes=("terms",))
+
+  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    a, b = self.weights[...].astype(x.dtype)
+    return a * x + b * y
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes elements with probability `rate` and rescales the rest. No key, no dropout."""
+  if key is None or rate == 0:
+    return x
+  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+  """cap * tanh(x / cap): bounded by +-cap, the identity near zero. A cap of 0 is none."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def _as_last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
+  return vector.reshape((1,) * (like.ndim - 1) + (-1,))

@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning: few parameters trained, the rest of the model frozen."""

@@ -1,0 +1,204 @@
+"""A frozen model whose kernels take half of the bytes or less (QLoRA, Dettmers et al. 2023,
+arXiv:2305.14314).
+
+Quantised are the projections of all layers, experts included. Embeddings, norms and biases stay
+float32, as does the router of experts, whose choices a rounding error could turn.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.errors import UserError
+from gptjax.model.gpt import GPT, ParameterInfo, describe
+
+# Quantiles of the normal distribution, with a 0, scaled to [-1, 1] (appendix E).
+NF4 = (
+  -1.0,
+  -0.6961928009986877,
+  -0.5250730514526367,
+  -0.39491748809814453,
+  -0.28444138169288635,
+  -0.18477343022823334,
+  -0.09105003625154495,
+  0.0,
+  0.07958029955625534,
+  0.16093020141124725,
+  0.24611230194568634,
+  0.33791524171829224,
+  0.44070982933044434,
+  0.5626170039176941,
+  0.7229568362236023,
+  1.0,
+)
+# Values that share a scale, of nf4.
+BLOCK = 64
+
+
+class QuantizedKernel(nnx.Module):
+  """In the place of the kernel of a projection: `kernel[...]` is dequantised, float32.
+
+  A projection calls it within its layer, so that one layer at a time is dequantised, and again in
+  the backward pass. Experts keep what they dequantised for that, unless model.remat says otherwise.
+  A leading axis L of a stack, or none, is that of both variables.
+
+  values: int8 of the kernel's shape; or of nf4 uint8, two values a byte, the first in the low bits,
+  along the last contracted axis. scales: float32, each of the kernel's axes being as long as it has
+  scales: 1 where all values share one, and along the last contracted axis one a block.
+  """
+
+  def __init__(self, kernel: nnx.Param, base: str):
+    shape, first = kernel.shape, len(kernel.shape) - len(kernel.axes)
+    first += kernel.axes[:1] == ("experts",)
+    contracted = tuple(range(first, first + kernel.fan_in_axes))
+    parts = quantize(kernel[...], base, contracted)
+    self.values = nnx.Variable(parts["values"])
+    self.scales = nnx.Variable(parts["scales"])
+    self.base = base
+    # From the end, where a stack makes no difference.
+    self.last_contracted = contracted[-1] - len(shape)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    shape = list(self.values.shape)
+    shape[self.last_contracted] *= 2 if self.base == "nf4" else 1
+    return tuple(shape)
+
+  def __getitem__(self, index) -> jax.Array:
+    values = self.values[...]
+    if self.base == "nf4":
+      pairs = [_look_up(values & 15), _look_up(values >> 4)]
+      values = jnp.stack(pairs, axis=values.ndim + self.last_contracted + 1)
+    scales = self.scales[...]
+    if (blocks := scales.shape[self.last_contracted]) > 1:
+      scales = jnp.repeat(scales, self.shape[self.last_contracted] // blocks, self.last_contracted)
+    return (values.reshape(self.shape) * scales)[index]
+
+
+def quantize(kernel: jax.Array, base: str, contracted: Sequence[int]) -> dict[str, jax.Array]:
+  """`values` and `scales` of a `QuantizedKernel`.
+
+  int8: the largest value of an output column, over the axes `contracted`, is 127. nf4: the nearest
+  of the table, times the largest value of a block of 64 along the last of these axes, or of all of
+  that axis where 64 does not divide it.
+  """
+  if base == "int8":
+    largest = jnp.abs(kernel).max(contracted, keepdims=True)
+    scales = jnp.where(largest == 0, 1, largest) / 127
+    return {"values": jnp.round(kernel / scales).astype(jnp.int8), "scales": scales}
+  axis, size = contracted[-1], kernel.shape[contracted[-1]]
+  before, after = kernel.shape[:axis], kernel.shape[axis + 1 :]
+  block = size if size % BLOCK else BLOCK
+  blocks = kernel.reshape(*before, size // block, block, *after)
+  scales = jnp.abs(blocks).max(axis + 1)
+  blocks /= jnp.expand_dims(jnp.where(scales == 0, 1, scales), axis + 1)
+  codes = jnp.zeros(blocks.shape, jnp.uint8)
+  for below, above in itertools.pairwise(NF4):
+    codes += (blocks > (below + above) / 2).astype(jnp.uint8)
+  pairs = codes.reshape(*before, size // 2, 2, *after)
+  low, high = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+  return {"values": low | high << 4, "scales": scales}
+
+
+def _look_up(codes: jax.Array) -> jax.Array:
+  """NF4[codes], by selections: accelerators gather element by element."""
+  values = [jnp.float32(value) for value in NF4]
+  for bit in range(4):
+    is_set = (codes >> bit & 1).astype(bool)
+    values = [jnp.where(is_set, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+  return values[0]
+
+
+def quantize_model(model: GPT, base: str) -> None:
+  """Puts a `QuantizedKernel`, or bfloat16, in the place of each kernel that is quantised.
+
+  Raises:
+    UserError: as `quantize_params`.
+  """
+  for name in _quantized(describe(model), base):
+    *path, leaf = name.split("/")
+    module = functools.reduce(getattr, path, model)
+    kernel = getattr(module, leaf)
+    if base == "bfloat16":
+      kernel.set_value(kernel[...].astype(jnp.bfloat16))
+    else:
+      setattr(module, leaf, QuantizedKernel(kernel, base))
+
+
+def quantize_params(
+  params: Mapping[str, Any], parameters: Mapping[str, ParameterInfo], base: str
+) -> dict[str, Any]:
+  """The parameters of the model that `quantize_model` makes, each split over the mesh as before.
+
+  Kernel by kernel, each of which is deleted then, so that memory never holds both models.
+
+  Args:
+    params: a nested dict of arrays, or of `jax.ShapeDtypeStruct`s with shardings, as is the result.
+    parameters: what `describe_parameters` says of the model.
+    base: of `PeftConfig`.
+
+  Raises:
+    UserError: the axis along which nf4 makes pairs is odd.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  for name in _quantized(parameters, base):
+    kernel = flat.pop(name)
+    make = functools.partial(_named_parts, name, base, parameters[name].fan_in_axes)
+    shapes = jax.eval_shape(make, kernel)
+    shardings = {part: _split_as(kernel.sharding, x.shape) for part, x in shapes.items()}
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+      flat |= {
+        part: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[part])
+        for part, x in shapes.items()
+      }
+    else:
+      flat |= jax.jit(make, out_shardings=shardings)(kernel)
+      kernel.delete()
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _named_parts(name: str, base: str, contracted: Sequence[int], kernel: jax.Array):
+  if base == "bfloat16":
+    return {name: kernel.astype(jnp.bfloat16)}
+  return {f"{name}/{part}": x for part, x in quantize(kernel, base, contracted).items()}
+
+
+def _quantized(parameters: Mapping[str, ParameterInfo], base: str) -> list[str]:
+  """Names of the kernels that are."""
+  if base == "float32":
+    return []
+  names = [
+    name
+    for name, info in parameters.items()
+    if info.fan_in_axes is not None and info.axes[0] == "layers" and "/router/" not in name
+  ]
+  for name in names:
+    size = parameters[name].shape[parameters[name].fan_in_axes[-1]]
+    if base == "nf4" and size % 2:
+      raise UserError(
+        f"peft.base='nf4' makes pairs along an axis of {name!r} whose size is {size}, which is "
+        "odd: take int8."
+      )
+  return names
+
+
+def _split_as(sharding: Sharding, shape: Sequence[int]) -> Sharding:
+  """The sharding of a kernel for an array of its axes that are shorter: what the mesh does not
+  divide is whole."""
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+  kept = []
+  for names, size in zip(spec, shape, strict=True):
+    several = names if isinstance(names, tuple) else () if names is None else (names,)
+    parts = math.prod(sharding.mesh.shape[name] for name in several)
+    kept.append(names if size % parts == 0 else None)
+  return NamedSharding(sharding.mesh, P(*kept))

@@ -1,0 +1,232 @@
+"""Puts adapters on a model, and merges them into it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx, traverse_util
+
+from gptjax import tree
+from gptjax.errors import UserError, did_you_mean
+from gptjax.model.config import ModelConfig
+from gptjax.model.feedforward import FeedForward
+from gptjax.model.gpt import GPT, LABEL_HEAD, ParameterInfo, describe
+from gptjax.model.layers import Linear
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.layers import (
+  AdaLoRALinear,
+  AdaptedLinear,
+  Adapter,
+  Bottleneck,
+  DoRALinear,
+  HoulsbyLinear,
+  IA3Linear,
+  LoRALinear,
+  ParallelFeedForward,
+)
+from gptjax.peft.quantized import QuantizedKernel, quantize_model
+from gptjax.peft.virtual import (
+  PrefixAttention,
+  PromptGPT,
+  add_encoded_prompt,
+  add_prefix,
+  add_prompt,
+)
+
+# Adapters of these become part of the projection's own parameters.
+MERGED = ("lora", "adalora", "dora", "ia3", "bitfit", "prompt", "ptuning")
+
+
+def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
+  """Puts adapters on a model, which then still computes what it did, but for virtual tokens and
+  what the format `config.base` rounds off.
+
+  The model itself is changed, and not to be used any more. Its parameters keep their names; those
+  that are to be trained are `Adapter`s, so `nnx.split(adapted, Adapter, ...)` tells them apart.
+
+  Raises:
+    UserError: a rule of `config.targets` names nothing that could be adapted so, or the model
+      cannot see virtual tokens.
+  """
+  if model.label_head is not None:
+    for name in ("kernel", "bias") if model.config.label_bias else ("kernel",):
+      _train(model.label_head, name)
+  quantize_model(model, config.base)
+  match config.method:
+    case "prompt":
+      return add_prompt(model, config.virtual_tokens, rngs)
+    case "ptuning":
+      return add_encoded_prompt(model, config.virtual_tokens, rngs)
+    case "prefix":
+      return add_prefix(model, config.virtual_tokens, rngs)
+  for name, options in find_targets(model, config).items():
+    *path, leaf = name.split("/")
+    if config.method == "parallel":
+      path = [*path, leaf]
+    parent, module = _find(model, path[:-1]), _find(model, path)
+    rank, alpha = options.get("rank", config.rank), options.get("alpha", config.alpha)
+    low_rank = {"rank": rank, "scale": config.scale(rank, alpha), "rngs": rngs}
+    match config.method:
+      case "bitfit":
+        _train(module, leaf)
+        continue
+      case "lora":
+        adapted = LoRALinear(module, **low_rank)
+      case "adalora":
+        adapted = AdaLoRALinear(module, **low_rank)
+      case "dora":
+        adapted = DoRALinear(module, **low_rank)
+      case "ia3":
+        adapted = IA3Linear(module, scale_input=options.get("scale_input", False))
+      case "houlsby":
+        adapted = HoulsbyLinear(module, rank=rank, rngs=rngs)
+      case "parallel":
+        adapted = ParallelFeedForward(module, **(low_rank | {"scale": alpha / rank}))
+    setattr(parent, path[-1], adapted)
+  return model
+
+
+def _train(module: nnx.Module, name: str) -> None:
+  """Makes an adapter of one of a module's own parameters."""
+  parameter = getattr(module, name)
+  told = {"fan_in_axes": parameter.fan_in_axes} if hasattr(parameter, "fan_in_axes") else {}
+  setattr(module, name, Adapter(parameter[...], axes=parameter.axes, **told))
+
+
+def find_targets(model: GPT, config: PeftConfig) -> dict[str, Mapping[str, Any]]:
+  """{name: options} of what the rules adapt.
+
+  Raises:
+    UserError: a rule names nothing.
+  """
+  kind, candidates = _candidates(model, config.method)
+  for pattern, _ in config.rules:
+    found = tree.match_rules(candidates, [(pattern, True), ("", False)], "peft.targets")
+    if not any(found.values()):
+      raise UserError(
+        f"peft.targets: {pattern!r} is found in the name of no {kind} of the model. "
+        f"{did_you_mean(pattern, candidates) if candidates else 'It has none.'}"
+      )
+  matched = tree.match_rules(candidates, [*config.rules, ("", None)], "peft.targets")
+  return {name: options for name, options in matched.items() if options is not None}
+
+
+def _candidates(model: GPT, method: str) -> tuple[str, list[str]]:
+  """What a method can adapt: a word for it, and names."""
+  if method == "bitfit":
+    biases = [name for name in _parameters(model) if name.endswith("bias")]
+    return "bias", [name for name in biases if name not in LABEL_HEAD]
+  wanted = FeedForward if method == "parallel" else Linear
+  paths = [
+    "/".join(map(str, path))
+    for path, module in nnx.iter_modules(model)
+    # The loss takes the kernel of the output projection and never calls the module; the head of
+    # labels is trained whole.
+    if isinstance(module, wanted) and path not in (("head",), ("label_head",))
+  ]
+  if method == "parallel":
+    return "feed-forward network", paths
+  return "projection", [f"{path}/kernel" for path in paths]
+
+
+def _find(model: GPT, path: list[str]) -> nnx.Module:
+  for name in path:
+    model = getattr(model, name)
+  return model
+
+
+def _parameters(model: GPT) -> dict[str, nnx.Variable]:
+  return {
+    "/".join(map(str, path)): parameter
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param))
+  }
+
+
+def abstract_model(model_config: ModelConfig, config: PeftConfig | None) -> GPT:
+  """The adapted model; nothing is allocated. Without a config, the model itself."""
+
+  def make() -> GPT:
+    model = GPT(model_config, nnx.Rngs(0))
+    return model if config is None else adapt(model, config, nnx.Rngs(0))
+
+  return nnx.eval_shape(make)
+
+
+def describe_adapters(model_config: ModelConfig, config: PeftConfig) -> dict[str, ParameterInfo]:
+  """Name, shape and axes of every parameter that is trained; nothing is allocated."""
+  return describe(abstract_model(model_config, config), Adapter)
+
+
+def initial_adapters(
+  model_config: ModelConfig, config: PeftConfig, base: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+  """The trained parameters at first, a nested dict, of those of the model, `base`."""
+  model = GPT(model_config, nnx.Rngs(seed))
+  nnx.update(model, base)
+  model = adapt(model, config, nnx.Rngs(seed))
+  return nnx.to_pure_dict(nnx.state(model, Adapter))
+
+
+def put_on(model: GPT, config: PeftConfig, adapters: Mapping[str, Any]) -> GPT:
+  """As `adapt`, with trained parameters, a nested dict."""
+  adapted = adapt(model, config, nnx.Rngs(0))
+  nnx.update(adapted, adapters)
+  return adapted
+
+
+def merge(model: GPT) -> GPT:
+  """A model without adapters that computes the same: a plain `GPT`, or, where a prompt was tuned,
+  one with the keys and values that the prompt makes.
+
+  Of a quantised base, what the adapters were trained beside are its dequantised kernels, so they
+  are merged into these; the plain model is float32 again.
+
+  Raises:
+    UserError: the adapters cannot become part of a plain model.
+  """
+  if isinstance(model, PromptGPT):
+    graph, params = nnx.split(model)
+    return model.as_prefix(*jax.jit(lambda p: nnx.merge(graph, p).keys_and_values())(params))
+  for path, module in nnx.iter_modules(model):
+    if isinstance(module, Bottleneck | PrefixAttention):
+      raise UserError(f"{'/'.join(map(str, path))}: {type(module).__name__} is not to be merged.")
+  plain = abstract_model(model.config, None)
+  params = {name: x[...] for name, x in _parameters(model).items() if name in _parameters(plain)}
+  for path, module in nnx.iter_modules(model):
+    if isinstance(module, QuantizedKernel):
+      params["/".join(map(str, path))] = module[...]
+  for path, layer in _adapted_linears(model):
+    params[f"{path}/kernel"], bias = layer.merged()
+    if bias is not None:
+      params[f"{path}/bias"] = bias
+  params = {name: x.astype("float32") for name, x in params.items()}
+  return nnx.merge(nnx.graphdef(plain), traverse_util.unflatten_dict(params, sep="/"))
+
+
+def unmerge(model: GPT, config: PeftConfig, adapters: Mapping[str, Any]) -> GPT:
+  """The adapted model that `merge` made `model` of, to rounding.
+
+  Args:
+    model: changed, and not to be used any more.
+    config: of the adapters.
+    adapters: their values, a nested dict.
+
+  Raises:
+    UserError: the method loses what the parameters were.
+  """
+  if config.method not in ("lora", "adalora", "ia3"):
+    raise UserError(f"peft.method={config.method!r}: what was merged cannot be told apart again.")
+  adapted = put_on(model, dataclasses.replace(config, base="float32"), adapters)
+  for _, layer in _adapted_linears(adapted):
+    bias = None if layer.bias is None else layer.bias[...]
+    layer.kernel[...], bias = layer.unmerged(layer.kernel[...], bias)
+    if bias is not None:
+      layer.bias[...] = bias
+  return adapted
+
+
+def _adapted_linears(model: GPT) -> Iterator[tuple[str, AdaptedLinear]]:
+  for path, module in nnx.iter_modules(model):
+    if isinstance(module, AdaptedLinear):
+      yield "/".join(map(str, path)), module

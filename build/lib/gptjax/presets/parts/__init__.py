@@ -1,0 +1,1 @@
+"""Named presets of models, data sets, optimizers and meshes. Nothing but data."""

@@ -1,0 +1,89 @@
+"""Which parameters a run trains: all of its model's, or adapters beside a frozen model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from gptjax import wings
+from gptjax.config import RunLength
+from gptjax.errors import UserError
+from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import GPT, ParameterInfo, abstract_model, describe_parameters
+from gptjax.optim.optimizer import Optimizer
+
+
+class WholeModel:
+  """Trains every parameter of the model.
+
+  What else can be trained (`gptjax.peft.adaptation.Adapters`) has the same attributes and methods.
+
+  Attributes:
+    method: `config.peft.method`.
+    is_whole: whether the trained parameters are the whole model, so that nothing is frozen.
+    kind: the variables of the model that are trained, and that a checkpoint holds.
+  """
+
+  method = "none"
+  is_whole = True
+  kind: type[nnx.Variable] = nnx.Param
+
+  def abstract_model(self, config: ModelConfig) -> GPT:
+    """The model as it is trained; nothing is allocated."""
+    return abstract_model(config)
+
+  def trained(self, config: ModelConfig) -> dict[str, ParameterInfo]:
+    """Name, shape and axes of every trained parameter; nothing is allocated."""
+    return describe_parameters(config)
+
+  def initial_params(
+    self, config: ModelConfig, seed: int, base: Mapping[str, Any] | None
+  ) -> dict[str, Any]:
+    """The trained parameters at step 0, a nested dict; `base` are those of a frozen model."""
+    del base
+    return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
+
+  def wrap(
+    self, optimizer: Optimizer, trained: Mapping[str, ParameterInfo], length: RunLength | None
+  ) -> Optimizer:
+    """The optimizer with what the method adds to it; without a length it is only traced."""
+    del trained, length
+    return optimizer
+
+  def freeze(
+    self,
+    base: Mapping[str, Any] | None,
+    parameters: Mapping[str, ParameterInfo],
+    trained: Mapping[str, ParameterInfo],
+  ) -> dict[str, Any] | None:
+    """The frozen parameters that the step takes beside the state.
+
+    Args:
+      base: the model's parameters, a nested dict, which is not to be used any more.
+      parameters: describes them.
+      trained: describes those that are trained.
+    """
+    del base, parameters, trained
+    return None
+
+  def merge(self, model: GPT) -> GPT:
+    """The model as it is used: what was trained beside it is part of it where that is possible."""
+    return model
+
+
+WHOLE = WholeModel()
+
+
+def make_adaptation(config: Mapping[str, Any] | None) -> WholeModel:
+  """Reads `config.peft`: adapters by their method, or the whole model.
+
+  Raises:
+    UserError: a value that cannot be used, by its key.
+  """
+  method = config["method"] if config else WHOLE.method
+  if method != WHOLE.method:
+    adapters = wings.load("gptjax.peft.adaptation:Adapters", f"peft.method={method!r}")
+    return adapters.from_config(config)
+  if config and (base := config.get("base", "float32")) != "float32":
+    raise UserError(f"peft.base={base!r} is the format of a frozen model: choose a peft.method.")
+  return WHOLE

@@ -1,0 +1,49 @@
+"""The data of a run: opened by its config and task, the same on all hosts."""
+
+import zlib
+from typing import Any
+
+import jax
+from etils import epath
+
+from gptjax.data import pipeline
+from gptjax.data.pipeline import Dataset
+from gptjax.devices.hosts import from_all_hosts
+from gptjax.errors import UserError
+from gptjax.objectives.task import make_task
+from gptjax.training.setup import Setup
+
+
+def open_dataset(config: Any, workdir: epath.PathLike, **options: Any) -> Dataset:
+  """Opens the data of a resolved config, with the options of `pipeline.open_dataset`."""
+  return pipeline.open_dataset(config, workdir, make_task(config.task), **options)
+
+
+def open_data(setup: Setup, workdir: epath.PathLike) -> Dataset:
+  """Opens the data of a run on this host.
+
+  Raises:
+    UserError: as `pipeline.open_dataset`; the tokenizer has more tokens than the model; or hosts
+      read different data.
+  """
+  dataset = pipeline.open_dataset(
+    setup.config,
+    workdir,
+    setup.task,
+    row_multiple=setup.row_multiple,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    progress=jax.process_index() == 0,
+  )
+  if dataset.tokenizer.vocab_size > setup.model.vocab_size:
+    raise UserError(
+      f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, more than "
+      f"model.vocab_size={setup.model.vocab_size}; set the latter to 0 to take the tokenizer's."
+    )
+  identity = f"{dataset.tokenizer.fingerprint()} {dataset.num_tokens} {dataset.steps_per_epoch}"
+  if len(set(from_all_hosts(zlib.crc32(identity.encode())))) > 1:
+    raise UserError(
+      f"the hosts read different data: process {jax.process_index()} has {dataset.num_tokens:,} "
+      "training tokens, another has others. Give all of them the same files."
+    )
+  return dataset

@@ -1,0 +1,53 @@
+"""What a run would be and take, without allocating anything."""
+
+import math
+from typing import Any
+
+import jax
+
+from gptjax.config import to_text
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import make_setup
+
+
+def dry_run(config: Any) -> None:
+  """Traces the training step on abstract values and prints what it would take.
+
+  Raises:
+    UserError: as `resolve` and `make_setup`, and for what the optimizer, the schedule or the mesh
+      refuses.
+  """
+  setup = make_setup(resolve(config))
+  config, length = setup.config, setup.run_length
+  optimizer = setup.make_optimizer(length)
+  with jax.set_mesh(setup.mesh):
+    state = setup.abstract_state(optimizer)
+    frozen = setup.frozen(setup.abstract_base())
+    setup.make_train_step(optimizer).trace(state, setup.abstract_batch(), frozen)
+  print(to_text(config))
+  print(f"parameters: {setup.num_parameters}")
+  if setup.num_trained != setup.num_parameters:
+    print(f"trained: {setup.num_trained}")
+  print(f"steps: {f'{config.total_epochs} epochs' if length is None else length.total_steps}")
+  if setup.task.packs_batches:
+    print(f"examples a step: {config.batch_size}")
+  else:
+    print(f"tokens a step: {config.batch_size * config.sequence_length}")
+  mesh = ", ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
+  print(f"mesh: {mesh} ({jax.devices()[0].device_kind})")
+  for name, part in (
+    ("parameters", (state.params, frozen)),
+    ("optimizer", (state.opt_state, state.ema)),
+  ):
+    total, shard = tree_bytes(part)
+    print(f"memory of {name}: {total / 2**20:.1f} MiB in all, {shard / 2**20:.1f} MiB a device")
+
+
+def tree_bytes(abstract: Any) -> tuple[int, int]:
+  """Bytes of all arrays of an abstract tree, in all and on one device."""
+  leaves = jax.tree.leaves(abstract)
+  total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  shard = sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+  )
+  return total, shard

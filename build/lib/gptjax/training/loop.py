@@ -1,0 +1,306 @@
+"""The training loop: from a config and a work directory to a trained model."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+
+from gptjax import config as config_lib
+from gptjax import wings
+from gptjax.config import RunLength
+from gptjax.data.pipeline import Dataset
+from gptjax.devices import chips, sharding
+from gptjax.devices.hosts import from_all_hosts, prepare_cpu
+from gptjax.errors import UserError
+from gptjax.optim.optimizer import Optimizer
+from gptjax.training import baselines, plots, validation
+from gptjax.training import step as step_lib
+from gptjax.training.checkpoints import Checkpoints
+from gptjax.training.datasets import open_data
+from gptjax.training.metrics import StepLog, Writer, read_metrics
+from gptjax.training.preemption import Preemption
+from gptjax.training.pretrained import CHECKPOINTS, check_base, load_base, load_params_into
+from gptjax.training.resolve import resolve
+from gptjax.training.setup import Setup, make_setup
+from gptjax.training.step import TrainState
+from gptjax.training.validation import History
+
+
+def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
+  """Trains to `config.total_*`, resuming from `workdir` if it holds a checkpoint.
+
+  Args:
+    config: from configs/pretrain.py, or with the same keys.
+    workdir: created if need be; any path that etils takes, gs:// included.
+
+  Returns:
+    The last validation, or the best if `checkpoint.final` is: 'val/loss' (nats a token),
+    'val/perplexity' and 'val/bits_per_byte', or the metrics of the labels.
+
+  Raises:
+    UserError: something in the config, the data or the work directory cannot be used, or more
+      than `config.max_skipped_steps` updates were not finite.
+  """
+  prepare_cpu()
+  workdir = make_workdir(workdir)
+  config = resolve(config)
+  setup = make_setup(config)
+  validation.check(config, setup.task)
+  dataset = open_data(setup, workdir)
+  length = RunLength.from_config(config, dataset.tokens_per_step, dataset.steps_per_epoch)
+  save_every, evaluate_every, sample_every, log_every = (
+    length.steps(section, "every")
+    for section in (config.checkpoint, config.eval, config.sample, config.log)
+  )
+  observe_every = length.steps(config.log, "layers_every")
+  optimizer = setup.make_optimizer(length)
+  train_step = setup.make_train_step(optimizer)
+  observe_step = setup.make_observe_step(optimizer)
+  evaluate = validation.make_evaluate(setup, dataset)
+  takes_best = config.checkpoint.final == "best"
+
+  with (
+    jax.set_mesh(setup.mesh),
+    Checkpoints(
+      workdir / CHECKPOINTS,
+      keep=config.checkpoint.keep,
+      keep_every_steps=config.checkpoint.keep_every_steps,
+      best_metric=config.checkpoint.best_metric,
+    ) as checkpoints,
+  ):
+    state, frozen = init_or_restore(setup, optimizer, checkpoints)
+    start, total = int(state.step), length.total_steps
+    with (
+      Writer(
+        workdir,
+        total_steps=total,
+        resume_step=start,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        run_config=config.to_dict(),
+        process_index=jax.process_index(),
+      ) as writer,
+      Preemption() as preemption,
+    ):
+      introduce(writer, setup, dataset, length, start, workdir)
+      log = StepLog(
+        writer,
+        every_steps=log_every,
+        tokens_per_step=length.tokens_per_step,
+        flops_per_token=setup.flops_per_token,
+        first_step=start,
+        first_seconds=seconds_before(workdir, start),
+      )
+
+      def validate(step: int) -> None:
+        found = evaluate(state, frozen)
+        writer.write(step, log.spent(step) | found)
+        writer.message(f"step {step}: {validation.describe(found)}")
+        history.add(step, found)
+        if step > 0:
+          checkpoints.record_metrics(step, found)
+
+      history = History.read(workdir, config, start)
+      history.tell(checkpoints)
+      # A run that was killed between saving and evaluating catches up here. Process 0 decides: the
+      # others may have read what it has dropped from metrics.jsonl since.
+      behind = history.last.get("step") != start
+      if from_all_hosts(behind)[0] and (start in (0, total) or due(evaluate_every, start)):
+        validate(start)
+      batches = dataset.training_batches(start)
+      for step in range(start, total):
+        if history.patience and from_all_hosts(history.exhausted)[0]:
+          writer.message(f"stopped after step {step}: {history.patience} validations, none better")
+          break
+        with profile(config.profile, step - start, workdir):
+          batch = sharding.to_global(next(batches), setup.mesh)
+          if due(observe_every, step + 1):
+            log.interrupt()
+            figures = jax.device_get(observe_step(state, batch, frozen))
+            writer.write(step + 1, step_lib.name_layers(figures))
+          state, metrics = train_step(state, batch, frozen)  # dispatched, not awaited
+        done = step + 1
+        check_finite(log.step(done, metrics), setup, step, checkpoints)  # of the step before
+        stop, last = preemption.requested(done), done == total
+        evaluates = last or due(evaluate_every, done)
+        if stop or due(save_every, done) or last or (takes_best and evaluates):
+          check_finite(log.interrupt(), setup, done, checkpoints)
+          checkpoints.save(done, state)  # before the evaluation, which may fail
+        if stop and not last:
+          writer.message(f"stopped by a signal after step {done}; run again to go on from there")
+          return without_step(history.last)
+        if evaluates:
+          log.interrupt()
+          validate(done)
+        if setup.task.writes_text and sample_every and (last or due(sample_every, done)):
+          log.interrupt()
+          write_samples(writer, done, setup, state, frozen, dataset)
+      result = history.result
+      if takes_best and history.best:
+        writer.message(f"the best of the run is step {result['step']}, which is what it has made")
+      conclude(writer, config, dataset, result, workdir)
+  return without_step(result)
+
+
+def make_workdir(workdir: epath.PathLike) -> epath.Path:
+  """Creates it, and refuses one that process 0 cannot write or the others do not see."""
+  workdir = epath.Path(workdir).expanduser()
+  probe = workdir / ".writable"
+  problem = None
+  if jax.process_index() == 0:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      probe.write_text("")
+    except (OSError, ImportError) as error:  # etils imports what gs:// needs when it is used.
+      problem = error
+  if from_all_hosts(problem is not None)[0]:
+    reason = getattr(problem, "strerror", None) or problem or "process 0 says why"
+    raise UserError(f"--workdir={workdir}: cannot be written ({reason}).") from problem
+  unseen = [process for process, seen in enumerate(from_all_hosts(probe.exists())) if not seen]
+  if jax.process_index() == 0:
+    probe.unlink()
+  if unseen:
+    raise UserError(
+      f"--workdir={workdir}: process {unseen[0]} does not see what process 0 writes there; "
+      "use a directory that all hosts share, on gs:// or a network file system."
+    )
+  return workdir
+
+
+def init_or_restore(
+  setup: Setup, optimizer: Optimizer, checkpoints: Checkpoints
+) -> tuple[TrainState, Any]:
+  """The newest whole checkpoint of this run, or another model's weights, or a fresh start; and
+  beside adapters the parameters that are not trained."""
+  abstract = setup.abstract_state(optimizer)
+  restored = checkpoints.restore_latest(abstract)
+  if not setup.adaptation.is_whole:
+    base, base_checksum = load_base(setup.config.init_from, setup.model, setup.abstract_base())
+    if restored is None:
+      state = step_lib.init_state(
+        setup.model, optimizer, setup.config.seed, abstract, setup.adaptation, base, base_checksum
+      )
+    else:
+      state = restored[0]
+      check_base(int(state.base_checksum), base_checksum, checkpoints.directory, setup.config)
+    return state, setup.frozen(base)
+  if restored is not None:
+    return restored[0], None
+  state = step_lib.init_state(setup.model, optimizer, setup.config.seed, abstract)
+  if setup.config.init_from:
+    labels = setup.config.task.get("labels", ())
+    loaded, report = load_params_into(setup.config.init_from, setup.model, abstract.params, labels)
+    if jax.process_index() == 0:
+      print(f"init_from {report}")
+    state = step_lib.replace_params(state, loaded)
+  return state, None
+
+
+def without_step(line: Mapping[str, Any]) -> dict[str, float]:
+  """The metrics of a validation."""
+  return {name: value for name, value in line.items() if name.startswith("val/")}
+
+
+def seconds_before(workdir: epath.Path, start: int) -> float | None:
+  """Training seconds of the run that is resumed at step `start`; None if it did not say."""
+  if start == 0:
+    return 0.0
+  known = [line["seconds"] for line in read_metrics(workdir) if line.get("seconds") is not None]
+  return known[-1] if known else None
+
+
+def write_samples(
+  writer: Writer, step: int, setup: Setup, state: TrainState, frozen: Any, dataset: Dataset
+) -> None:
+  """Continues each prompt of `config.sample`, for the terminal and TensorBoard."""
+  continue_prompts = wings.load(
+    "gptjax.inference.generate:continue_prompts", "sample.every_steps (0 is never)"
+  )
+  model = nnx.merge(setup.graph, state.params, frozen or {})
+  for number, text in enumerate(continue_prompts(model, dataset.tokenizer, setup.config.sample)):
+    writer.write_text(step, f"sample/{number}", text)
+
+
+def introduce(
+  writer: Writer, setup: Setup, dataset: Dataset, length: RunLength, start: int, workdir: epath.Path
+) -> None:
+  """Saves and prints the config, and says what is about to happen."""
+  config = setup.config
+  changes = config_lib.save(config, workdir) if jax.process_index() == 0 else []
+  writer.message(config_lib.to_text(config))
+  whole = setup.num_trained == setup.num_parameters
+  trained = "" if whole else f", of which {setup.num_trained:,} are trained"
+  writer.message(f"parameters: {setup.num_parameters:,}{trained}")
+  examples = f" of {config.batch_size} examples" if setup.task.packs_batches else ""
+  writer.message(
+    f"{dataset.num_tokens:,} training tokens, {length.tokens_per_step:,} a step{examples}; "
+    f"{length.total_steps:,} steps are {length.total_steps / dataset.steps_per_epoch:.2f} epochs"
+  )
+  kind = jax.devices()[0].device_kind
+  chip = chips.find_chip(kind)
+  peak = f"{chip.name}, {chip.peak_flops / 1e12:.0f} TFLOP/s" if chip else f"unknown chip {kind!r}"
+  writer.message(f"mfu counts {setup.flop_rule}, against the peak of each device: {peak}")
+  for change in changes:
+    writer.message(f"changed since the last start: {change}")
+  if start:
+    state = "complete already" if start >= length.total_steps else "resuming"
+    writer.message(f"{workdir}: {state} at step {start:,} of {length.total_steps:,}")
+
+
+def conclude(
+  writer: Writer,
+  config: Any,
+  dataset: Dataset,
+  result: Mapping[str, float],
+  workdir: epath.Path,
+) -> None:
+  """Draws the loss curve and prints the result as the last line, beside what it has to beat."""
+  if jax.process_index() != 0:
+    return
+  others = {}
+  if config.eval.baselines and "val/bits_per_byte" in result:
+    others = {
+      "gzip -9": baselines.gzip_bits_per_byte(dataset.validation_text()),
+      "byte 5-gram": baselines.ngram_bits_per_byte(
+        dataset.training_text(), dataset.validation_text(), order=5
+      ),
+    }
+  writer.message(f"loss curve: {plots.loss_curve(workdir, others)}")
+  if "val/bits_per_byte" in result:
+    beside = "".join(f", {name} {value:.4f}" for name, value in others.items())
+    writer.message(f"validation bits per byte: {result['val/bits_per_byte']:.4f}{beside}")
+  else:
+    writer.message(validation.describe(result))
+
+
+def check_finite(
+  metrics: Mapping[str, Any], setup: Setup, step: int, checkpoints: Checkpoints
+) -> None:
+  """Stops the run when too many updates were skipped; `metrics` are those of `step`, or empty."""
+  skipped = int(metrics.get("skipped", 0))
+  if skipped > setup.config.max_skipped_steps:
+    raise UserError(
+      f"step {step}: loss or gradient is not finite, for the {skipped}th time "
+      f"(max_skipped_steps={setup.config.max_skipped_steps}). The weights of the last checkpoint, "
+      f"step {checkpoints.latest_step()}, are finite. The batch can be rebuilt: "
+      f"gptjax.training.datasets.open_dataset(config, workdir).training_batch({step - 1}), with "
+      f"seed={setup.config.seed}."
+    )
+
+
+def due(every: int, step: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+@contextlib.contextmanager
+def profile(config: Any, step: int, workdir: epath.Path) -> Iterator[None]:
+  """Traces `config.steps` steps from `config.start` on, counted from the start of this process."""
+  if config.steps and step == config.start:
+    jax.profiler.start_trace(str(workdir / "profile"))
+  yield
+  if config.steps and step == config.start + config.steps - 1:
+    jax.effects_barrier()
+    jax.profiler.stop_trace()

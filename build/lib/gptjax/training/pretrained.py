@@ -1,0 +1,310 @@
+"""A trained model to use: weights, tokenizer and config, of a run or of another library's files.
+
+A checkpoint is named by the work directory of a run, by hf:FOLDER or hf:ORG/NAME (Hugging Face), or
+by gguf:FILE.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+from flax import nnx, traverse_util
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+
+from gptjax import config as config_lib
+from gptjax import tree, wings
+from gptjax.data import tokenizer as tokenizers
+from gptjax.data.tokenizer import Tokenizer, open_saved
+from gptjax.devices import sharding
+from gptjax.errors import UserError
+from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import GPT, LABEL_HEAD, ParameterInfo, abstract_model, describe_parameters
+from gptjax.training.adaptation import make_adaptation
+from gptjax.training.checkpoints import checksum, restore_params
+
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+# Formats of other libraries, and the wing's class that opens each (`ForeignModel`).
+_FORMATS = {
+  "hf:": "gptjax.interop.huggingface:HuggingFaceModel",
+  "gguf:": "gptjax.interop.gguf:GGUFModel",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+  """The task that a head of labels was trained for, and the names of its labels."""
+
+  task: str
+  names: tuple[str, ...]
+
+
+class ForeignModel(Protocol):
+  """A model in another library's files, opened and checked, whose weights are not read yet.
+
+  Attributes:
+    config: our config of it.
+    parameters: {name: shape and axes} of ours.
+    labels: what its head of labels scores; None of a language model.
+    tokenizer: the spec of its tokenizer.
+  """
+
+  config: ModelConfig
+  parameters: Mapping[str, ParameterInfo]
+  labels: Labels | None
+  tokenizer: str
+
+  def load(self, shardings: Mapping[str, Sharding], *, progress: bool) -> dict[str, Any]:
+    """The parameters of which there are shardings, float32, each where its sharding says."""
+    ...
+
+
+def number_labels(count: int) -> tuple[str, ...]:
+  """The names that `transformers` gives labels without names."""
+  return tuple(f"LABEL_{index}" for index in range(count))
+
+
+def is_run(checkpoint: epath.PathLike) -> bool:
+  """Whether a checkpoint is named by the work directory of a run."""
+  return not str(checkpoint).startswith(tuple(_FORMATS))
+
+
+def open_foreign(checkpoint: epath.PathLike) -> ForeignModel | None:
+  """Opens hf:PATH or gguf:PATH; None if the checkpoint is not named so.
+
+  Raises:
+    UserError: there is no model that can be read.
+  """
+  for prefix, path in _FORMATS.items():
+    if str(checkpoint).startswith(prefix):
+      return wings.load(path, str(checkpoint))(str(checkpoint).removeprefix(prefix))
+  return None
+
+
+def load_model(
+  checkpoint: epath.PathLike, *, ema: bool = False, progress: bool = True
+) -> tuple[GPT, Tokenizer]:
+  """Loads a model on one device, of a run the newest whole checkpoint. Adapters are merged into the
+  model that they are for, where that is possible.
+
+  Args:
+    checkpoint: the work directory of a run, hf:PATH or gguf:PATH.
+    ema: take the moving average of the weights.
+    progress: show a bar, on stderr, while another library's files are read.
+
+  Raises:
+    UserError: no model or no tokenizer is there, a run has no checkpoint yet, the weights are not
+      of the config, or the tokenizer has more tokens than the model.
+  """
+  if (foreign := open_foreign(checkpoint)) is None:
+    folder = epath.Path(checkpoint) / TOKENIZER
+    model, _ = load_checkpoint(checkpoint, ema=ema)
+    config = config_lib.open_saved(epath.Path(checkpoint))
+    model = make_adaptation(config.get("peft")).merge(model)
+    if (tokenizer := open_saved(folder)) is None:
+      raise UserError(f"{folder}: no whole tokenizer, which a run keeps there.")
+    return model, tokenizer
+  if ema:
+    raise UserError(f"{checkpoint} has no moving average of its weights.")
+  tokenizer = tokenizers.load(foreign.tokenizer)
+  check_vocabulary(tokenizer, foreign.config, str(checkpoint))
+  graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(foreign.config, nnx.Rngs(0))))
+  params = foreign.load(on_one_device(foreign.parameters), progress=progress)
+  return nnx.merge(graph, params), tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: str) -> None:
+  """Raises UserError if the tokenizer has more tokens than the model."""
+  if tokenizer.vocab_size > config.vocab_size:
+    raise UserError(
+      f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's "
+      f"{config.vocab_size}."
+    )
+
+
+def on_one_device(parameters: Mapping[str, Any]) -> dict[str, Sharding]:
+  return dict.fromkeys(parameters, SingleDeviceSharding(jax.devices()[0]))
+
+
+def read_model_config(checkpoint: epath.PathLike) -> ModelConfig:
+  """The config of a checkpoint's model, of whatever kind; UserError if there is none."""
+  foreign = open_foreign(checkpoint)
+  if foreign is not None:
+    return foreign.config
+  return ModelConfig.from_config(config_lib.open_saved(epath.Path(checkpoint)).model)
+
+
+def labels_of(checkpoint: epath.PathLike) -> Labels | None:
+  """What a checkpoint's head of labels scores; None if it has none, UserError without a model."""
+  foreign = open_foreign(checkpoint)
+  if foreign is not None:
+    return foreign.labels
+  config = config_lib.open_saved(epath.Path(checkpoint))
+  if not (count := config.model.get("num_labels")):
+    return None
+  return Labels(config.task.name, config.task.get("labels", ()) or number_labels(count))
+
+
+def tokenizer_of(checkpoint: epath.PathLike) -> str:
+  """The spec of a checkpoint's tokenizer; UserError if there is none."""
+  if not checkpoint:
+    raise UserError("tokenizer='init_from' needs init_from: a run, hf:PATH or gguf:PATH.")
+  foreign = open_foreign(checkpoint)
+  return str(epath.Path(checkpoint) / TOKENIZER) if foreign is None else foreign.tokenizer
+
+
+def load_params_into(
+  checkpoint: epath.PathLike,
+  config: ModelConfig,
+  abstract: Mapping[str, Any],
+  labels: Sequence[str] = (),
+) -> tuple[dict[str, Any], str]:
+  """The parameters of a checkpoint, each where `abstract` puts it, and a report of what was found.
+
+  Args:
+    checkpoint: as of `load_model`.
+    config: of the model that they are for.
+    abstract: its parameters as `jax.ShapeDtypeStruct`s with shardings.
+    labels: what its head of labels scores, if they have names. A head of another library's files
+      that is of others is left out, as is one that reads something else.
+
+  Raises:
+    UserError: the weights do not fit the model.
+  """
+  foreign = open_foreign(checkpoint)
+  if foreign is None:
+    source = epath.Path(checkpoint)
+    config_of_run = config_lib.open_saved(source)
+    if not make_adaptation(config_of_run.get("peft")).is_whole:
+      return _load_merged(source, abstract)
+    best = _makes_best(config_of_run)
+    loaded, report = restore_params(source / CHECKPOINTS, abstract, best=best)
+    if report.mismatched or not report.matched:
+      raise UserError(f"init_from={source} does not fit the model of this config.\n{report}")
+    return loaded, str(report)
+  if differences := config.differences(foreign.config):
+    raise UserError(
+      f"init_from={checkpoint} does not fit the model of this config: {'; '.join(differences)}. "
+      "Choose the preset model=init_from to take the checkpoint's."
+    )
+  flat = traverse_util.flatten_dict(abstract, sep="/")
+  if missing := set(flat) - {*foreign.parameters, *LABEL_HEAD}:
+    raise UserError(f"init_from={checkpoint} lacks {min(missing)!r} of the model of this config.")
+  new_head = _differences_of_heads(config, labels, foreign) if config.num_labels else []
+  own = set(foreign.parameters) - set(LABEL_HEAD if new_head else ())
+  shardings = {name: leaf.sharding for name, leaf in flat.items() if name in own}
+  loaded = foreign.load(shardings, progress=jax.process_index() == 0)
+  new = f"; the head of labels is new ({'; '.join(new_head)})" if new_head else ""
+  return loaded, f"{checkpoint}: all {len(shardings)} parameters{new}"
+
+
+def _differences_of_heads(
+  config: ModelConfig, labels: Sequence[str], foreign: ForeignModel
+) -> list[str]:
+  """Why the head of labels of another library's files is not that of a config."""
+  theirs = foreign.config
+  if not theirs.label_bias:  # A bias that is new is 0.
+    theirs = dataclasses.replace(theirs, label_bias=config.label_bias)
+  differences = config.head_differences(theirs)
+  if differences or not labels:
+    return differences
+  names = foreign.labels.names
+  if names in (tuple(labels), number_labels(len(names))):
+    return []
+  return [f"task.labels={','.join(labels)}, not {','.join(names)}"]
+
+
+def load_base(
+  checkpoint: epath.PathLike, config: ModelConfig, abstract: Mapping[str, Any]
+) -> tuple[dict[str, Any], int]:
+  """The parameters of the model that adapters are put on, and their checksum; as
+  `load_params_into`, but all of them are there. A head of labels is trained with the adapters."""
+  abstract = tree.without(abstract, LABEL_HEAD)
+  loaded, report = load_params_into(checkpoint, config, abstract)
+  if missing := set(tree.named_leaves(abstract)) - set(tree.named_leaves(loaded)):
+    raise UserError(
+      f"init_from={checkpoint} lacks {min(missing)!r} of the model that is adapted.\n{report}"
+    )
+  return loaded, checksum(loaded)
+
+
+def check_base(saved: int | None, found: int, checkpoint: epath.PathLike, config: Any) -> None:
+  """Raises UserError if adapters were trained on another model than the one of `init_from`."""
+  if saved != found:
+    raise UserError(
+      f"{checkpoint}: its adapters were trained on another model than init_from="
+      f"{config.init_from} is now (checksum {saved}, not {found})."
+    )
+
+
+def load_checkpoint(
+  workdir: epath.PathLike, *, ema: bool = False, near: int | None = None
+) -> tuple[GPT, int]:
+  """The model of a run and the step of its checkpoint: of those kept the newest, or the one whose
+  step is nearest to `near`. Of a run that trained adapters, they are on the model of its
+  `init_from`."""
+  device = SingleDeviceSharding(jax.devices()[0])
+  return _restore(epath.Path(workdir), lambda name: device, ema=ema, near=near)
+
+
+def _restore(
+  workdir: epath.Path,
+  sharding_of: Callable[[str], Sharding],
+  *,
+  ema: bool = False,
+  near: int | None = None,
+) -> tuple[GPT, int]:
+  """As `load_checkpoint`, each parameter where `sharding_of` its name says."""
+  config = config_lib.open_saved(workdir)
+  model_config = ModelConfig.from_config(config.model)
+  adaptation = make_adaptation(config.get("peft"))
+
+  def abstract(state: nnx.State) -> dict[str, Any]:
+    return tree.map_named(
+      lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(name)),
+      nnx.to_pure_dict(state),
+    )
+
+  graph, state = nnx.split(adaptation.abstract_model(model_config))
+  params, report = restore_params(
+    workdir / CHECKPOINTS,
+    abstract(state.filter(adaptation.kind)),
+    ema=ema,
+    near=near,
+    best=_makes_best(config),
+  )
+  if report.missing or report.mismatched:
+    raise UserError(f"{workdir}: its checkpoint does not fit its config.\n{report}")
+  frozen = None
+  if not adaptation.is_whole:
+    base = abstract(nnx.state(abstract_model(model_config)))
+    base, found = load_base(config.init_from, model_config, base)
+    check_base(report.base_checksum, found, workdir, config)
+    described = describe_parameters(model_config)
+    frozen = adaptation.freeze(base, described, adaptation.trained(model_config))
+  return nnx.merge(graph, params, frozen or {}), int(report.source.name)
+
+
+def _makes_best(config: Any) -> bool:
+  """Whether what a run has made is its best checkpoint, not its newest."""
+  return config.get("checkpoint", {}).get("final") == "best"
+
+
+def _load_merged(source: epath.Path, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+  """As `load_params_into`, of a run that trained adapters."""
+  wanted = tree.named_leaves(abstract)
+  of_adapters = next(iter(wanted.values())).sharding
+  if isinstance(of_adapters, NamedSharding):
+    of_adapters = sharding.replicated(of_adapters.mesh)
+  model, step = _restore(
+    source, lambda name: wanted[name].sharding if name in wanted else of_adapters
+  )
+  adaptation = make_adaptation(config_lib.open_saved(source).get("peft"))
+  plain = nnx.to_pure_dict(nnx.state(adaptation.merge(model), nnx.Param))
+  found = {name: x.shape for name, x in tree.named_leaves(plain).items()}
+  if found != {name: leaf.shape for name, leaf in wanted.items()}:
+    raise UserError(f"init_from={source} does not fit the model of this config.")
+  placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), plain, abstract)
+  return placed, f"{source}, step {step}: all {len(found)} parameters, with its adapters merged"

@@ -1,0 +1,232 @@
+"""What a resolved config amounts to before any data is read: model, task, mesh, optimizer, step."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, traverse_util
+from jax.sharding import Mesh
+
+from gptjax.config import RunLength
+from gptjax.data.batch import Batch
+from gptjax.data.options import DataOptions, read_options
+from gptjax.devices import chips, sharding
+from gptjax.errors import UserError
+from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
+from gptjax.objectives.task import Task, find_task, make_task
+from gptjax.optim.optimizer import Optimizer, make_optimizer, make_schedule
+from gptjax.training import flops, step
+from gptjax.training.adaptation import WholeModel, make_adaptation
+from gptjax.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """A checked config, its model, task and mesh. Made by `make_setup`; nothing is allocated.
+
+  parameters: {name: shape and axes} of the model. adaptation: which parameters are trained.
+  trained: {name: shape and axes} of those; adapters are not among the model's own. graph:
+  `nnx.merge(graph, params)` is the model, and beside adapters `nnx.merge(graph, params, frozen)`.
+  """
+
+  config: Any
+  task: Task
+  data: DataOptions
+  model: ModelConfig
+  parameters: Mapping[str, ParameterInfo]
+  graph: nnx.GraphDef
+  mesh: Mesh
+  adaptation: WholeModel
+  trained: Mapping[str, ParameterInfo]
+
+  @property
+  def num_parameters(self) -> int:
+    """All parameters of the model itself."""
+    return count_parameters(self.model)
+
+  @property
+  def num_trained(self) -> int:
+    """Trainable parameters, excluding those that `config.optim` freezes."""
+    groups = self.make_optimizer(None).groups
+    return sum(
+      math.prod(info.shape) for name, info in self.trained.items() if not groups[name].frozen
+    )
+
+  @property
+  def flops_per_token(self) -> float:
+    """Forward and backward, of a token of the row (`flops.flops_per_token`)."""
+    return flops.flops_per_token(
+      self.model,
+      self.parameters,
+      self.trained,
+      self.config.sequence_length,
+      self.task.target_length(self.data),
+    )
+
+  @property
+  def flop_rule(self) -> str:
+    return chips.FLOP_RULE + ("" if self.adaptation.is_whole else " (4 N where frozen)")
+
+  def make_optimizer(self, length: RunLength | None) -> Optimizer:
+    """The optimizer of `config.optim`; without a length its learning rate is 0."""
+    config, unfreeze_steps = self.config.optim, 0
+    if length is None:
+      schedule = optax.constant_schedule(0.0)
+    else:
+      unfreeze_steps = length.steps(config, "unfreeze_every")
+      schedule = make_schedule(
+        config,
+        total_steps=length.total_steps,
+        warmup_steps=length.steps(config, "warmup"),
+        decay_steps=length.steps(config, "decay"),
+      )
+    optimizer = make_optimizer(
+      config, self.trained, schedule, self.model.width_ratio, unfreeze_steps
+    )
+    return self.adaptation.wrap(optimizer, self.trained, length)
+
+  def abstract_state(self, optimizer: Optimizer) -> TrainState:
+    ema = self.config.optim.ema_decay > 0
+    return step.abstract_state(
+      self.model, optimizer, self.trained, self.mesh, ema=ema, adaptation=self.adaptation
+    )
+
+  def abstract_base(self) -> dict[str, Any]:
+    """The parameters of the model that adapters are put on, with their shardings."""
+    shardings = sharding.parameter_shardings(self.parameters, self.mesh)
+    flat = {
+      name: jax.ShapeDtypeStruct(info.shape, jnp.float32, sharding=shardings[name])
+      for name, info in self.parameters.items()
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+  def frozen(self, base: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The model's parameters that are not trained, which the step takes beside the state; `base` is
+    not to be used any more."""
+    return self.adaptation.freeze(base, self.parameters, self.trained)
+
+  def require_whole_model(self) -> None:
+    """Raises UserError if only adapters are trained."""
+    if not self.adaptation.is_whole:
+      raise UserError(
+        f"peft.method={self.adaptation.method!r}: this looks at the training of whole models. "
+        "Set --config.peft.method=none."
+      )
+
+  def make_train_step(self, optimizer: Optimizer) -> Callable:
+    ema_decay = self.config.optim.ema_decay
+    return step.make_train_step(
+      self.graph, self.task, optimizer, ema_decay=ema_decay, **self._step_options
+    )
+
+  def make_observe_step(self, optimizer: Optimizer) -> Callable:
+    return step.make_observe_step(self.graph, self.task, optimizer, **self._step_options)
+
+  @property
+  def _step_options(self) -> dict[str, Any]:
+    return {
+      "seed": self.config.seed,
+      "grad_accumulation": self.config.grad_accumulation,
+      "dropout": self.model.has_dropout,
+      "router_balance_loss": self.config.router_balance_loss,
+      "router_z_loss": self.config.router_z_loss,
+      "compiler_options": self.compiler_options,
+    }
+
+  @property
+  def run_length(self) -> RunLength | None:
+    """As of `length_without_data`."""
+    return length_without_data(self.config)
+
+  @property
+  def compiler_options(self) -> dict[str, str]:
+    """Those of `config.compile.options` for the platform of the mesh."""
+    platform = sharding.platform_of(self.mesh.devices.flat[0].platform)
+    options = {}
+    for item in filter(None, self.config.compile.options[platform].split(",")):
+      name, equals, value = item.partition("=")
+      if not equals:
+        raise UserError(f"compile.options.{platform}: {item!r} is not NAME=VALUE.")
+      options[name.strip()] = value.strip()
+    return options
+
+  def abstract_batch(self) -> Batch:
+    """The shapes of a batch and where its parts lie; where examples are packed anew for each batch,
+    of the largest, in which each takes a row."""
+    rows, where = self.config.batch_size, sharding.batch_sharding(self.mesh)
+    rows = -(-rows // self.row_multiple) * self.row_multiple
+
+    def field(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
+
+    length = (self.task.target_length(self.data),)
+    whole = field(length, jnp.int32)
+    more = {name: field(*one) for name, one in self.task.batch_fields(self.data).items()}
+    return Batch(whole, whole, field(length, jnp.float32), whole, whole, **more)
+
+  @property
+  def row_multiple(self) -> int:
+    """The number of a batch's rows is a multiple of this."""
+    return sharding.rows_multiple(self.config.grad_accumulation, self.mesh)
+
+
+def length_without_data(config: Any) -> RunLength | None:
+  """The length of a run as its config tells it; None if it is given in epochs, whose length only
+  the data tell."""
+  if "total_epochs" in config:
+    return None
+  tokens = config.batch_size * config.sequence_length
+  return RunLength.from_config(
+    config, None if find_task(config.task.name).packs_batches else tokens, None
+  )
+
+
+def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setup:
+  """Checks the model, the task, the mesh and the batch of a config; reads no file.
+
+  Args:
+    config: as `resolve` returns it.
+    devices: to make the mesh of; by default all that JAX sees.
+
+  Raises:
+    UserError: a value that cannot be used, by its key.
+  """
+  model = ModelConfig.from_config(config.model)
+  if model.position == "learned" and config.sequence_length > model.max_positions:
+    raise UserError(
+      f"sequence_length={config.sequence_length} exceeds model.max_positions="
+      f"{model.max_positions}; raise the latter or choose model.position=rope."
+    )
+  task = make_task(config.task)
+  task.check_model(model)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  rows = None if task.packs_batches else config.batch_size
+  sharding.check_batch(rows, config.sequence_length, config.grad_accumulation, mesh)
+  if model.encoder_layers and mesh.shape["context"] > 1:
+    raise UserError(
+      f"mesh.context={mesh.shape['context']}: rows of an encoder-decoder are not split; use "
+      "mesh.data, mesh.fsdp or mesh.tensor."
+    )
+  if model.num_experts % mesh.shape["expert"]:
+    raise UserError(
+      f"mesh.expert={mesh.shape['expert']} does not divide model.num_experts={model.num_experts}."
+    )
+  adaptation = make_adaptation(config.get("peft"))
+  if not adaptation.is_whole and not config.init_from:
+    raise UserError(f"peft.method={adaptation.method!r} needs init_from, the model to adapt.")
+  return Setup(
+    config,
+    task,
+    read_options(config),
+    model,
+    describe_parameters(model),
+    nnx.graphdef(adaptation.abstract_model(model)),
+    mesh,
+    adaptation,
+    adaptation.trained(model),
+  )

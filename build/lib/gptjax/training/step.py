@@ -1,0 +1,343 @@
+"""The training step: its state, born sharded, and the pure functions that are compiled."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, traverse_util
+from jax.sharding import Mesh
+
+from gptjax import tree
+from gptjax.data.batch import Batch
+from gptjax.devices import sharding
+from gptjax.model.config import ModelConfig
+from gptjax.model.figures import Figures, Routing
+from gptjax.model.gpt import ParameterInfo
+from gptjax.objectives.task import Task
+from gptjax.optim.optimizer import Optimizer
+from gptjax.training.adaptation import WHOLE, WholeModel
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a checkpoint holds.
+
+  step: int32, updates done or skipped, which is the index of the next batch. skipped: int32, how
+  many of them were not finite. params: those that are trained, nested dict of float32. ema: their
+  moving average, or None. base_checksum: uint32, `checkpoint.checksum` of the model that adapters
+  were put on; None where there are none.
+  """
+
+  step: jax.Array
+  skipped: jax.Array
+  params: Any
+  opt_state: optax.OptState
+  ema: Any
+  base_checksum: jax.Array | None = None
+
+
+def make_state(
+  model_config: ModelConfig,
+  optimizer: Optimizer,
+  seed: int,
+  ema: bool,
+  adaptation: WholeModel = WHOLE,
+  base: Mapping[str, Any] | None = None,
+  base_checksum: jax.Array | None = None,
+) -> TrainState:
+  """The state at step 0. Meant for `jax.eval_shape`, or for `jax.jit` with output shardings.
+
+  Args:
+    model_config: the model.
+    optimizer: makes the state that it keeps.
+    seed: decides the initial parameters.
+    ema: whether a moving average of the parameters is kept.
+    adaptation: which parameters are trained.
+    base: the parameters of the frozen model, beside which others are trained.
+    base_checksum: uint32, theirs.
+  """
+  params = adaptation.initial_params(model_config, seed, base)
+  return TrainState(
+    step=jnp.int32(0),
+    skipped=jnp.int32(0),
+    params=params,
+    opt_state=optimizer.init(params),
+    # A copy, since two outputs of one buffer could not both be donated to the step.
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    base_checksum=base_checksum,
+  )
+
+
+def abstract_state(
+  model_config: ModelConfig,
+  optimizer: Optimizer,
+  parameters: Mapping[str, ParameterInfo],
+  mesh: Mesh,
+  *,
+  ema: bool,
+  adaptation: WholeModel = WHOLE,
+) -> TrainState:
+  """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
+
+  What an optimizer keeps for a parameter, in its shape, is sharded as the parameter is.
+  """
+
+  def make() -> TrainState:
+    checksum = None if adaptation.is_whole else jnp.uint32(0)
+    return make_state(model_config, optimizer, 0, ema, adaptation, base_checksum=checksum)
+
+  shapes = jax.eval_shape(make)
+  shardings = sharding.parameter_shardings(parameters, mesh)
+
+  def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    parts = name.split("/")
+    for start in range(len(parts)):
+      parameter = "/".join(parts[start:])
+      if parameter in shardings and parameters[parameter].shape == leaf.shape:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[parameter])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+  return tree.map_named(place, shapes)
+
+
+def init_state(
+  model_config: ModelConfig,
+  optimizer: Optimizer,
+  seed: int,
+  abstract: TrainState,
+  adaptation: WholeModel = WHOLE,
+  base: Mapping[str, Any] | None = None,
+  base_checksum: int | None = None,
+) -> TrainState:
+  """Makes the state of step 0, each array on the devices that will hold it; as `make_state`."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  ema = abstract.ema is not None
+
+  def make(base: Mapping[str, Any] | None) -> TrainState:
+    checksum = None if base_checksum is None else jnp.uint32(base_checksum)
+    return make_state(model_config, optimizer, seed, ema, adaptation, base, checksum)
+
+  return jax.jit(make, out_shardings=shardings)(base)
+
+
+def replace_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:
+  """Puts loaded parameters in the place of the initial ones, and starts their average from them."""
+  flat = traverse_util.flatten_dict(state.params) | traverse_util.flatten_dict(loaded)
+  params = traverse_util.unflatten_dict(flat)
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+  return dataclasses.replace(state, params=params, ema=ema)
+
+
+def _make_gradients(
+  graph: nnx.GraphDef,
+  task: Task,
+  *,
+  seed: int,
+  grad_accumulation: int,
+  dropout: bool,
+  router_balance_loss: float,
+  router_z_loss: float,
+  observe: bool = False,
+) -> Callable[..., tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
+  """Returns (state, batch, frozen) -> (metrics, gradient, figures).
+
+  `frozen` are the parameters of the model that are not in the state, and have no gradient.
+
+  The metrics are the loss that the task tells, the weight of the batch, and what the routers of a
+  mixture of experts tell; the routers' two losses, means over the layers, are minimised with the
+  task's, times their factors. The loss is the mean over the valid targets of the whole global
+  batch: each micro-batch is divided by that one count, so their gradients add up to the gradient of
+  the whole. Randomness is a function of (seed, step). The
+  figures, [L] each, are none unless `observe`.
+  """
+
+  def loss(params, micro: Batch, key, weight, frozen):
+    model = nnx.merge(graph, params, frozen or {})
+    figures = Figures() if observe else None
+    routing = Routing() if model.config.num_experts else None
+    sums = task.loss(model, micro, key, figures=figures, routing=routing)
+    share = micro.weights.sum() / weight
+    total = sums.total / weight
+    if routing is not None:
+      balance, z = routing["balance_loss"].mean(), routing["z_loss"].mean()
+      total += share * (router_balance_loss * balance + router_z_loss * z)
+    told = {f"router/{name}": x * share for name, x in (routing or {}).items()}
+    return total, ({"loss": sums.cross_entropy / weight} | told, dict(figures or {}))
+
+  def gradients(state: TrainState, batch: Batch, frozen: Any):
+    batch = sharding.balance_time(batch)
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+    tokens = batch.weights.sum()
+    weight = jnp.maximum(tokens, 1)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def add(carry, micro_and_key):
+      (_, told), grads = value_and_grad(state.params, *micro_and_key, weight, frozen)
+      return jax.tree.map(jnp.add, carry, grads), told
+
+    if grad_accumulation == 1:
+      (_, (metrics, figures)), grads = value_and_grad(state.params, batch, key, weight, frozen)
+    else:
+      keys = None if key is None else jax.random.split(key, grad_accumulation)
+      zero = jax.tree.map(jnp.zeros_like, state.params)
+      micro_batches = _micro_batches(batch, grad_accumulation)
+      grads, (metrics, figures) = jax.lax.scan(add, zero, (micro_batches, keys))
+      metrics = {name: x.sum(0) for name, x in metrics.items()}
+      # Micro-batches are equally large, so the mean of their mean squares is that of the batch.
+      figures = {
+        name: jnp.sqrt(jnp.square(x).mean(0)) if name.endswith("_rms") else x.max(0)
+        for name, x in figures.items()
+      }
+    return _over_layers(metrics) | {"batch_tokens": tokens}, grads, figures
+
+  return gradients
+
+
+def _over_layers(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Means over the layers of what routers tell, [L]; of their load [L, E], the `largest_load` of an
+  expert in shares of 1 / E, which is 1 in balance."""
+  means = {name: x.mean() for name, x in metrics.items() if name != "router/load"}
+  if (load_LE := metrics.get("router/load")) is not None:
+    means["router/largest_load"] = load_LE.max(-1).mean() * load_LE.shape[-1]
+  return means
+
+
+def make_train_step(
+  graph: nnx.GraphDef,
+  task: Task,
+  optimizer: Optimizer,
+  *,
+  seed: int,
+  grad_accumulation: int = 1,
+  dropout: bool = False,
+  ema_decay: float = 0.0,
+  router_balance_loss: float = 0.0,
+  router_z_loss: float = 0.0,
+  compiler_options: Mapping[str, Any] | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns jit(state, batch, frozen=None) -> (state, metrics), which donates the state alone.
+
+  Metrics and gradient are those of `_make_gradients`. An update whose loss or gradient is not
+  finite is not applied.
+  """
+  gradients = _make_gradients(
+    graph,
+    task,
+    seed=seed,
+    grad_accumulation=grad_accumulation,
+    dropout=dropout,
+    router_balance_loss=router_balance_loss,
+    router_z_loss=router_z_loss,
+  )
+
+  def train_step(state: TrainState, batch: Batch, frozen: Any = None):
+    metrics, grads, _ = gradients(state, batch, frozen)
+    params, opt_state, grad_norm = optimizer.update(
+      grads, state.opt_state, state.params, state.step
+    )
+    ema = None
+    if state.ema is not None:
+      ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    updated, kept = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), updated, kept
+    )
+    new_state = TrainState(
+      step=state.step + 1,
+      skipped=state.skipped + (1 - finite),
+      params=params,
+      opt_state=opt_state,
+      ema=ema,
+      base_checksum=state.base_checksum,
+    )
+    return new_state, metrics | {
+      "grad_norm": grad_norm,
+      "learning_rate": optimizer.learning_rate(state.step),
+      "skipped": new_state.skipped,
+    }
+
+  return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
+
+
+def make_observe_step(
+  graph: nnx.GraphDef,
+  task: Task,
+  optimizer: Optimizer,
+  *,
+  seed: int,
+  grad_accumulation: int = 1,
+  dropout: bool = False,
+  router_balance_loss: float = 0.0,
+  router_z_loss: float = 0.0,
+  compiler_options: Mapping[str, Any] | None = None,
+) -> Callable[..., dict[str, jax.Array]]:
+  """Returns jit(state, batch, frozen=None) -> figures of the update that the step would make.
+
+  `layers/NAME` [L]: those of `model.gpt.Block`. `gradient_norm/PARAMETER`, `update_norm/PARAMETER`
+  (new - old) and `parameter_norm/PARAMETER`: Euclidean, [L] for a parameter of the stack and a
+  scalar for any other, float32; the gradient is that before clipping. Nothing is applied, and the
+  state is not donated. A call costs one more forward and backward pass, and a second copy of
+  parameters and optimizer state while it lasts.
+  """
+  gradients = _make_gradients(
+    graph,
+    task,
+    seed=seed,
+    grad_accumulation=grad_accumulation,
+    dropout=dropout,
+    router_balance_loss=router_balance_loss,
+    router_z_loss=router_z_loss,
+    observe=True,
+  )
+
+  def norms(kind: str, values: Any) -> dict[str, jax.Array]:
+    return {
+      f"{kind}/{name}": jnp.sqrt(
+        jnp.square(x).sum(range(1, x.ndim) if name.startswith("blocks/") else None)
+      )
+      for name, x in tree.named_leaves(values).items()
+    }
+
+  def observe_step(state: TrainState, batch: Batch, frozen: Any = None):
+    _, grads, figures = gradients(state, batch, frozen)
+    params, _, _ = optimizer.update(grads, state.opt_state, state.params, state.step)
+    figures = {f"layers/{name}": x for name, x in figures.items()}
+    figures |= norms("gradient_norm", grads) | norms("parameter_norm", state.params)
+    figures |= norms("update_norm", jax.tree.map(jnp.subtract, params, state.params))
+    # Whole on every host, to be read there.
+    return {name: sharding.constrain(x, *(None,) * x.ndim) for name, x in figures.items()}
+
+  return jax.jit(observe_step, compiler_options=compiler_options)
+
+
+def name_layers(figures: Mapping[str, Any]) -> dict[str, float]:
+  """{NAME: [L] or scalar}, on the host -> one float a name: NAME/00, NAME/01 ... of what has L."""
+  named = {}
+  for name, x in figures.items():
+    layers = {f"{name}/{i:02}": float(one) for i, one in enumerate(x)} if x.ndim else None
+    named |= layers or {name: float(x)}
+  return named
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+  """[B, T] -> [count, B / count, T], strided over rows so that none leaves its device."""
+  return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def make_eval_step(
+  graph: nnx.GraphDef, task: Task
+) -> Callable[..., tuple[dict[str, tuple[jax.Array, jax.Array]], Any]]:
+  """Returns jit(params, batch, frozen=None) -> what `Task.evaluate` tells: sums over targets, and
+  outputs, whole on every host."""
+
+  def eval_step(params, batch: Batch, frozen: Any = None):
+    batch = sharding.balance_time(batch)
+    sums, outputs = task.evaluate(nnx.merge(graph, params, frozen or {}), batch)
+    return sums, jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), outputs)
+
+  return jax.jit(eval_step)

@@ -1,0 +1,143 @@
+"""How good a run is while it goes on: its validations, the best of them, and when to stop."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from gptjax.data.pipeline import Dataset
+from gptjax.devices import sharding
+from gptjax.errors import UserError, did_you_mean
+from gptjax.objectives.task import Task, metrics_of
+from gptjax.training import step
+from gptjax.training.checkpoints import Checkpoints, is_better
+from gptjax.training.metrics import Sums, read_metrics
+from gptjax.training.setup import Setup
+from gptjax.training.step import TrainState
+
+
+def check(config: Any, task: Task) -> None:
+  """Refuses a metric that the validation does not tell, or a library of one that is missing."""
+  best = config.checkpoint.best_metric
+  if best:
+    check_metric("checkpoint.best_metric", best, task)
+  if not best and (config.eval.patience or config.checkpoint.final == "best"):
+    raise UserError("eval.patience and checkpoint.final='best' need checkpoint.best_metric.")
+  if config.checkpoint.final not in ("best", "newest"):
+    raise UserError(f"checkpoint.final={config.checkpoint.final!r} is neither 'best' nor 'newest'.")
+  if config.eval.patience < 0:
+    raise UserError(f"eval.patience={config.eval.patience} is negative; 0 never stops early.")
+  task.check_libraries()
+
+
+def check_metric(key: str, metric: str, task: type[Task] | Task) -> None:
+  """Refuses a metric that the validation of a task does not tell; UserError names the key."""
+  known = metrics_of(task)
+  if metric not in known:
+    hint = did_you_mean(metric, known)
+    raise UserError(f"{key}: no metric {metric!r} of task={task.name!r}. {hint}")
+
+
+def make_evaluate(setup: Setup, dataset: Dataset) -> Callable[[TrainState, Any], dict[str, float]]:
+  """Returns (state, frozen) -> {'val/NAME': value}, exact over the whole validation set: the loss
+  and the metrics of the task. The weights are those of the moving average, where there is one."""
+  run = step.make_eval_step(setup.graph, setup.task)
+  names = ("loss", *setup.task.metrics)
+
+  def evaluate(state: TrainState, frozen: Any) -> dict[str, float]:
+    params = state.params if state.ema is None else state.ema
+    sums, outputs = Sums(), setup.task.outputs()
+    for batch in dataset.validation_batches():
+      told, output = run(params, sharding.to_global(batch, setup.mesh), frozen)
+      sums.add(told)
+      if outputs is not None:
+        outputs.add(jax.device_get(output))
+    found = sums.finish(text_bytes=dataset.validation_bytes)
+    if outputs is not None:
+      found |= outputs.metrics()
+    return {f"val/{name}": found[name] for name in names}
+
+  return evaluate
+
+
+def describe(validation: Mapping[str, float]) -> str:
+  """One line of what `make_evaluate` told."""
+  shown = {"val/loss": "validation loss", "val/bits_per_byte": "bits per byte"}
+  parts = []
+  for name, value in validation.items():
+    if name.startswith("val/") and value is not None:
+      digits = 2 if name == "val/perplexity" else 4
+      label = shown.get(name, name.removeprefix("val/").replace("_", " "))
+      parts.append(f"{label} {value:.{digits}f}")
+  return ", ".join(parts)
+
+
+@dataclasses.dataclass
+class History:
+  """The validations of a run, oldest first, each with its `step`.
+
+  metric: what tells the best of them. patience: how many in a row may fail to be better than the
+  best before; 0 is any number. final: which of them the run has made, the 'best' or the 'newest'.
+  """
+
+  lines: list[Mapping[str, Any]]
+  metric: str
+  patience: int
+  final: str = "newest"
+
+  @classmethod
+  def start(cls, config: Any) -> "History":
+    """That of a run which has not validated yet."""
+    return cls([], config.checkpoint.best_metric, config.eval.patience, config.checkpoint.final)
+
+  @classmethod
+  def read(cls, workdir: epath.PathLike, config: Any, last_step: int) -> "History":
+    """Those that metrics.jsonl has up to a step."""
+    lines = [line for line in read_metrics(workdir) if "val/loss" in line]
+    history = cls.start(config)
+    history.lines += [line for line in lines if line["step"] <= last_step]
+    return history
+
+  def add(self, step: int, validation: Mapping[str, float]) -> None:
+    self.lines.append({"step": step, **validation})
+
+  def tell(self, checkpoints: Checkpoints) -> None:
+    """Repeats to the checkpoints what was told of them before, but for a process that died."""
+    for line in self.lines:
+      if line["step"] in checkpoints.steps() and line.get(self.metric) is not None:
+        checkpoints.record_metrics(line["step"], line)
+
+  @property
+  def last(self) -> Mapping[str, Any]:
+    return self.lines[-1] if self.lines else {}
+
+  @property
+  def best(self) -> Mapping[str, Any]:
+    """The first of the best after a step; empty if there is none."""
+    index = self._best_index
+    return {} if index is None else self.lines[index]
+
+  @property
+  def result(self) -> Mapping[str, Any]:
+    """That of what the run has made; empty if there is none."""
+    return (self.best if self.final == "best" else {}) or self.last
+
+  @property
+  def exhausted(self) -> bool:
+    """Whether the patience is at its end."""
+    index = self._best_index
+    return (
+      bool(self.patience) and index is not None and (len(self.lines) - 1 - index >= self.patience)
+    )
+
+  @property
+  def _best_index(self) -> int | None:
+    best = None
+    for index, line in enumerate(self.lines):
+      if line["step"] == 0 or line.get(self.metric) is None:
+        continue
+      if best is None or is_better(self.metric, line[self.metric], self.lines[best][self.metric]):
+        best = index
+    return best

@@ -1,0 +1,62 @@
+"""All commands by one name.
+
+    gptjax train --config=pretrain.py:model=tiny,data=text --config.data.path=PATH --workdir=DIR
+    gptjax generate --checkpoint=DIR --prompt="Once upon a time"
+    gptjax models
+
+`gptjax NAME ...` is `python -m gptjax.NAME ...`, and `gptjax NAME --help` says how it is used. The
+words models, data, optimizers, meshes, adapters and tasks list the presets that --config takes.
+"""
+
+import ast
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+from gptjax.errors import did_you_mean
+
+_PACKAGE = Path(__file__).parent
+# The word for a list of presets: the module and the table in it.
+_PRESETS = {
+  "models": ("gptjax.presets.parts.models", "MODELS"),
+  "data": ("gptjax.presets.parts.data", "DATA"),
+  "optimizers": ("gptjax.presets.parts.optim", "OPTIMIZERS"),
+  "meshes": ("gptjax.presets.parts.mesh", "MESHES"),
+  "adapters": ("gptjax.presets.parts.peft", "PEFT"),
+  "tasks": ("gptjax.objectives.task", "TASKS"),
+}
+# Modules beside the commands that are none.
+_NO_COMMANDS = ("config", "errors", "tree", "upgrades", "wings")
+
+
+def commands() -> dict[str, str]:
+  """{name: the first sentence of its help}, without importing any."""
+  found = {}
+  for path in sorted(_PACKAGE.glob("[a-z]*.py")):
+    if path.stem not in _NO_COMMANDS:
+      docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+      found[path.stem] = docstring.split("\n")[0]
+  return found
+
+
+def main() -> None:
+  """Runs a command, or lists presets."""
+  name, *arguments = sys.argv[1:] or ["--help"]
+  known = commands()
+  if name in known:
+    sys.argv = [f"gptjax {name}", *arguments]
+    runpy.run_module(f"gptjax.{name}", run_name="__main__", alter_sys=False)
+  elif name in _PRESETS:
+    module, table = _PRESETS[name]
+    print("\n".join(getattr(importlib.import_module(module), table)))
+  elif name in ("--help", "-h", "help"):
+    print(__doc__)
+    width = max(map(len, known))
+    print("\n".join(f"  {one:<{width}}  {sentence}" for one, sentence in known.items()))
+  else:
+    sys.exit(f"error: no command {name!r}. {did_you_mean(name, [*known, *_PRESETS])}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,73 @@
+"""What is installed: one package with its presets, and one command for all."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gptjax import config as config_lib
+from gptjax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(*arguments, cwd=ROOT, **environment):
+  return subprocess.run(
+    [sys.executable, *arguments],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize("name", ["pretrain.py", "configs/pretrain.py"])
+def test_a_preset_is_found_from_any_folder(name, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  assert config_lib.load(f"{name}:model=debug").model.num_layers > 0
+  mine = tmp_path / "pretrain.py"
+  mine.write_text(
+    "from gptjax.presets.pretrain import get_config as base\n"
+    "def get_config(arg):\n  config = base(arg)\n  config.seed = 7\n  return config\n"
+  )
+  assert config_lib.load("pretrain.py:model=debug").seed == 7
+  with pytest.raises(UserError, match=r"no file 'pretrian\.py'\. Did you mean 'pretrain\.py'"):
+    config_lib.load("pretrian.py")
+  with pytest.raises(UserError, match=r"no file 'elsewhere/quickstart\.py'"):
+    config_lib.load("elsewhere/quickstart.py")
+
+
+def test_one_command_names_the_others():
+  shown = call("-m", "gptjax").stdout
+  for name in ("train", "generate", "sweep"):
+    assert f"  {name} " in shown
+  assert "gpt2-124m" in call("-m", "gptjax", "models").stdout.split()
+  assert "next_token" in call("-m", "gptjax", "tasks").stdout.split()
+  wrong = call("-m", "gptjax", "trian")
+  assert wrong.returncode == 1
+  assert wrong.stderr == "error: no command 'trian'. Did you mean 'train'?\n"
+  refused = call("-m", "gptjax", "train", "--config=pretrain.py:model=gpt2-125m", "--dry_run")
+  assert "no model preset 'gpt2-125m'. Did you mean" in refused.stderr
+  assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_one_package_is_installed_with_its_presets(tmp_path):
+  made = call("-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT))
+  assert made.returncode == 0, made.stderr
+  (wheel,) = tmp_path.glob("*.whl")
+  with zipfile.ZipFile(wheel) as files:
+    names = files.namelist()
+    files.extractall(tmp_path / "site")
+  assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"gptjax"}
+  assert any(name.startswith("gptjax/presets/parts/tuned/") for name in names)
+  assert "gptjax/presets/prompts/sentiment.jinja" in names
+  config = "--config=pretrain.py:model=tiny,tuned=gpt3-1.3b_v5e-16"
+  path = {"PYTHONPATH": str(tmp_path / "site")}
+  # Of a TPU's layout, only that it is found.
+  dry = call("-m", "gptjax", "train", config, "--dry_run", cwd=tmp_path, **path)
+  assert "needs 16 devices" in dry.stderr
