@@ -91,6 +91,16 @@ class Tokenizer:
     return frozenset({self.end_of_text, *named, *self._settings.end_ids})
 
   @property
+  def token_ids(self) -> dict[str, int | list[int] | None]:
+    """The fields 'bos_token_id', 'eos_token_id' and 'pad_token_id' of a model's config.json."""
+    bos, pad = (self.specials.get(self.roles.get(role)) for role in ("bos_token", "pad_token"))
+    ends = sorted(self.stops)
+    eos = ends if len(ends) > 1 else ends[0]
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad} | dict(
+      self._settings.ids
+    )
+
+  @property
   def roles(self) -> Mapping[str, str]:
     return self._settings.roles
 
@@ -222,8 +232,8 @@ def load(spec: str) -> Tokenizer:
       "vocab.txt, one of these files, or a *.tiktoken, *.model or *.gguf file."
     )
   folder = path if path.is_dir() else path.parent
-  beside = [name for name in settings_lib.FILES if (folder / name).is_file()]
-  return _make(spec, kind, {name: (folder / name).read_bytes() for name in (*names, *beside)})
+  own = {name: (folder / name).read_bytes() for name in names}
+  return _make(spec, kind, own | settings_lib.read_folder(folder))
 
 
 def train(spec: str, texts: Iterable[str], *, progress: bool = False) -> Tokenizer:

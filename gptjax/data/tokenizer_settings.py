@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
@@ -12,6 +13,9 @@ _ROLES = "special_tokens_map.json"
 _GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
 FILES = (_CONFIG, _ROLES, _GENERATION, _TEMPLATE)
+# The model's own file, of which these fields are read.
+_MODEL = "config.json"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Settings:
 
   Attributes:
     roles: texts of special tokens by role, such as 'bos_token', 'eos_token', 'unk_token'.
-    end_ids: ids with which generation ends.
+    ids: what the fields 'bos_token_id', 'eos_token_id' and 'pad_token_id' say, of those that are
+      there; each an id, or a list of them.
     adds_bos: whether a text begins with 'bos_token'; None if that is not said.
     lowercase: whether a WordPiece vocabulary is of lower-cased text.
     legacy: whether SentencePiece puts a space after each special token too, not at the start alone;
@@ -31,13 +36,31 @@ class Settings:
   """
 
   roles: Mapping[str, str]
-  end_ids: tuple[int, ...]
+  ids: Mapping[str, int | list[int]]
   adds_bos: bool | None
   lowercase: bool
   legacy: bool | None
   added: Mapping[int, tuple[str, bool]]
   extra_ids: int
   chat_template: str | None
+
+  @property
+  def end_ids(self) -> Sequence[int]:
+    """The ids with which generation ends."""
+    ids = self.ids.get("eos_token_id", ())
+    return [ids] if isinstance(ids, int) else ids
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+  """Reads those of `FILES` that are in a folder. Ids that the model's config.json alone names are
+  added to generation_config.json, where `transformers` would take them over too."""
+  files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+  if (folder / _MODEL).is_file():
+    generation = parse_json(files.get(_GENERATION, b"{}"), _GENERATION)
+    model = parse_json((folder / _MODEL).read_bytes(), _MODEL)
+    if added := {name: model[name] for name in _named_ids(model).keys() - _named_ids(generation)}:
+      files[_GENERATION] = json.dumps(generation | added, sort_keys=True).encode()
+  return files
 
 
 def read(files: Mapping[str, bytes]) -> Settings:
@@ -46,11 +69,10 @@ def read(files: Mapping[str, bytes]) -> Settings:
     parse_json(files[name], name) if name in files else {}
     for name in (_CONFIG, _ROLES, _GENERATION)
   )
-  end_ids = generation.get("eos_token_id")
   added = config.get("added_tokens_decoder", {})
   return Settings(
     roles=_texts(roles) | _texts(config),
-    end_ids=tuple(end_ids) if isinstance(end_ids, list) else () if end_ids is None else (end_ids,),
+    ids=_named_ids(generation),
     adds_bos=config.get("add_bos_token"),
     lowercase=config.get("do_lower_case", True),
     legacy=config.get("legacy"),
@@ -84,6 +106,10 @@ def parse_json(content: bytes, name: str) -> Any:
     return json.loads(content)
   except ValueError as error:
     raise UserError(f"{name} is not JSON ({error}).") from error
+
+
+def _named_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: values[name] for name in _IDS if values.get(name) is not None}
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

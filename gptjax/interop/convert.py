@@ -31,6 +31,7 @@ from gptjax.training.pretrained import (
   CHECKPOINTS,
   TOKENIZER,
   Labels,
+  is_run,
   labels_of,
   load_checkpoint,
   load_model,
@@ -108,7 +109,10 @@ def _model_of(
       _save_run(folder, model, tokenizer, labels)
       return
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    fields = config_fields(labels) | _padding(tokenizer) if labels else {}
+    fields = tokenizer.token_ids | (config_fields(labels) if labels else {})
+    # A text of ours ends in end_of_text, which a classifier would not find were it the padding too.
+    if labels and is_run(source) and fields["pad_token_id"] == tokenizer.end_of_text:
+      fields["pad_token_id"] = None
     huggingface.save(folder, model.config, params, chosen, dtype, fields)
     _save_tokenizer(folder, tokenizer)
 
@@ -129,17 +133,12 @@ def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
   return lambda folder: adapter_files.write(folder, model_config, peft, adapters, chosen, base)
 
 
-def _padding(tokenizer: Tokenizer) -> dict[str, int]:
-  """The field without which `transformers` scores one text at a time. A text ends in end_of_text,
-  which would not be found were it the padding too."""
-  pad = tokenizer.specials.get(tokenizer.roles.get("pad_token"))
-  return {} if pad in (None, tokenizer.end_of_text) else {"pad_token_id": pad}
-
-
 def _find_family(source: str, config: ModelConfig, family: str | None, task: str = "") -> Family:
   """The one that is named, that of the source's files, or the first that can be the model."""
   foreign = None if family else open_foreign(source)
   if isinstance(foreign, huggingface.HuggingFaceModel):
+    if task:
+      return foreign.family
     family = foreign.family.model_type
   return huggingface.find_family(config, family, task)
 
@@ -170,8 +169,6 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     text = next((text for text, token in tokenizer.specials.items() if token == end), None)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": text}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    ends = {"eos_token_id": sorted(tokenizer.stops)}
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
   try:
     tokenizer_lib.load(str(folder))
   except UserError as error:

@@ -105,14 +105,15 @@ class Family:
     )
 
   def stored(self, config: ModelConfig) -> ModelConfig:
-    """The model that files of this family say: without a pooler that the head of labels does not
-    read, and without a bias of it that goes into the last norm's."""
+    """The model that files of this family hold: beside a head of labels no other head, no pooler
+    that it does not read, and no bias of labels that goes into the last norm's."""
     if self.label_head is None:
       return config
     folds = not self.label_head.bias and can_fold_bias(describe_parameters(config))
     return dataclasses.replace(
       config,
       pooler=config.pooler and bool(self.label_head.pooler or config.label_pooling == "pooler"),
+      next_sentence=False,
       label_bias=config.label_bias and not folds,
     )
 
@@ -170,6 +171,7 @@ class Family:
     decided = {
       "head_transform/linear/kernel": config.head_transform,
       "pooler/kernel": config.pooler,
+      "next_sentence/kernel": config.next_sentence,
       "head/kernel": not config.tied_head,
     }
     return {entry.theirs for entry in self.entries(config) if decided.get(entry.ours[0])}

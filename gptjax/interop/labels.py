@@ -15,6 +15,8 @@ from gptjax.training.pretrained import Labels, number_labels
 
 # The tasks that a head of `transformers` is read as, by `LabelTask.transformers_head`.
 _READ_AS = ("classification", "multi_label", "regression", "tagging", "span")
+# Classes that score as another does.
+_ALIASES = {"NextSentencePrediction": "SequenceClassification"}
 # Where a bias of the labels can go that a head has no place for.
 _FOLDS_INTO = "final_norm/bias"
 
@@ -53,6 +55,7 @@ class LabelHead:
         "num_labels": len(names) if names else count or 2,
         "label_bias": self.bias,
         "label_pooling": "pooler" if self.pooler else "none",
+        "next_sentence": False,
       } | ({"pooler": True} if self.pooler else {})
 
     return Rule(read, lambda config: {"num_labels": config.num_labels})
@@ -91,7 +94,7 @@ def read_labels(values: Mapping[str, Any], task: str, source: str) -> Labels:
   except (AttributeError, KeyError, ValueError) as error:
     raise UserError(f"{source}: field 'id2label' is {named!r}, not names by 0, 1, ...") from error
   single = "regression" if len(names) == 1 else "single_label_classification"
-  problem = values.get("problem_type") or single
+  problem, task = values.get("problem_type") or single, _ALIASES.get(task, task)
   heads = {name: find_task(name).transformers_head for name in _READ_AS}
   for name, head in heads.items():
     if head in ((task, problem), (task, None)):

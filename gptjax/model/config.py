@@ -108,6 +108,8 @@ class ModelConfig:
     head_bias: a bias of the logits (GPT-J, BERT).
     head_transform: projection, activation and norm before the output projection (BERT).
     pooler: a projection with tanh of the first token of a row (BERT).
+    next_sentence: two scores of what the pooler makes, whether a second sentence follows the first
+      (Devlin et al. 2019, section 3.1, task 2).
     logit_scale: factor of the final hidden states (T5's is 1 / sqrt(width), for its tied head).
     value_residual: a learnt mixture of each layer's values with those of the first layer (Zhou et
       al. 2024, arXiv:2410.17897, learnable variant).
@@ -202,6 +204,7 @@ class ModelConfig:
   head_bias: bool = False
   head_transform: bool = False
   pooler: bool = False
+  next_sentence: bool = False
   logit_scale: float = 1.0
   value_residual: bool = False
   embed_residual: bool = False
@@ -311,6 +314,8 @@ class ModelConfig:
       raise UserError("model.num_labels and model.encoder_layers are not known together.")
     if self.label_pooling == "pooler" and not self.pooler:
       raise UserError("model.label_pooling='pooler' needs model.pooler, which the model has not.")
+    if self.next_sentence and not self.pooler:
+      raise UserError("model.next_sentence needs model.pooler, which the model has not.")
     if self.norm_offset and self.norm != "rmsnorm":
       raise UserError("model.norm_offset is of model.norm='rmsnorm' alone.")
     if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:

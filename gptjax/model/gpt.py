@@ -65,6 +65,8 @@ class GPT(Stack):
     has_bias = config.head_bias and not K
     self.head_bias = nnx.Param(jnp.zeros(V), axes=("vocab",)) if has_bias else None
     self.pooler = _square(config, rngs) if config.pooler else None
+    next_sentence = config.next_sentence and not K
+    self.next_sentence = head(2, "labels", True, "float32") if next_sentence else None
     self.label_head = head(K, "labels", config.label_bias, "float32") if K else None
 
   def __call__(self, tokens_BT: jax.Array, **kwargs) -> jax.Array:

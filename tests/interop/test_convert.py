@@ -21,6 +21,7 @@ from gptjax.errors import UserError
 from gptjax.interop import convert as convert_lib
 from gptjax.interop.convert import convert, name_checkpoint
 from gptjax.interop.huggingface import HuggingFaceModel
+from gptjax.interop.labels import Labels
 from gptjax.interop.verify import Agreement
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.surgery import initial_adapters
@@ -81,6 +82,60 @@ def test_an_empty_folder_is_taken_and_a_family_kept(original, tmp_path):
   assert opened.family.model_type == "mistral"
   convert(f"hf:{tmp_path / 'empty'}", tmp_path / "again", to="hf")
   assert HuggingFaceModel(str(tmp_path / "again")).family.model_type == "mistral"
+
+
+def edit_config(folder, **fields):
+  path = folder / "config.json"
+  values = {name: x for name, x in json.loads(path.read_text()).items() if name not in fields}
+  path.write_text(json.dumps(values | {name: x for name, x in fields.items() if x is not ...}))
+
+
+@pytest.mark.parametrize("through", ["hf", "run"])
+def test_the_ids_that_config_json_alone_names_are_exported(original, tmp_path, through):
+  ids = {"bos_token_id": 2, "eos_token_id": [7, 9], "pad_token_id": 3}
+  source = tmp_path / "source"
+  shutil.copytree(original[0], source)
+  edit_config(source, **ids)
+  name = f"hf:{source}"
+  assert load_model(name)[1].stops == {0, 7, 9}
+  if through == "run":
+    convert(name, tmp_path / "run", to="gptjax")
+    name = str(tmp_path / "run")
+  convert(name, tmp_path / "back", to="hf")
+  assert json.loads((tmp_path / "back" / "config.json").read_text()).items() >= ids.items()
+  assert load_model(f"hf:{tmp_path / 'back'}")[1].stops == {0, 7, 9}
+
+
+def test_a_model_without_named_ids_exports_those_of_its_tokenizer(original, tmp_path):
+  source = tmp_path / "source"
+  shutil.copytree(original[0], source)
+  edit_config(source, bos_token_id=..., eos_token_id=..., pad_token_id=...)
+  convert(f"hf:{source}", tmp_path / "back", to="hf")
+  # Else `transformers` takes the ids that Llama's tokenizer has, 1 and 2.
+  ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+  assert json.loads((tmp_path / "back" / "config.json").read_text()).items() >= ids.items()
+
+
+@pytest.mark.parametrize("pad", [0, 5])
+def test_a_classifier_scores_the_same_batches_after_a_round_trip(
+  tiny_config, random_params, tmp_path, pad
+):
+  import torch
+  import transformers
+
+  config = tiny_config(**LLAMA | {"num_labels": 3, "label_bias": False, "vocab_size": VOCAB_SIZE})
+  labels = Labels("classification", ("a", "b", "c"))
+  save_folder(tmp_path / "source", config, random_params(config), labels=labels)
+  edit_config(tmp_path / "source", pad_token_id=pad)
+  convert(f"hf:{tmp_path / 'source'}", tmp_path / "back", to="hf")
+  tokens = torch.tensor([[8, 9, 10, 11], [12, 13, pad, pad]])
+  scores = []
+  for name in ("source", "back"):
+    auto = transformers.AutoModelForSequenceClassification
+    model = auto.from_pretrained(tmp_path / name).eval()
+    with torch.no_grad():
+      scores.append(model(input_ids=tokens, attention_mask=(tokens != pad).long()).logits.numpy())
+  np.testing.assert_allclose(scores[1], scores[0], atol=1e-6)
 
 
 def cut_short(folder):

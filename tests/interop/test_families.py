@@ -232,6 +232,10 @@ def test_logits_are_those_of_the_reference(pair, reference, load_params, two_doc
   )
   assert not told["missing_keys"]
   assert not told["mismatched_keys"]
+  assert type(again) is type(model)
+  written = again.state_dict()
+  for name, tensor in model.state_dict().items():
+    np.testing.assert_array_equal(written[name], tensor, err_msg=name)
   np.testing.assert_allclose(
     reference_logits(torch, again.eval(), documents, decoder_tokens), expected, atol=1e-6
   )

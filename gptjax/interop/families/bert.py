@@ -40,6 +40,9 @@ _RULES = (
 )
 
 
+_NEXT_SENTENCE = "cls.seq_relationship"
+
+
 def _heads(transform: str, prefix: str) -> Rule:
   """What heads there are, which the tensors say."""
 
@@ -49,6 +52,7 @@ def _heads(transform: str, prefix: str) -> Rule:
     return {
       "head_transform": has_head,
       "head_bias": has_head,
+      "next_sentence": f"{_NEXT_SENTENCE}.weight" in fields.tensors,
       "pooler": not names.isdisjoint(fields.tensors),
     }
 
@@ -81,6 +85,10 @@ def _read_offset(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _architecture(name: str):
   def of(config: ModelConfig) -> str:
+    if config.next_sentence:
+      return (
+        f"{name}ForPreTraining" if config.head_transform else f"{name}ForNextSentencePrediction"
+      )
     return f"{name}ForMaskedLM" if config.head_transform else f"{name}Model"
 
   return of
@@ -102,16 +110,18 @@ BERT = Family(
     *linear("cls.predictions.transform.dense", "head_transform/linear"),
     *norm("cls.predictions.transform.LayerNorm", "head_transform/norm"),
     Entry("cls.predictions.bias", ("head_bias",)),
+    *linear(_NEXT_SENTENCE, "next_sentence"),
   ),
   prefix="bert.",
   older_names=_OLDER_NAMES,
-  ignored=(r"(bert\.)?embeddings\.position_ids", r"cls\.seq_relationship\.(weight|bias)"),
+  ignored=(r"(bert\.)?embeddings\.position_ids",),
   copies={
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
   },
   label_heads={
     "BertForSequenceClassification": LabelHead("classifier", pooler="bert.pooler.dense"),
+    "BertForNextSentencePrediction": LabelHead(_NEXT_SENTENCE, pooler="bert.pooler.dense"),
     "BertForTokenClassification": LabelHead("classifier"),
     "BertForQuestionAnswering": LabelHead("qa_outputs"),
   },
