@@ -96,9 +96,8 @@ class Tokenizer:
     bos, pad = (self.specials.get(self.roles.get(role)) for role in ("bos_token", "pad_token"))
     ends = sorted(self.stops)
     eos = ends if len(ends) > 1 else ends[0]
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad} | dict(
-      self._settings.ids
-    )
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    return ids | dict(self._settings.ids)
 
   @property
   def roles(self) -> Mapping[str, str]:

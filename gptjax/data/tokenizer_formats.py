@@ -243,7 +243,9 @@ def _read_tokenizer_json(files: Mapping[str, bytes], settings: Settings) -> Form
   added = {token["content"]: token for token in description["added_tokens"]}
   line_end = description["model"]["vocab"].get(_LINE_END) if model == "BPE" else None
   names = (settings.roles.get("sep_token"), *_SEPARATORS, settings.roles.get("eos_token"))
-  end_of_text = next((text for text in names if text in added), None)
+  # The first that is special: Gemma's '</s>' is a tag of HTML. Some files mark none.
+  separators = [text for text in names if text in added]
+  end_of_text = max(separators, key=lambda text: added[text]["special"], default=None)
   if end_of_text is None and line_end is None:
     found = ", ".join(map(repr, added)) or "none"
     raise UserError(f"{name} has no separator {_either(_SEPARATORS)} (special tokens: {found}).")
@@ -260,11 +262,11 @@ def _read_tokenizer_json(files: Mapping[str, bytes], settings: Settings) -> Form
   tokenizer.encode_special_tokens = True
   vocab = _vocab(description)
   table = [b""] * (max(vocab.values()) + 1)
+  # Added tokens are written as they are, but for the blanks of pieces (Gemma's '▁▁▁▁').
+  as_written = () if to_bytes is _piece_bytes else added
   for text, token in vocab.items():
-    if text in added:
-      table[token] = b"" if text in specials else text.encode()
-    elif text not in specials:
-      table[token] = to_bytes(text)
+    if text not in specials:
+      table[token] = text.encode() if text in as_written else to_bytes(text)
 
   def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -452,6 +454,7 @@ def _read_sentencepiece(files: Mapping[str, bytes], settings: Settings) -> Forma
     tuple(table.get(i, b"") for i in range(total)),
     specials,
     end_of_text,
+    start=() if processor.bos_id() < 0 else None,  # T5's has no token to start a text with.
     adds_space=processor.id_to_piece(processor.encode("a")[0]).startswith("▁"),
   )
 

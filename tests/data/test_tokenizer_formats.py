@@ -219,6 +219,40 @@ def test_other_formats_come_back_with_single_spaces(family, name):
   assert tokenizer.decode(tokenizer.encode("the  list  of\nnames")) == "the list of names"
 
 
+def test_added_tokens_of_blanks_and_tags_are_plain_text(family, tmp_path):
+  """Gemma's tokenizer.json adds runs of '▁' and the tags of HTML, which are not special."""
+  _, _, saved = family("llama")
+  description = json.loads((saved / "tokenizer.json").read_text())
+  renamed = {"<s>": "<bos>", "</s>": "<eos>"}
+  vocab = {renamed.get(text, text): i for text, i in description["model"]["vocab"].items()}
+  added = description["added_tokens"]
+  for token in added:
+    token["content"] = renamed.get(token["content"], token["content"])
+  plain = {"special": False, "normalized": False, "lstrip": False, "rstrip": False}
+  for text in ("▁▁▁▁", "▁▁", "</s>", "<table>"):
+    token = vocab.setdefault(text, len(vocab))
+    added.append(plain | {"id": token, "content": text, "single_word": False})
+  description["model"] |= {"vocab": vocab}
+  description |= {"post_processor": None}
+  write_json(tmp_path, "tokenizer.json", description)
+  tokenizer = tokenizer_lib.load(str(tmp_path))
+  reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  assert tokenizer.end_of_text == vocab["<eos>"]
+  for text in ("it</s><table>▁▁▁▁return", "def f():▁▁it"):
+    ids = reference.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text) == tokenizer.encode_with_specials(text) == ids
+    assert {*ids} & {vocab["▁▁▁▁"], vocab["▁▁"]}
+    assert tokenizer.decode(ids) == reference.decode(ids).removeprefix(" ")
+
+
+def test_sentencepiece_of_t5_alone_starts_no_text_with_a_separator(family, tmp_path):
+  reference, folder, _ = family("t5")
+  (tmp_path / "spiece.model").write_bytes((folder / "spiece.model").read_bytes())
+  tokenizer = tokenizer_lib.load(str(tmp_path))
+  ids = [*tokenizer.start, *tokenizer.encode("it"), tokenizer.end_of_text]
+  assert ids == reference("it").input_ids
+
+
 def test_masks_and_sentinels(family):
   reference, folder, saved = family("t5")
   expected = tuple(reference.convert_tokens_to_ids(f"<extra_id_{n}>") for n in range(100))

@@ -112,6 +112,7 @@ MODELS = {
       "head_dim": 6,
       "sliding_window": 3,
       "query_pre_attn_scalar": 7,
+      "attn_logit_softcapping": 0.5,  # Which the reference does not apply.
       "layer_types": SLIDING,
       "rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},

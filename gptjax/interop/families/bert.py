@@ -85,11 +85,13 @@ def _read_offset(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _architecture(name: str):
   def of(config: ModelConfig) -> str:
-    if config.next_sentence:
-      return (
-        f"{name}ForPreTraining" if config.head_transform else f"{name}ForNextSentencePrediction"
-      )
-    return f"{name}ForMaskedLM" if config.head_transform else f"{name}Model"
+    heads = {
+      (False, False): "Model",
+      (True, False): "ForMaskedLM",
+      (False, True): "ForNextSentencePrediction",
+      (True, True): "ForPreTraining",
+    }
+    return name + heads[config.head_transform, config.next_sentence]
 
   return of
 

@@ -247,11 +247,8 @@ _GEMMA = (
 )
 
 
-def _soft_caps(attention: float | None, final: float | None) -> tuple[Rule, ...]:
-  return (
-    same("attn_logit_softcapping", "attention_soft_cap", attention, none=0.0),
-    same("final_logit_softcapping", "logit_soft_cap", final, none=0.0),
-  )
+def _final_cap(default: float | None) -> Rule:
+  return same("final_logit_softcapping", "logit_soft_cap", default, none=0.0)
 
 
 _GEMMA_NORMS = (
@@ -269,7 +266,13 @@ def _every_other(fields, found, window) -> list[str]:
 GEMMA2 = Family(
   "gemma2",
   lambda config: "Gemma2ForCausalLM",
-  (*_GEMMA, *_soft_caps(50.0, 30.0), _layers(4096, _every_other), _DEFAULT_ROPE),
+  (
+    *_GEMMA,
+    same("attn_logit_softcapping", "attention_soft_cap", 50.0, none=0.0),
+    _final_cap(30.0),
+    _layers(4096, _every_other),
+    _DEFAULT_ROPE,
+  ),
   always_these(*_OUTSIDE, *_attention("model."), *_GEMMA_NORMS, *_DENSE),
   label_heads=_label_heads("Gemma2"),
   **_COMMON,
@@ -314,8 +317,9 @@ GEMMA3 = Family(
   lambda config: "Gemma3ForCausalLM",
   (
     *_GEMMA,
-    *_soft_caps(None, None),
-    ignored("_sliding_window_pattern"),
+    _final_cap(None),
+    # The reference has a field for a cap of attention, which it does not read.
+    ignored("_sliding_window_pattern", "attn_logit_softcapping"),
     always(qk_norm=True),
     _layers(4096, _five_local),
     _gemma3_rope(),
