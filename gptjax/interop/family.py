@@ -11,37 +11,44 @@ from gptjax.interop.tensors import Entry, applicable
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import describe_parameters
 
-# What no architecture depends on: of the file, of text, of training heads, of how it is run.
-_BOOKKEEPING = (
-  "architectures",
-  "model_type",
-  "dtype",
-  "torch_dtype",
-  "transformers_version",
-  "_name_or_path",
-  "transformers.js_config",
-  "use_cache",
-  "cache_implementation",
-  "gradient_checkpointing",
-  "bos_token_id",
-  "eos_token_id",
-  "pad_token_id",
-  "task_specific_params",
-  "output_past",
-  "output_router_logits",
-  "router_aux_loss_coef",
-  "classifier_dropout",
-  "n_ctx",
-  "id2label",
-  "label2id",
-  "num_labels",
-  "problem_type",
-  "summary_activation",
-  "summary_first_dropout",
-  "summary_proj_to_labels",
-  "summary_type",
+# Fields that change no logits, whatever they say, and are passed over in every config.
+BOOKKEEPING = (
+  # Of the file and the programs that wrote it.
+  *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version"),
+  *("_name_or_path", "name_or_path", "_commit_hash", "transformers.js_config", "tokenizer_class"),
+  *("unsloth_version", "unsloth_fixed"),
+  # How a model is run.
+  *("use_cache", "cache_implementation", "gradient_checkpointing", "chunk_size_feed_forward"),
+  *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
+  *("torchscript", "use_bfloat16", "xla_device", "tf_legacy_loss", "mamba_ssm_dtype"),
+  # What it returns beside its logits.
+  *("output_attentions", "output_hidden_states", "output_past", "output_router_logits"),
+  *("output_scores", "return_dict", "return_dict_in_generate"),
+  # Tokens with a meaning, and how texts are generated.
+  *("bos_token_id", "eos_token_id", "eos_token_ids", "pad_token_id", "sep_token_id"),
+  *("cls_token_id", "mask_token_id", "decoder_start_token_id", "prefix", "task_specific_params"),
+  *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+  *("bad_words_ids", "max_length", "min_length", "do_sample", "early_stopping", "num_beams"),
+  *("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p"),
+  *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences"),
+  *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "remove_invalid_values"),
+  # Of training and of heads that are trained: `Family.label_heads` reads what they need itself.
+  *("id2label", "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task"),
+  *("classifier_dropout", "router_aux_loss_coef", "predict_special_tokens", "summary_activation"),
+  *("summary_first_dropout", "summary_last_dropout", "summary_proj_to_labels", "summary_type"),
   "summary_use_proj",
+  # Sizes that are said elsewhere.
+  *("n_ctx", "n_special"),
 )
+# Fields of which any other value would change the model.
+_NEUTRAL: Mapping[str, Any] = {
+  "add_cross_attention": False,
+  "cross_attention_hidden_size": None,
+  "is_decoder": False,
+  "is_encoder_decoder": False,
+  "pruned_heads": {},
+  "tie_encoder_decoder": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +129,11 @@ class Family:
     found: dict[str, Any] = {}
     for rule in self.rules:
       found |= rule.read(fields, found)
-    for name in _BOOKKEEPING:
+    for name in BOOKKEEPING:
       fields.take(name, None)
+    for name, neutral in _NEUTRAL.items():
+      if (value := fields.take(name, None)) not in (None, neutral):
+        raise fields.refuse(name, value, (neutral,))
     fields.refuse_unread()
     try:
       return ModelConfig(**found)

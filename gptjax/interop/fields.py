@@ -1,6 +1,7 @@
 """The fields of another library's config, each mapped to ours by a rule that reads and writes."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
@@ -178,7 +179,10 @@ def rope(default_base: float, *, must_say_scaling: bool = False, **legacy: str) 
     return read_rope(fields.nested("rope_parameters", values), found)
 
   def write(config):
-    return {"rope_parameters": write_rope(config)}
+    theirs = write_rope(config)
+    if "fraction" in legacy:  # Whose default is not 1.
+      theirs.setdefault("partial_rotary_factor", 1.0)
+    return {"rope_parameters": theirs}
 
   return Rule(read, write)
 
@@ -200,28 +204,47 @@ def read_rope(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
   kind = fields.take("rope_type", older_kind)
   if kind == "linear":
     ours |= {"rope_scaling": "linear", "rope_factor": number("factor")}
+  elif kind == "dynamic":
+    ours |= {
+      "rope_scaling": "dynamic",
+      "rope_factor": number("factor"),
+      # Its reference does not read another.
+      "rope_original_positions": found["max_positions"],
+    }
   elif kind == "llama3":
     ours |= {
       "rope_scaling": "llama3",
       "rope_factor": number("factor"),
       "rope_slow_turns": _unless(1.0, number("low_freq_factor")),
       "rope_fast_turns": _unless(4.0, number("high_freq_factor")),
-      "rope_original_positions": original or 0,
+      "rope_original_positions": original or found["max_positions"],
     }
   elif kind == "yarn":
+    factor = number("factor")
     ours |= {
       "rope_scaling": "yarn",
-      "rope_factor": number("factor"),
+      "rope_factor": factor,
       "rope_slow_turns": _unless(1.0, number("beta_slow", 1.0)),
       "rope_fast_turns": _unless(32.0, number("beta_fast", 32.0)),
       "rope_round": fields.take("truncate", True, bool),
-      "rope_attention_factor": float(fields.take("attention_factor", None, float | None) or 0),
+      "rope_attention_factor": _attention_factor(fields, factor),
       "rope_original_positions": original or found["max_positions"],
     }
   elif kind != "default":
-    raise fields.refuse("rope_type", kind, ("default", "linear", "llama3", "yarn"))
+    raise fields.refuse("rope_type", kind, ("default", "linear", "dynamic", "llama3", "yarn"))
   fields.refuse_unread()
   return ours
+
+
+def _attention_factor(fields: Fields, factor: float) -> float:
+  """The factor of rotated queries and keys under 'yarn'; 0 for the method's own. DeepSeek's files
+  have the ratio of two numbers like the method's, with `mscale` in place of its 1."""
+  said = fields.take("attention_factor", None, float | None)
+  scales = [fields.take(name, None, float | None) for name in ("mscale", "mscale_all_dim")]
+  if said is None and all(scales) and factor > 1:
+    above, below = (0.1 * scale * math.log(factor) + 1 for scale in scales)
+    return above / below
+  return float(said or 0)
 
 
 def _unless(own: float, turns: float) -> float:
@@ -232,13 +255,16 @@ def _unless(own: float, turns: float) -> float:
 def write_rope(config: ModelConfig) -> dict[str, Any]:
   theirs = {"rope_theta": config.rope_base}
   if config.rope_dim != config.head_dim:
-    theirs["partial_rotary_factor"] = config.rope_dim / config.head_dim
+    fraction = config.rope_dim / config.head_dim
+    if int(config.head_dim * fraction) < config.rope_dim:  # As it is read.
+      fraction = math.nextafter(fraction, 1)
+    theirs["partial_rotary_factor"] = fraction
   original = {"original_max_position_embeddings": config.rope_original_positions}
   match config.rope_scaling:
     case "none":
       return theirs | {"rope_type": "default"}
-    case "linear":
-      return theirs | {"rope_type": "linear", "factor": config.rope_factor}
+    case "linear" | "dynamic" as kind:
+      return theirs | {"rope_type": kind, "factor": config.rope_factor}
     case "llama3":
       return (
         theirs

@@ -15,6 +15,7 @@ CHOICES = {
   "activation": (
     "gelu",
     "gelu_tanh",
+    "quick_gelu",
     "relu",
     "relu2",
     "silu",
@@ -23,7 +24,7 @@ CHOICES = {
     "swiglu_clamped",
   ),
   "position": ("learned", "rope", "alibi", "t5", "none"),
-  "rope_scaling": ("none", "linear", "yarn", "llama3"),
+  "rope_scaling": ("none", "linear", "dynamic", "yarn", "llama3"),
   "residual_init": ("scaled", "zero"),
   "parametrization": ("standard", "mup", "completep"),
   "remat": ("none", "full", "save_attention", "save_qkv", "dots", "offload"),
@@ -82,17 +83,19 @@ class ModelConfig:
     bias: biases in every projection, and in LayerNorm.
     qkv_bias, out_bias, mlp_bias: of the projections into attention, out of it, and of the
       feed-forward network, where they differ; None is `bias`.
-    activation: 'gelu' (exact) and 'gelu_tanh' (Hendrycks and Gimpel 2016), 'relu', 'relu2'
-      (So et al. 2021), 'silu', or the gated 'swiglu' and 'geglu' (Shazeer 2020); 'swiglu_clamped'
-      is that of gpt-oss (OpenAI 2025): (up + 1) gate sigmoid(1.702 gate), gate and up bounded by 7.
+    activation: 'gelu' (exact), 'gelu_tanh' and 'quick_gelu', x sigmoid(1.702 x), which approximate
+      it (Hendrycks and Gimpel 2016), 'relu', 'relu2' (So et al. 2021), 'silu', or the gated
+      'swiglu' and 'geglu' (Shazeer 2020); 'swiglu_clamped' is that of gpt-oss (OpenAI 2025):
+      (up + 1) gate sigmoid(1.702 gate), gate and up bounded by 7.
     position: 'learned' (GPT-1 to 3), 'rope' (Su et al. 2021), 'alibi' (Press et al. 2022), 't5'
       (the learnt B in QK^T + B of Raffel et al. 2020, one table for all layers), or 'none'.
     position_offset: rows of the learned table before that of position 0 (RoBERTa's are 2).
     rope_base: the base of the rotary wavelengths.
     rope_local_base: that of 'local' layers, then without scaling (Gemma 3); 0 is as of the others.
     rope_dim: how many dimensions of a head are rotated, the first ones (GPT-J); 0 is all.
-    rope_scaling: 'none', 'linear' (Chen et al. 2023), 'yarn' (Peng et al. 2023) or 'llama3'
-      (Grattafiori et al. 2024), by `rope_factor` from `rope_original_positions`.
+    rope_scaling: 'none', 'linear' (Chen et al. 2023), 'dynamic' (NTK-aware, by the length of each
+      row) and 'yarn' (both Peng et al. 2023) or 'llama3' (Grattafiori et al. 2024), by
+      `rope_factor` from `rope_original_positions`.
     rope_slow_turns, rope_fast_turns: of 'yarn' and 'llama3': what makes fewer turns over the
       original positions is interpolated, what makes more is kept; 0 is the method's own.
     rope_round: whether the bounds that follow are whole dimensions ('yarn'; not in gpt-oss).
@@ -274,7 +277,9 @@ class ModelConfig:
         f"model.rope_dim={self.rope_dim} of model.head_dim={self.head_dim} must be even, and no "
         "more, for rotary positions."
       )
-    if self.rope_scaling in ("yarn", "llama3") and self.rope_original_positions < 1:
+    if self.rope_scaling == "dynamic" and self.rope_dim < 4:
+      raise UserError(f"model.rope_dim={self.rope_dim}: rope_scaling='dynamic' needs 4 or more.")
+    if self.rope_scaling in ("dynamic", "yarn", "llama3") and self.rope_original_positions < 1:
       raise UserError(
         f"model.rope_scaling={self.rope_scaling!r} needs model.rope_original_positions, "
         "the context length of the original training."

@@ -16,6 +16,7 @@ ACTIVATIONS = {
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "relu": jax.nn.relu,
   "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "silu": jax.nn.silu,
   "swiglu": jax.nn.silu,
   "geglu": functools.partial(jax.nn.gelu, approximate=True),

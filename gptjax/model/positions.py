@@ -20,6 +20,7 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False) -> tuple[np.nd
   Su et al. 2021 (arXiv:2104.09864), section 3.2.2. Scaled by `config.rope_scaling`, but not in
   `local` layers with a base of their own:
     linear: positions divided by the factor (Chen et al. 2023, arXiv:2306.15595).
+    dynamic: those of a row no longer than the original positions; `rotate` scales a longer one.
     yarn: long wavelengths are interpolated, short ones kept, a ramp between, and attention
       sharpened by 0.1 ln(factor) + 1 (Peng et al. 2023, arXiv:2309.00071, sections 3.2 to 3.4).
     llama3: the same idea with the ramp in 1 / wavelength (Llama 3.1).
@@ -56,15 +57,30 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False) -> tuple[np.nd
   return frequencies, 1.0
 
 
+def _dynamic_stretch(positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+  """What divides the rotary frequencies of each row [B, 1, 1, R / 2], 1 up to the original length.
+
+  A row longer by s multiplies the base by (factor s - factor + 1)^(R / (R - 2)), so that its
+  longest wavelength is interpolated and its shortest one kept (Peng et al. 2023, arXiv:2309.00071,
+  section 3.1 and appendix A, as in Llama's code in `transformers`).
+  """
+  dim, factor, original = config.rope_dim, config.rope_factor, config.rope_original_positions
+  longer_B = jnp.maximum((positions_BT.max(-1) + 1) / original, 1)
+  growth_B = factor * longer_B - (factor - 1)
+  exponents = np.arange(0, dim, 2) / (dim - 2)
+  return growth_B.reshape(-1, 1, 1, 1) ** jnp.asarray(exponents, jnp.float32).reshape(1, 1, 1, -1)
+
+
 def rotate(
   x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig, *, local: bool = False
 ) -> jax.Array:
   """Rotates the pairs (x_i, x_{i + R/2}) of the first R = rope_dim dimensions of each head by
   position times frequency; the other dimensions stay."""
   frequencies, scale = rope_frequencies(config, local=local)
-  angles_BT1R = positions_BT[:, :, None, None] * jnp.asarray(frequencies, jnp.float32).reshape(
-    1, 1, 1, -1
-  )
+  frequencies_11R = jnp.asarray(frequencies, jnp.float32).reshape(1, 1, 1, -1)
+  if config.rope_scaling == "dynamic" and not (local and config.rope_local_base):
+    frequencies_11R = frequencies_11R / _dynamic_stretch(positions_BT, config)
+  angles_BT1R = positions_BT[:, :, None, None] * frequencies_11R
   cos, sin = scale * jnp.cos(angles_BT1R), scale * jnp.sin(angles_BT1R)
   half = config.rope_dim // 2
   first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), [half, 2 * half], axis=-1)

@@ -67,6 +67,11 @@ MODELS = {
     },
   ),
   "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", BERT | {"rotary_pct": 0.5}),
+  "gpt_neox-whole": (
+    "GPTNeoXForCausalLM",
+    "GPTNeoXConfig",
+    BERT | {"rotary_pct": 1.0, "hidden_act": "quick_gelu"},
+  ),
   "gpt_neox-sequential": (
     "GPTNeoXForCausalLM",
     "GPTNeoXConfig",
@@ -80,6 +85,15 @@ MODELS = {
   ),
   "gptj": ("GPTJForCausalLM", "GPTJConfig", GPT | {"n_head": 2, "rotary_dim": 4}),
   "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"rope_parameters": LLAMA3_ROPE}),
+  "llama-dynamic": (
+    "LlamaForCausalLM",
+    "LlamaConfig",
+    LLAMA
+    | {
+      "max_position_embeddings": 4,
+      "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0},
+    },
+  ),
   "llama-biases": (
     "LlamaForCausalLM",
     "LlamaConfig",
@@ -98,7 +112,16 @@ MODELS = {
     "Qwen2Config",
     LLAMA | {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 3},
   ),
-  "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", LLAMA | {"head_dim": 6, "attention_bias": True}),
+  "qwen3": (
+    "Qwen3ForCausalLM",
+    "Qwen3Config",
+    LLAMA
+    | {
+      "head_dim": 6,
+      "attention_bias": True,
+      "rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5},
+    },
+  ),
   "gemma2": (
     "Gemma2ForCausalLM",
     "Gemma2Config",

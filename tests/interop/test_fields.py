@@ -77,6 +77,63 @@ def test_gpt_oss_must_say_how_its_positions_are_scaled():
   assert read("gpt_oss", **experts, rope_scaling={"rope_type": "default"}).rope_base == 150_000.0
 
 
+# Fields of public configs beside those that make the model, as their repositories print them.
+PRINTED = {
+  "openai-gpt": {
+    "afn": "gelu",
+    "n_ctx": 512,
+    "n_special": 0,
+    "predict_special_tokens": True,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+  },
+  "gpt2": {
+    "_num_labels": 1,
+    "finetuning_task": None,
+    "id2label": {"0": "LABEL_0"},
+    "is_decoder": False,
+    "label2id": {"LABEL_0": 0},
+    "n_ctx": 1024,
+    "n_special": 0,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_past": True,
+    "predict_special_tokens": True,
+    "pruned_heads": {},
+    "torchscript": False,
+    "use_bfloat16": False,
+  },
+  "gptj": {
+    "gradient_checkpointing": False,
+    "rotary": True,
+    "rotary_dim": 4,
+    "scale_attn_weights": True,
+    "tokenizer_class": "GPT2Tokenizer",
+    "transformers_version": "4.18.0.dev0",
+  },
+  "llama": {"_attn_implementation_autoset": True, "unsloth_version": "2024.12.4"},
+}
+
+
+@pytest.mark.parametrize("model_type", PRINTED)
+def test_configs_are_read_as_public_repositories_print_them(model_type):
+  shape = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 24, "vocab_size": 32}
+  shape = SHAPE if model_type == "llama" else shape
+  plain = {"rotary_dim": 4} if model_type == "gptj" else {}
+  family = FAMILIES[model_type]
+  config = family.read_config(Fields(shape | PRINTED[model_type], "config.json"))
+  assert config == family.read_config(Fields(shape | plain, "config.json"))
+
+
+def test_fields_that_would_change_the_model_are_refused():
+  with pytest.raises(UserError, match=r"'pruned_heads' is {'1': \[0\]}; only {} can be read"):
+    read("llama", pruned_heads={"1": [0]})
+  with pytest.raises(UserError, match=r"'is_decoder' is True; only False can be read"):
+    FAMILIES["bert"].read_config(Fields(SHAPE | {"is_decoder": True}, "config.json"))
+
+
 @pytest.mark.parametrize("types", [[["global", "local"]], 3, [[["global", 1], 1]], [[[], 1]]])
 def test_kinds_of_layers_that_cannot_be_read_are_refused(types):
   fields = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 32}

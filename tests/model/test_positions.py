@@ -54,6 +54,18 @@ def test_linear_scaling_is_dividing_positions(tiny_config):
   )
 
 
+def test_dynamic_scaling_grows_the_base_with_the_row_beyond_the_original_length(tiny_config):
+  plain = rope(tiny_config, head_dim=8)
+  changes = {"rope_scaling": "dynamic", "rope_factor": 3.0, "rope_original_positions": 10}
+  config = rope(tiny_config, head_dim=8, **changes)
+  x = np.random.default_rng(0).normal(size=(2, 20, 1, 8)).astype(np.float32)
+  positions = jnp.stack([jnp.arange(20) % 10, jnp.arange(20)])
+  grown = rope(tiny_config, head_dim=8, rope_base=10_000.0 * (3 * 2 - 2) ** (8 / 6))
+  rotated = rotate(x, positions, config)
+  np.testing.assert_allclose(rotated[0], rotate(x[:1], positions[:1], plain)[0], atol=1e-6)
+  np.testing.assert_allclose(rotated[1], rotate(x[1:], positions[1:], grown)[0], atol=1e-5)
+
+
 def test_llama3_scaling_is_the_published_piecewise_one(tiny_config):
   original, factor, base, H = 8192, 8.0, 500_000.0, 128
   config = rope(

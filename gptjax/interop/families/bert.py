@@ -23,8 +23,6 @@ _RULES = (
   same("initializer_range", "init_std", 0.02),
   several("hidden_dropout_prob", "embed_dropout", "residual_dropout", default=0.1),
   same("attention_probs_dropout_prob", "attention_dropout", 0.1),
-  fixed("is_decoder", False),
-  fixed("add_cross_attention", False),
   fixed("position_embedding_type", "absolute"),
   fixed("tie_word_embeddings", True),
   # Of the original Chinese models, whose pooler is as of the others.

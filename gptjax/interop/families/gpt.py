@@ -21,8 +21,12 @@ from gptjax.model.config import ModelConfig
 ACTIVATIONS = {
   "gelu_new": {"activation": "gelu_tanh"},
   "gelu_pytorch_tanh": {"activation": "gelu_tanh"},
+  "gelu_fast": {"activation": "gelu_tanh"},
   "gelu": {"activation": "gelu"},
+  "gelu_python": {"activation": "gelu"},
+  "quick_gelu": {"activation": "quick_gelu"},
   "relu": {"activation": "relu"},
+  "relu2": {"activation": "relu2"},
   "silu": {"activation": "silu"},
   "swish": {"activation": "silu"},
 }
@@ -111,7 +115,6 @@ GPT2 = Family(
       "scale_attn_weights", {True: {"attention_scale": 0.0}, False: {"attention_scale": 1.0}}, True
     ),
     fixed("scale_attn_by_inverse_layer_idx", False),
-    fixed("add_cross_attention", False),
     ignored("reorder_and_upcast_attn"),
     same("tie_word_embeddings", "tied_head", True),
   ),
@@ -211,7 +214,6 @@ GPT_NEOX = Family(
       True,
     ),
     rope(10_000.0, base="rotary_emb_base", fraction="rotary_pct"),
-    fixed("is_decoder", False),
     same("tie_word_embeddings", "tied_head", False),
   ),
   always_these(

@@ -55,8 +55,7 @@ _RULES = (
   several("dropout_rate", "residual_dropout", "attention_dropout", "embed_dropout", default=0.1),
   same("decoder_start_token_id", "decoder_start", 0),
   fixed("is_encoder_decoder", True),
-  fixed("is_decoder", False),
-  ignored("dense_act_fn", "is_gated_act", "initializer_factor", "tokenizer_class"),
+  ignored("dense_act_fn", "is_gated_act", "initializer_factor"),
   always(bias=False, norm="rmsnorm", position="t5", attention_scale=1.0),
 )
 _ACTIVATIONS = {
