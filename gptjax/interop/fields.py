@@ -195,11 +195,17 @@ def read_rope(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
 
   original = fields.take("original_max_position_embeddings", None, int | None)
   head_dim = found.get("head_dim") or found["embed_dim"] // found["num_heads"]
+  fraction = number("partial_rotary_factor", 1.0)
   ours = {
     "position": "rope",
     "rope_base": number("rope_theta"),
-    "rope_dim": int(head_dim * number("partial_rotary_factor", 1.0)),
+    "rope_dim": int(head_dim * fraction),
   }
+  if ours["rope_dim"] % 2:
+    raise UserError(
+      f"{fields.source}: field 'partial_rotary_factor' is {fraction}, which is an odd number "
+      f"of a head's {head_dim} dimensions; only an even one can be read."
+    )
   older_kind = fields.take("type", "default")
   kind = fields.take("rope_type", older_kind)
   if kind == "linear":

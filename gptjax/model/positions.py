@@ -45,7 +45,8 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False) -> tuple[np.nd
       if config.rope_round:
         low, high = math.floor(low), math.ceil(high)
       low, high = max(low, 0), min(high, dim - 1)
-      ramp = np.clip((np.arange(half.size) - low) / max(high - low, 1e-3), 0, 1)
+      # Where the original length is too short for a turn, the bounds cross, and all is kept.
+      ramp = np.clip((np.arange(half.size) - low) / ((high - low) or 1e-3), 0, 1)
       scaled = frequencies / factor * ramp + frequencies * (1 - ramp)
       sharpened = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
       return scaled, config.rope_attention_factor or sharpened
