@@ -116,10 +116,12 @@ class Family:
     that it does not read, and no bias of labels that goes into the last norm's."""
     if self.label_head is None:
       return config
+    has_pooler = bool(self.label_head.pooler or config.label_pooling == "pooler")
     folds = not self.label_head.bias and can_fold_bias(describe_parameters(config))
     return dataclasses.replace(
       config,
-      pooler=config.pooler and bool(self.label_head.pooler or config.label_pooling == "pooler"),
+      pooler=config.pooler and has_pooler,
+      pooler_activation=config.pooler_activation if has_pooler else "tanh",
       next_sentence=False,
       label_bias=config.label_bias and not folds,
     )
@@ -129,11 +131,7 @@ class Family:
     found: dict[str, Any] = {}
     for rule in self.rules:
       found |= rule.read(fields, found)
-    for name in BOOKKEEPING:
-      fields.take(name, None)
-    for name, neutral in _NEUTRAL.items():
-      if (value := fields.take(name, None)) not in (None, neutral):
-        raise fields.refuse(name, value, (neutral,))
+    pass_over_bookkeeping(fields)
     fields.refuse_unread()
     try:
       return ModelConfig(**found)
@@ -185,6 +183,15 @@ class Family:
       "head/kernel": not config.tied_head,
     }
     return {entry.theirs for entry in self.entries(config) if decided.get(entry.ours[0])}
+
+
+def pass_over_bookkeeping(fields: Fields) -> None:
+  """Takes the fields that change nothing; UserError for one whose value would."""
+  for name in BOOKKEEPING:
+    fields.take(name, None)
+  for name, neutral in _NEUTRAL.items():
+    if (value := fields.take(name, None)) not in (None, neutral):
+      raise fields.refuse(name, value, (neutral,))
 
 
 def always_these(*entries: Entry) -> Callable[[ModelConfig], Sequence[Entry]]:

@@ -131,6 +131,17 @@ def fixed(theirs: str, value: Any) -> Rule:
   return Rule(choice(theirs, {value: {}}, value).read, lambda config: {})
 
 
+def empty(theirs: str) -> Rule:
+  """A list of which we know an empty one alone."""
+
+  def read(fields, found):
+    if value := fields.take(theirs, None, list | None):
+      raise fields.refuse(theirs, value, ([],))
+    return {}
+
+  return Rule(read, lambda config: {})
+
+
 def ignored(*names: str) -> Rule:
   """Fields that say nothing of what the model computes."""
 
@@ -161,10 +172,27 @@ def read_layers(
   return {"layer_pattern": pattern, "window": (window or 0) if "local" in pattern else 0}
 
 
-def rope(default_base: float, *, must_say_scaling: bool = False, **legacy: str) -> Rule:
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def rope(
+  default_base: float,
+  *,
+  must_say_scaling: bool = False,
+  older_base: str = "rope_theta",
+  older_fraction: str | None = None,
+  default_fraction: float = 1.0,
+  kinds: Sequence[str] = _ROPE_KINDS,
+) -> Rule:
   """Rotary positions: `rope_parameters`, or `rope_theta` and `rope_scaling` in older files.
 
-  `legacy` gives the older names of 'base' and 'fraction' where a family has its own.
+  Args:
+    default_base: of a file that does not say it.
+    must_say_scaling: whether a file that says nothing is refused.
+    older_base, older_fraction: what older files call the base and the rotated part of a head; None
+      where they have no field for it.
+    default_fraction: the rotated part of a file that does not say it.
+    kinds: the scalings that the family has.
   """
 
   def read(fields, found):
@@ -172,22 +200,24 @@ def rope(default_base: float, *, must_say_scaling: bool = False, **legacy: str) 
     scaling = fields.take_mapping("rope_scaling")
     if must_say_scaling and parameters is None and scaling is None:
       fields.take("rope_parameters")
-    base = fields.take(legacy.get("base", "rope_theta"), default_base)
-    values = {"rope_theta": base} | (scaling or {}) | (parameters or {})
-    if "fraction" in legacy:
-      values = {"partial_rotary_factor": fields.take(legacy["fraction"], 0.25)} | values
-    return read_rope(fields.nested("rope_parameters", values), found)
+    values = {"rope_theta": fields.take(older_base, default_base)}
+    if older_fraction:
+      values["partial_rotary_factor"] = fields.take(older_fraction, default_fraction)
+    values |= (scaling or {}) | (parameters or {})
+    return read_rope(fields.nested("rope_parameters", values), found, kinds)
 
   def write(config):
     theirs = write_rope(config)
-    if "fraction" in legacy:  # Whose default is not 1.
+    if older_fraction:  # Whose default may be another.
       theirs.setdefault("partial_rotary_factor", 1.0)
     return {"rope_parameters": theirs}
 
   return Rule(read, write)
 
 
-def read_rope(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope(
+  fields: Fields, found: Mapping[str, Any], kinds: Sequence[str] = _ROPE_KINDS
+) -> dict[str, Any]:
   """One set of rotary parameters -> our fields; `found` has the width and the positions."""
 
   def number(name: str, default: Any = REQUIRED) -> float:
@@ -201,13 +231,15 @@ def read_rope(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     "rope_base": number("rope_theta"),
     "rope_dim": int(head_dim * fraction),
   }
-  if ours["rope_dim"] % 2:
+  if fraction != 1 and ours["rope_dim"] % 2:
     raise UserError(
       f"{fields.source}: field 'partial_rotary_factor' is {fraction}, which is an odd number "
       f"of a head's {head_dim} dimensions; only an even one can be read."
     )
-  older_kind = fields.take("type", "default")
-  kind = fields.take("rope_type", older_kind)
+  older, newer = fields.take("type", None), fields.take("rope_type", None)
+  kind = newer or older or "default"
+  if kind not in kinds:
+    raise fields.refuse("rope_type" if newer else "type", kind, kinds)
   if kind == "linear":
     ours |= {"rope_scaling": "linear", "rope_factor": number("factor")}
   elif kind == "dynamic":
@@ -236,8 +268,6 @@ def read_rope(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
       "rope_attention_factor": _attention_factor(fields, factor),
       "rope_original_positions": original or found["max_positions"],
     }
-  elif kind != "default":
-    raise fields.refuse("rope_type", kind, ("default", "linear", "dynamic", "llama3", "yarn"))
   fields.refuse_unread()
   return ours
 

@@ -11,7 +11,7 @@ import jax
 
 from gptjax.errors import UserError, did_you_mean
 from gptjax.interop import safetensors_files
-from gptjax.interop.families import bert, gpt, llama, t5
+from gptjax.interop.families import bert, gemma, gpt, llama, t5
 from gptjax.interop.family import Family
 from gptjax.interop.fields import Fields
 from gptjax.interop.labels import fold_bias, read_labels
@@ -32,16 +32,28 @@ FAMILIES: Mapping[str, Family] = {
     llama.MISTRAL,
     llama.QWEN2,
     llama.QWEN3,
-    llama.GEMMA2,
-    llama.GEMMA3,
+    llama.PHI3,
+    llama.GRANITE,
+    gemma.GEMMA,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
     llama.MIXTRAL,
+    llama.QWEN3_MOE,
     llama.GPT_OSS,
     bert.BERT,
     bert.ROBERTA,
+    bert.XLM_ROBERTA,
+    bert.CAMEMBERT,
+    bert.DISTILBERT,
     t5.T5,
     t5.MT5,
   )
 }
+# Files that have a model of one of these families inside, by their `model_type`.
+_INSIDE: Mapping[str, Family] = {"gemma3": gemma.GEMMA3_INSIDE}
+_READ: Mapping[str, Family] = {**FAMILIES, **_INSIDE}
+# Without these fields `transformers` takes the ids of the tokens of one model of the family.
+_NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bpe"]
 
@@ -62,9 +74,9 @@ class HuggingFaceModel:
     source = self.folder / "config.json"
     values = _read_config(source)
     kind = str(values.get("model_type"))
-    if kind not in FAMILIES:
-      raise UserError(f"{source}: no model_type {kind!r} is known. {did_you_mean(kind, FAMILIES)}")
-    self.family, self.labels = FAMILIES[kind], None
+    if kind not in _READ:
+      raise UserError(f"{source}: no model_type {kind!r} is known. {did_you_mean(kind, _READ)}")
+    self.family, self.labels = _READ[kind], None
     (architecture, *_) = values.get("architectures") or [None]
     if architecture in self.family.label_heads:
       self.family = self.family.with_label_head(architecture)
@@ -197,7 +209,7 @@ def save(
     UserError: the family cannot say what the config is, a bias of labels has no place there, or the
       dtype cannot hold a value.
   """
-  fields = more_fields | family.write_config(config) | {"dtype": dtype}
+  fields = _NO_TOKENS | more_fields | family.write_config(config) | {"dtype": dtype}
   stored = family.stored(config)
   if config.label_bias and not stored.label_bias:
     params = fold_bias(params)

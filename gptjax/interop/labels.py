@@ -29,12 +29,14 @@ class LabelHead:
     theirs: name of the projection onto the labels.
     bias: whether it has one.
     pooler: name of the pooler that it reads, of a class that reads one.
+    pooler_activation: the pooler's.
     prefix: what the names of the model's tensors begin with, if not with the family's prefix.
   """
 
   theirs: str
   bias: bool = True
   pooler: str = ""
+  pooler_activation: str = "tanh"
   prefix: str = ""
 
   @property
@@ -56,7 +58,9 @@ class LabelHead:
         "label_bias": self.bias,
         "label_pooling": "pooler" if self.pooler else "none",
         "next_sentence": False,
-      } | ({"pooler": True} if self.pooler else {})
+        **({"pooler": True} if self.pooler else {}),
+        "pooler_activation": self.pooler_activation,
+      }
 
     return Rule(read, lambda config: {"num_labels": config.num_labels})
 

@@ -84,8 +84,8 @@ class Block(nnx.Module):
 
     def add(x_BTD, branch_BTD, name, key):
       branch_BTD = dropout(branch_BTD, config.residual_dropout, key)
-      if config.depth_ratio != 1:
-        branch_BTD = branch_BTD / config.depth_ratio
+      scale = config.residual_scale / config.depth_ratio
+      branch_BTD = branch_BTD if scale == 1 else branch_BTD * scale
       if figures is not None:
         figures.note(name, branch_BTD)
       return x_BTD + branch_BTD

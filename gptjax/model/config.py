@@ -30,6 +30,7 @@ CHOICES = {
   "remat": ("none", "full", "save_attention", "save_qkv", "dots", "offload"),
   "attention": ("auto", "xla", "splash", "cudnn"),
   "dtype": ("float32", "bfloat16"),
+  "pooler_activation": ("tanh", "relu", "gelu"),
   "label_pooling": ("none", "mean", "pooler"),
 }
 
@@ -103,6 +104,7 @@ class ModelConfig:
     t5_buckets, t5_max_distance: the logarithmic buckets of 't5'.
     embed_norm: a norm of the embeddings (BERT).
     embed_scale: factor of token embeddings (Gemma's is the root of the width).
+    residual_scale: factor of what each branch adds to the residual stream (Granite).
     token_types: rows of the table of token types (BERT's segments A and B); 0 is no table.
     attention_scale: factor of QK^T (T5's is 1); 0 is 1 / sqrt(head_dim).
     attention_sinks: a learnt logit a head that takes attention from the keys (gpt-oss).
@@ -110,7 +112,8 @@ class ModelConfig:
     tied_head: the output projection is the embedding (Press and Wolf 2017).
     head_bias: a bias of the logits (GPT-J, BERT).
     head_transform: projection, activation and norm before the output projection (BERT).
-    pooler: a projection with tanh of the first token of a row (BERT).
+    pooler: a projection with an activation of the first token of a row (BERT).
+    pooler_activation: 'tanh' (BERT, RoBERTa), 'relu' (DistilBERT) or 'gelu' (ELECTRA).
     next_sentence: two scores of what the pooler makes, whether a second sentence follows the first
       (Devlin et al. 2019, section 3.1, task 2).
     logit_scale: factor of the final hidden states (T5's is 1 / sqrt(width), for its tied head).
@@ -199,6 +202,7 @@ class ModelConfig:
   t5_max_distance: int = 128
   embed_norm: bool = False
   embed_scale: float = 1.0
+  residual_scale: float = 1.0
   token_types: int = 0
   attention_scale: float = 0.0
   attention_sinks: bool = False
@@ -207,6 +211,7 @@ class ModelConfig:
   head_bias: bool = False
   head_transform: bool = False
   pooler: bool = False
+  pooler_activation: str = "tanh"
   next_sentence: bool = False
   logit_scale: float = 1.0
   value_residual: bool = False

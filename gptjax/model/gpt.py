@@ -15,13 +15,14 @@ from gptjax.errors import UserError
 from gptjax.model.attention import same_segment
 from gptjax.model.block import make_norm
 from gptjax.model.config import ModelConfig
-from gptjax.model.feedforward import activate
+from gptjax.model.feedforward import ACTIVATIONS, activate
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.layers import Embedding, LayerNorm, Linear, dropout, soft_cap
 from gptjax.model.stack import Cache, Encoded, Stack
 
 # The parameters that are new in a model which scores labels.
 LABEL_HEAD = ("label_head/kernel", "label_head/bias")
+POOLER_ACTIVATIONS = ACTIVATIONS | {"tanh": jnp.tanh}
 
 
 class HeadTransform(nnx.Module):
@@ -229,9 +230,9 @@ class GPT(Stack):
     return self.label_head(dropout(x_BTD, self.config.label_dropout, key))
 
   def pooled(self, x_BTD: jax.Array) -> jax.Array:
-    """tanh(x W + b) of each token [B, T, D], of which BERT reads the first (Devlin et al. 2019,
+    """act(x W + b) of each token [B, T, D], of which BERT reads the first (Devlin et al. 2019,
     section 4.1)."""
-    return jnp.tanh(self.pooler(x_BTD))
+    return POOLER_ACTIVATIONS[self.config.pooler_activation](self.pooler(x_BTD))
 
 
 def _square(config: ModelConfig, rngs: nnx.Rngs) -> Linear:

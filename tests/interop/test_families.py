@@ -189,6 +189,41 @@ def pair(request, make_reference, tmp_path_factory):
   return model, HuggingFaceModel(str(folder))
 
 
+def test_the_text_of_a_multimodal_gemma_3_is_read_and_written_as_a_gemma_3_of_text(
+  make_reference, reference, load_params, tmp_path
+):
+  torch, transformers = reference
+  text = LLAMA | {"head_dim": 6, "sliding_window": 3, "layer_types": SLIDING}
+  vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 28}
+  vision |= {"num_attention_heads": 2, "patch_size": 14}
+  architecture = "Gemma3ForConditionalGeneration"
+  model = make_reference(architecture, "Gemma3Config", text_config=text, vision_config=vision)
+  model.save_pretrained(tmp_path / "theirs")
+  # Public files leave out what is as in Google's own.
+  path = tmp_path / "theirs/config.json"
+  fields = json.loads(path.read_text())
+  del fields["text_config"]["rms_norm_eps"]
+  path.write_text(json.dumps(fields))
+  tokens = np.arange(4, 16).reshape(2, 6)
+  with torch.no_grad():
+    expected = model(input_ids=torch.tensor(tokens)).logits.numpy()
+  opened = HuggingFaceModel(str(tmp_path / "theirs"))
+  params = load_params(opened)
+  ours = nnx.merge(model_graph(opened.config), params)(tokens)
+  np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+
+  (tmp_path / "ours").mkdir()
+  family = huggingface.find_family(opened.config, opened.family.model_type)
+  huggingface.save(tmp_path / "ours", opened.config, params, family)
+  again = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "ours", attn_implementation="eager"
+  )
+  assert type(again).__name__ == "Gemma3ForCausalLM"
+  with torch.no_grad():
+    actual = again(input_ids=torch.tensor(tokens)).logits.numpy()
+  np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
+
+
 def reference_logits(torch, model, documents, decoder_tokens):
   tokens, mask = torch.tensor(documents["padded"]).long(), torch.tensor(documents["mask"])
   with torch.no_grad():

@@ -57,6 +57,10 @@ def edit(original, tmp_path):
     ({"num_attention_heads": 5, "head_dim": None}, "config.json: model.embed_dim=16 is not div"),
     ({"tie_word_embeddings": 1}, "field 'tie_word_embeddings' is 1, not a value of type bool"),
     ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "field 'rope_type' is 'ntk'"),
+    (
+      {"rope_parameters": ..., "rope_scaling": {"type": "ntk", "factor": 2.0}},
+      "field 'type' is 'ntk'; only 'default' or 'linear'",
+    ),
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: no field 'factor'"),
     ({"rope_parameters": {"wave": 3}}, "rope_parameters: field 'wave' = 3 is not known"),
     ({"rope_parameters": "default"}, "field 'rope_parameters' is 'default', not a value of type"),

@@ -27,6 +27,14 @@ BERT = {
 }
 LLAMA = BERT | {"num_key_value_heads": 2}
 ROBERTA = BERT | {"type_vocab_size": 1}
+DISTIL = {
+  "vocab_size": V,
+  "dim": 16,
+  "n_layers": 1,
+  "n_heads": 4,
+  "hidden_dim": 32,
+  "max_position_embeddings": 8,
+}
 MODELS = {
   "GPT2ForSequenceClassification": ("GPT2Config", GPT),
   "GPT2ForTokenClassification": ("GPT2Config", GPT),
@@ -38,6 +46,7 @@ MODELS = {
   "BertForQuestionAnswering": ("BertConfig", BERT),
   "BertForNextSentencePrediction": ("BertConfig", BERT),
   "RobertaForSequenceClassification": ("RobertaConfig", ROBERTA),
+  "DistilBertForSequenceClassification": ("DistilBertConfig", DISTIL),
 }
 SLOW = {
   "OpenAIGPTForSequenceClassification": ("OpenAIGPTConfig", GPT),
@@ -69,6 +78,16 @@ SLOW = {
     "GptOssConfig",
     LLAMA | {"head_dim": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
   ),
+  "GemmaForSequenceClassification": ("GemmaConfig", LLAMA | {"head_dim": 4}),
+  "Phi3ForTokenClassification": ("Phi3Config", LLAMA | {"pad_token_id": 0}),
+  "Qwen3MoeForQuestionAnswering": (
+    "Qwen3MoeConfig",
+    LLAMA | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
+  ),
+  "DistilBertForTokenClassification": ("DistilBertConfig", DISTIL),
+  "DistilBertForQuestionAnswering": ("DistilBertConfig", DISTIL),
+  "XLMRobertaForSequenceClassification": ("XLMRobertaConfig", ROBERTA),
+  "CamembertForTokenClassification": ("CamembertConfig", ROBERTA),
   "RobertaForTokenClassification": ("RobertaConfig", ROBERTA),
   "RobertaForQuestionAnswering": ("RobertaConfig", ROBERTA),
 }

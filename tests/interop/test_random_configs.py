@@ -231,6 +231,47 @@ FAMILIES = {
     LLAMA | {"head_dim": 6},
     GEMMA2 | {"rope_parameters": two_ropes},
   ),
+  "phi3": (
+    ("Phi3ForCausalLM",),
+    "Phi3Config",
+    LLAMA | {"pad_token_id": 0},
+    LLAMA_OPTIONS | WINDOW | {"rope_parameters": partial_rope},
+  ),
+  "granite": (
+    ("GraniteForCausalLM",),
+    "GraniteConfig",
+    LLAMA,
+    LLAMA_OPTIONS
+    | {
+      "attention_bias": BOOLS,
+      "mlp_bias": BOOLS,
+      "embedding_multiplier": (12, 0.5),
+      "residual_multiplier": (0.22, 2),
+      "attention_multiplier": (0.015625, 0.3),
+      "logits_scaling": (8, 0.7),
+    },
+  ),
+  "gemma": (
+    ("GemmaForCausalLM",),
+    "GemmaConfig",
+    LLAMA | {"head_dim": 6},
+    LLAMA_OPTIONS | {"attention_bias": BOOLS, "use_bidirectional_attention": (None, True)},
+  ),
+  "qwen3_moe": (
+    ("Qwen3MoeForCausalLM",),
+    "Qwen3MoeConfig",
+    LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+    LLAMA_OPTIONS
+    | WINDOW
+    | {
+      "num_experts": (2, 6),
+      "num_experts_per_tok": (1, 2),
+      "norm_topk_prob": BOOLS,
+      "use_sliding_window": BOOLS,
+      "decoder_sparse_step": (1, 2),
+      "mlp_only_layers": ([], [0]),
+    },
+  ),
   "mixtral": (
     ("MixtralForCausalLM",),
     "MixtralConfig",
@@ -257,6 +298,37 @@ FAMILIES = {
     "RobertaConfig",
     HIDDEN | {"type_vocab_size": 1},
     BERT_OPTIONS | {"pad_token_id": (0, 1, 3)},
+  ),
+  "xlm-roberta": (
+    ("XLMRobertaForMaskedLM",),
+    "XLMRobertaConfig",
+    HIDDEN | {"type_vocab_size": 1},
+    BERT_OPTIONS | {"pad_token_id": (0, 1, 3)},
+  ),
+  "camembert": (
+    ("CamembertForMaskedLM",),
+    "CamembertConfig",
+    HIDDEN | {"type_vocab_size": 1},
+    BERT_OPTIONS | {"pad_token_id": (0, 1, 3)},
+  ),
+  "distilbert": (
+    ("DistilBertForMaskedLM",),
+    "DistilBertConfig",
+    {
+      "vocab_size": V,
+      "dim": 16,
+      "n_layers": 2,
+      "n_heads": 4,
+      "hidden_dim": 24,
+      "max_position_embeddings": 24,
+    },
+    {
+      "dim": (8, 24),
+      "n_layers": (1, 3),
+      "n_heads": (1, 2),
+      "activation": ACTIVATIONS,
+      "sinusoidal_pos_embds": BOOLS,
+    },
   ),
   "t5": (("T5ForConditionalGeneration",), "T5Config", T5, T5_OPTIONS),
   "mt5": (("MT5ForConditionalGeneration",), "MT5Config", T5, T5_OPTIONS),

@@ -1,5 +1,6 @@
-"""BERT and RoBERTa: encoders, with the head of masked language modelling and the pooler if the file
-has them. Chinese BERT and RoBERTa-wwm-ext are of the architecture BERT."""
+"""BERT, RoBERTa, XLM-R, CamemBERT and DistilBERT: encoders, with the head of masked language
+modelling and the pooler if the file has them. Chinese BERT and RoBERTa-wwm-ext are of the
+architecture BERT."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from gptjax.interop.labels import LabelHead
 from gptjax.interop.tensors import Entry, linear, norm, table
 from gptjax.model.config import ModelConfig
 
+_POST_NORM = {"visibility": "bidirectional", "norm_placement": "post", "embed_norm": True}
 _RULES = (
   same("vocab_size", "vocab_size"),
   same("hidden_size", "embed_dim"),
@@ -34,7 +36,7 @@ _RULES = (
     "pooler_size_per_head",
     "pooler_type",
   ),
-  always(visibility="bidirectional", norm_placement="post", embed_norm=True),
+  always(**_POST_NORM),
 )
 
 
@@ -127,31 +129,89 @@ BERT = Family(
   },
 )
 
-ROBERTA = Family(
-  "roberta",
-  _architecture("Roberta"),
+
+def _roberta(model_type: str, stem: str) -> Family:
+  """RoBERTa, or one that differs from it in its name and its vocabulary."""
+  return Family(
+    model_type,
+    _architecture(stem),
+    (
+      *_RULES,
+      # Its head has this one whatever the layers have, and ours has theirs.
+      choice("hidden_act", {"gelu": {"activation": "gelu"}}, "gelu"),
+      Rule(_read_offset, lambda config: {"pad_token_id": config.position_offset - 1}),
+      _heads("lm_head.dense", "roberta."),
+    ),
+    always_these(
+      *_encoder("roberta."),
+      *linear("lm_head.dense", "head_transform/linear"),
+      *norm("lm_head.layer_norm", "head_transform/norm"),
+      Entry("lm_head.bias", ("head_bias",)),
+    ),
+    prefix="roberta.",
+    ignored=(r"(roberta\.)?embeddings\.position_ids",),
+    copies={
+      "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+      "lm_head.decoder.bias": "lm_head.bias",
+    },
+    label_heads={
+      f"{stem}ForSequenceClassification": LabelHead(
+        "classifier.out_proj", pooler="classifier.dense"
+      ),
+      f"{stem}ForTokenClassification": LabelHead("classifier"),
+      f"{stem}ForQuestionAnswering": LabelHead("qa_outputs"),
+    },
+  )
+
+
+ROBERTA = _roberta("roberta", "Roberta")
+XLM_ROBERTA = _roberta("xlm-roberta", "XLMRoberta")
+CAMEMBERT = _roberta("camembert", "Camembert")
+
+_DISTIL_LAYER = "distilbert.transformer.layer.{i}"
+DISTILBERT = Family(
+  "distilbert",
+  _architecture("DistilBert"),
   (
-    *_RULES,
-    # Its head has this one whatever the layers have, and ours has theirs.
-    choice("hidden_act", {"gelu": {"activation": "gelu"}}, "gelu"),
-    Rule(_read_offset, lambda config: {"pad_token_id": config.position_offset - 1}),
-    _heads("lm_head.dense", "roberta."),
+    same("vocab_size", "vocab_size"),
+    same("dim", "embed_dim"),
+    same("n_layers", "num_layers"),
+    same("n_heads", "num_heads"),
+    same("hidden_dim", "mlp_dim"),
+    same("max_position_embeddings", "max_positions", 512),
+    same("initializer_range", "init_std", 0.02),
+    several("dropout", "embed_dropout", "residual_dropout", default=0.1),
+    same("attention_dropout", "attention_dropout", 0.1),
+    choice("activation", ACTIVATIONS, "gelu"),
+    fixed("tie_word_embeddings", True),
+    # The table of positions is in the file, whatever it was made of.
+    ignored("sinusoidal_pos_embds", "tie_weights_", "qa_dropout", "seq_classif_dropout"),
+    always(**_POST_NORM, norm_eps=1e-12),
+    _heads("vocab_transform", "distilbert."),
   ),
   always_these(
-    *_encoder("roberta."),
-    *linear("lm_head.dense", "head_transform/linear"),
-    *norm("lm_head.layer_norm", "head_transform/norm"),
-    Entry("lm_head.bias", ("head_bias",)),
+    *table("distilbert.embeddings.word_embeddings", "embed"),
+    *table("distilbert.embeddings.position_embeddings", "position"),
+    *norm("distilbert.embeddings.LayerNorm", "embed_norm"),
+    *linear(f"{_DISTIL_LAYER}.attention.q_lin", "blocks/attention/query"),
+    *linear(f"{_DISTIL_LAYER}.attention.k_lin", "blocks/attention/key"),
+    *linear(f"{_DISTIL_LAYER}.attention.v_lin", "blocks/attention/value"),
+    *linear(f"{_DISTIL_LAYER}.attention.out_lin", "blocks/attention/out"),
+    *norm(f"{_DISTIL_LAYER}.sa_layer_norm", "blocks/attention_norm"),
+    *linear(f"{_DISTIL_LAYER}.ffn.lin1", "blocks/mlp/up"),
+    *linear(f"{_DISTIL_LAYER}.ffn.lin2", "blocks/mlp/down"),
+    *norm(f"{_DISTIL_LAYER}.output_layer_norm", "blocks/mlp_norm"),
+    *linear("vocab_transform", "head_transform/linear"),
+    *norm("vocab_layer_norm", "head_transform/norm"),
+    Entry("vocab_projector.bias", ("head_bias",)),
   ),
-  prefix="roberta.",
-  ignored=(r"(roberta\.)?embeddings\.position_ids",),
-  copies={
-    "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-    "lm_head.decoder.bias": "lm_head.bias",
-  },
+  prefix="distilbert.",
+  copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
   label_heads={
-    "RobertaForSequenceClassification": LabelHead("classifier.out_proj", pooler="classifier.dense"),
-    "RobertaForTokenClassification": LabelHead("classifier"),
-    "RobertaForQuestionAnswering": LabelHead("qa_outputs"),
+    "DistilBertForSequenceClassification": LabelHead(
+      "classifier", pooler="pre_classifier", pooler_activation="relu"
+    ),
+    "DistilBertForTokenClassification": LabelHead("classifier"),
+    "DistilBertForQuestionAnswering": LabelHead("qa_outputs"),
   },
 )

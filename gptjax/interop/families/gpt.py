@@ -213,7 +213,9 @@ GPT_NEOX = Family(
       {True: {"residual": "parallel"}, False: {"residual": "sequential"}},
       True,
     ),
-    rope(10_000.0, base="rotary_emb_base", fraction="rotary_pct"),
+    rope(
+      10_000.0, older_base="rotary_emb_base", older_fraction="rotary_pct", default_fraction=0.25
+    ),
     same("tie_word_embeddings", "tied_head", False),
   ),
   always_these(
