@@ -90,6 +90,11 @@ def same(theirs: str, ours: str, default: Any = REQUIRED, *, none: Any = None) -
   return Rule(read, write)
 
 
+def copied(**theirs: str) -> tuple[Rule, ...]:
+  """Values that must be there and are copied, each by our name for it."""
+  return tuple(same(name, ours) for ours, name in theirs.items())
+
+
 def several(theirs: str, *ours: str, default: Any = REQUIRED) -> Rule:
   """A value that we say more than once."""
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from gptjax.errors import UserError, did_you_mean
-from gptjax.interop.fields import Fields, Rule, always, ignored, same
+from gptjax.interop.fields import Fields, Rule, always, copied, ignored, same
 from gptjax.interop.load import Importer
-from gptjax.interop.tensors import Entry, linear, norm, table
+from gptjax.interop.tensors import Entry, linear, linears, norm, table
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, describe_parameters
 from gptjax.model.positions import rope_frequencies
@@ -37,11 +37,8 @@ def _scaling(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _RULES = (
-  same("block_count", "num_layers"),
-  same("context_length", "max_positions"),
-  same("embedding_length", "embed_dim"),
-  same("feed_forward_length", "mlp_dim"),
-  same("attention.head_count", "num_heads"),
+  *copied(num_layers="block_count", max_positions="context_length", embed_dim="embedding_length"),
+  *copied(mlp_dim="feed_forward_length", num_heads="attention.head_count"),
   same("attention.head_count_kv", "num_kv_heads", 0),
   same("attention.key_length", "head_dim", 0),
   same("attention.layer_norm_rms_epsilon", "norm_eps"),
@@ -68,14 +65,11 @@ def _entries(architecture: str) -> tuple[Entry, ...]:
     *norm("blk.{i}.attn_norm", "blocks/attention_norm"),
     *linear("blk.{i}.attn_q", "blocks/attention/query", **pairs),
     *linear("blk.{i}.attn_k", "blocks/attention/key", **pairs),
-    *linear("blk.{i}.attn_v", "blocks/attention/value"),
-    *linear("blk.{i}.attn_output", "blocks/attention/out"),
+    *linears("blk.{i}", "blocks/attention", value="attn_v", out="attn_output"),
     *norm("blk.{i}.attn_q_norm", "blocks/attention/query_norm"),
     *norm("blk.{i}.attn_k_norm", "blocks/attention/key_norm"),
     *norm("blk.{i}.ffn_norm", "blocks/mlp_norm"),
-    *linear("blk.{i}.ffn_gate", "blocks/mlp/gate"),
-    *linear("blk.{i}.ffn_up", "blocks/mlp/up"),
-    *linear("blk.{i}.ffn_down", "blocks/mlp/down"),
+    *linears("blk.{i}", "blocks/mlp", gate="ffn_gate", up="ffn_up", down="ffn_down"),
   )
 
 

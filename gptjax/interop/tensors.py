@@ -167,6 +167,15 @@ def norm(theirs: str, ours: str) -> list[Entry]:
   ]
 
 
+def linears(theirs: str, ours: str, **names: str) -> list[Entry]:
+  """A torch.nn.Linear for each of our names, below what both sides call the module."""
+  return [
+    entry
+    for name, written in names.items()
+    for entry in linear(f"{theirs}.{written}", f"{ours}/{name}")
+  ]
+
+
 def table(theirs: str, ours: str) -> list[Entry]:
   return [Entry(f"{theirs}.weight", (f"{ours}/embedding",))]
 

@@ -7,18 +7,25 @@ from typing import Any
 
 from gptjax.interop.families.gpt import ACTIVATIONS
 from gptjax.interop.family import Family, always_these
-from gptjax.interop.fields import Fields, Rule, always, choice, fixed, ignored, same, several
+from gptjax.interop.fields import (
+  Fields,
+  Rule,
+  always,
+  choice,
+  copied,
+  fixed,
+  ignored,
+  same,
+  several,
+)
 from gptjax.interop.labels import LabelHead
-from gptjax.interop.tensors import Entry, linear, norm, table
+from gptjax.interop.tensors import Entry, linear, linears, norm, table
 from gptjax.model.config import ModelConfig
 
 _POST_NORM = {"visibility": "bidirectional", "norm_placement": "post", "embed_norm": True}
 _RULES = (
-  same("vocab_size", "vocab_size"),
-  same("hidden_size", "embed_dim"),
-  same("num_hidden_layers", "num_layers"),
-  same("num_attention_heads", "num_heads"),
-  same("intermediate_size", "mlp_dim"),
+  *copied(vocab_size="vocab_size", embed_dim="hidden_size", mlp_dim="intermediate_size"),
+  *copied(num_layers="num_hidden_layers", num_heads="num_attention_heads"),
   same("max_position_embeddings", "max_positions", 512),
   same("type_vocab_size", "token_types", 2),
   same("layer_norm_eps", "norm_eps", 1e-12),
@@ -66,13 +73,11 @@ def _encoder(prefix: str) -> list[Entry]:
     *table(f"{prefix}embeddings.position_embeddings", "position"),
     *table(f"{prefix}embeddings.token_type_embeddings", "token_type"),
     *norm(f"{prefix}embeddings.LayerNorm", "embed_norm"),
-    *linear(f"{layer}.attention.self.query", "blocks/attention/query"),
-    *linear(f"{layer}.attention.self.key", "blocks/attention/key"),
+    *linears(f"{layer}.attention.self", "blocks/attention", query="query", key="key"),
     *linear(f"{layer}.attention.self.value", "blocks/attention/value"),
     *linear(f"{layer}.attention.output.dense", "blocks/attention/out"),
     *norm(f"{layer}.attention.output.LayerNorm", "blocks/attention_norm"),
-    *linear(f"{layer}.intermediate.dense", "blocks/mlp/up"),
-    *linear(f"{layer}.output.dense", "blocks/mlp/down"),
+    *linears(layer, "blocks/mlp", up="intermediate.dense", down="output.dense"),
     *norm(f"{layer}.output.LayerNorm", "blocks/mlp_norm"),
     *linear(f"{prefix}pooler.dense", "pooler"),
   ]
@@ -173,11 +178,8 @@ DISTILBERT = Family(
   "distilbert",
   _architecture("DistilBert"),
   (
-    same("vocab_size", "vocab_size"),
-    same("dim", "embed_dim"),
-    same("n_layers", "num_layers"),
-    same("n_heads", "num_heads"),
-    same("hidden_dim", "mlp_dim"),
+    *copied(vocab_size="vocab_size", embed_dim="dim", mlp_dim="hidden_dim"),
+    *copied(num_layers="n_layers", num_heads="n_heads"),
     same("max_position_embeddings", "max_positions", 512),
     same("initializer_range", "init_std", 0.02),
     several("dropout", "embed_dropout", "residual_dropout", default=0.1),
@@ -193,13 +195,10 @@ DISTILBERT = Family(
     *table("distilbert.embeddings.word_embeddings", "embed"),
     *table("distilbert.embeddings.position_embeddings", "position"),
     *norm("distilbert.embeddings.LayerNorm", "embed_norm"),
-    *linear(f"{_DISTIL_LAYER}.attention.q_lin", "blocks/attention/query"),
-    *linear(f"{_DISTIL_LAYER}.attention.k_lin", "blocks/attention/key"),
-    *linear(f"{_DISTIL_LAYER}.attention.v_lin", "blocks/attention/value"),
-    *linear(f"{_DISTIL_LAYER}.attention.out_lin", "blocks/attention/out"),
+    *linears(f"{_DISTIL_LAYER}.attention", "blocks/attention", query="q_lin", key="k_lin"),
+    *linears(f"{_DISTIL_LAYER}.attention", "blocks/attention", value="v_lin", out="out_lin"),
     *norm(f"{_DISTIL_LAYER}.sa_layer_norm", "blocks/attention_norm"),
-    *linear(f"{_DISTIL_LAYER}.ffn.lin1", "blocks/mlp/up"),
-    *linear(f"{_DISTIL_LAYER}.ffn.lin2", "blocks/mlp/down"),
+    *linears(f"{_DISTIL_LAYER}.ffn", "blocks/mlp", up="lin1", down="lin2"),
     *norm(f"{_DISTIL_LAYER}.output_layer_norm", "blocks/mlp_norm"),
     *linear("vocab_transform", "head_transform/linear"),
     *norm("vocab_layer_norm", "head_transform/norm"),

@@ -7,6 +7,7 @@ from gptjax.interop.fields import (
   Rule,
   always,
   choice,
+  copied,
   fixed,
   ignored,
   read_layers,
@@ -15,7 +16,7 @@ from gptjax.interop.fields import (
   several,
 )
 from gptjax.interop.labels import LabelHead
-from gptjax.interop.tensors import Entry, conv1d, linear, norm, table
+from gptjax.interop.tensors import Entry, conv1d, linear, linears, norm, table
 from gptjax.model.config import ModelConfig
 
 ACTIVATIONS = {
@@ -36,11 +37,8 @@ _DROPOUTS = (
   same("resid_pdrop", "residual_dropout", 0.1),
 )
 _SHAPE = (
-  same("vocab_size", "vocab_size"),
-  same("n_embd", "embed_dim"),
-  same("n_layer", "num_layers"),
-  same("n_head", "num_heads"),
-  same("n_positions", "max_positions"),
+  *copied(vocab_size="vocab_size", embed_dim="n_embd", num_layers="n_layer", num_heads="n_head"),
+  *copied(max_positions="n_positions"),
   same("layer_norm_epsilon", "norm_eps", 1e-5),
   same("initializer_range", "init_std", 0.02),
 )
@@ -132,6 +130,9 @@ GPT2 = Family(
 )
 
 
+_PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+
+
 def _read_neo_layers(fields, found) -> dict[str, Any]:
   types = fields.take("attention_types", [[["global", "local"], found["num_layers"] // 2]])
   fields.take("attention_layers", None)
@@ -156,12 +157,10 @@ GPT_NEO = Family(
   "gpt_neo",
   lambda config: "GPTNeoForCausalLM",
   (
-    same("vocab_size", "vocab_size"),
-    same("hidden_size", "embed_dim"),
-    same("num_layers", "num_layers"),
-    same("num_heads", "num_heads"),
+    *copied(vocab_size="vocab_size", embed_dim="hidden_size"),
+    *copied(num_layers="num_layers", num_heads="num_heads"),
+    *copied(max_positions="max_position_embeddings"),
     _mlp_dim("intermediate_size"),
-    same("max_position_embeddings", "max_positions"),
     same("layer_norm_epsilon", "norm_eps", 1e-5),
     same("initializer_range", "init_std", 0.02),
     same("embed_dropout", "embed_dropout", 0.0),
@@ -177,12 +176,8 @@ GPT_NEO = Family(
     *table("transformer.wpe", "position"),
     *norm("transformer.h.{i}.ln_1", "blocks/attention_norm"),
     *norm("transformer.h.{i}.ln_2", "blocks/mlp_norm"),
-    *linear("transformer.h.{i}.attn.attention.q_proj", "blocks/attention/query"),
-    *linear("transformer.h.{i}.attn.attention.k_proj", "blocks/attention/key"),
-    *linear("transformer.h.{i}.attn.attention.v_proj", "blocks/attention/value"),
-    *linear("transformer.h.{i}.attn.attention.out_proj", "blocks/attention/out"),
-    *linear("transformer.h.{i}.mlp.c_fc", "blocks/mlp/up"),
-    *linear("transformer.h.{i}.mlp.c_proj", "blocks/mlp/down"),
+    *linears("transformer.h.{i}.attn.attention", "blocks/attention", **_PROJECTIONS),
+    *linears("transformer.h.{i}.mlp", "blocks/mlp", up="c_fc", down="c_proj"),
     *norm("transformer.ln_f", "final_norm"),
     *linear("lm_head", "head"),
   ),
@@ -196,12 +191,9 @@ GPT_NEOX = Family(
   "gpt_neox",
   lambda config: "GPTNeoXForCausalLM",
   (
-    same("vocab_size", "vocab_size"),
-    same("hidden_size", "embed_dim"),
-    same("num_hidden_layers", "num_layers"),
-    same("num_attention_heads", "num_heads"),
-    same("intermediate_size", "mlp_dim"),
-    same("max_position_embeddings", "max_positions"),
+    *copied(vocab_size="vocab_size", embed_dim="hidden_size", mlp_dim="intermediate_size"),
+    *copied(num_layers="num_hidden_layers", num_heads="num_attention_heads"),
+    *copied(max_positions="max_position_embeddings"),
     same("layer_norm_eps", "norm_eps", 1e-5),
     same("initializer_range", "init_std", 0.02),
     several("hidden_dropout", "embed_dropout", "residual_dropout", default=0.0),
@@ -230,8 +222,7 @@ GPT_NEOX = Family(
       groups="heads",
     ),
     *linear("gpt_neox.layers.{i}.attention.dense", "blocks/attention/out"),
-    *linear("gpt_neox.layers.{i}.mlp.dense_h_to_4h", "blocks/mlp/up"),
-    *linear("gpt_neox.layers.{i}.mlp.dense_4h_to_h", "blocks/mlp/down"),
+    *linears("gpt_neox.layers.{i}.mlp", "blocks/mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
     *norm("gpt_neox.final_layer_norm", "final_norm"),
     *linear("embed_out", "head"),
   ),
@@ -269,8 +260,7 @@ GPT_J = Family(
     *linear("transformer.h.{i}.attn.k_proj", "blocks/attention/key", rotary_pairs=True),
     *linear("transformer.h.{i}.attn.v_proj", "blocks/attention/value"),
     *linear("transformer.h.{i}.attn.out_proj", "blocks/attention/out"),
-    *linear("transformer.h.{i}.mlp.fc_in", "blocks/mlp/up"),
-    *linear("transformer.h.{i}.mlp.fc_out", "blocks/mlp/down"),
+    *linears("transformer.h.{i}.mlp", "blocks/mlp", up="fc_in", down="fc_out"),
     *norm("transformer.ln_f", "final_norm"),
     Entry("lm_head.weight", ("head/kernel",), transposed=True),
     Entry("lm_head.bias", ("head_bias",)),

@@ -12,6 +12,7 @@ from gptjax.interop.fields import (
   Rule,
   always,
   choice,
+  copied,
   empty,
   fixed,
   ignored,
@@ -21,7 +22,7 @@ from gptjax.interop.fields import (
   several,
 )
 from gptjax.interop.labels import LabelHead
-from gptjax.interop.tensors import Entry, linear, norm, table
+from gptjax.interop.tensors import Entry, linear, linears, norm, table
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _KINDS = {FULL: "full", SLIDING: "local"}
@@ -33,11 +34,8 @@ def shape(
   """`kv_heads` and `head_dim`: None where they follow from the other sizes if the file does not
   have them; other families then have numbers of one model's."""
   return (
-    same("vocab_size", "vocab_size"),
-    same("hidden_size", "embed_dim"),
-    same("intermediate_size", "mlp_dim"),
-    same("num_hidden_layers", "num_layers"),
-    same("num_attention_heads", "num_heads"),
+    *copied(vocab_size="vocab_size", embed_dim="hidden_size", mlp_dim="intermediate_size"),
+    *copied(num_layers="num_hidden_layers", num_heads="num_attention_heads"),
     same("num_key_value_heads", "num_kv_heads", kv_heads, none=0),
     same("head_dim", "head_dim", head_dim, none=0),
     same("max_position_embeddings", "max_positions"),
@@ -55,10 +53,7 @@ DEFAULT_ROPE = rope(10_000.0)
 
 _SELF = "model.layers.{i}.self_attn"
 ATTENTION = (
-  *linear(f"{_SELF}.q_proj", "blocks/attention/query"),
-  *linear(f"{_SELF}.k_proj", "blocks/attention/key"),
-  *linear(f"{_SELF}.v_proj", "blocks/attention/value"),
-  *linear(f"{_SELF}.o_proj", "blocks/attention/out"),
+  *linears(_SELF, "blocks/attention", query="q_proj", key="k_proj", value="v_proj", out="o_proj"),
   *norm(f"{_SELF}.q_norm", "blocks/attention/query_norm"),
   *norm(f"{_SELF}.k_norm", "blocks/attention/key_norm"),
   Entry(f"{_SELF}.sinks", ("blocks/attention/sinks",)),
@@ -68,11 +63,8 @@ OUTSIDE = (
   *norm("model.norm", "final_norm"),
   *linear("lm_head", "head"),
 )
-DENSE = (
-  *linear("model.layers.{i}.mlp.gate_proj", "blocks/mlp/gate"),
-  *linear("model.layers.{i}.mlp.up_proj", "blocks/mlp/up"),
-  *linear("model.layers.{i}.mlp.down_proj", "blocks/mlp/down"),
-)
+_SWIGLU_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+DENSE = linears("model.layers.{i}.mlp", "blocks/mlp", **_SWIGLU_NAMES)
 PRE_NORMS = (
   *norm("model.layers.{i}.input_layernorm", "blocks/attention_norm"),
   *norm("model.layers.{i}.post_attention_layernorm", "blocks/mlp_norm"),
@@ -240,13 +232,8 @@ PHI3 = decoder(
   entries=(
     *OUTSIDE,
     *PRE_NORMS,
-    *linear(
-      "model.layers.{i}.self_attn.qkv_proj",
-      "blocks/attention/query",
-      "blocks/attention/key",
-      "blocks/attention/value",
-    ),
-    *linear("model.layers.{i}.self_attn.o_proj", "blocks/attention/out"),
+    *linear(f"{_SELF}.qkv_proj", *(f"blocks/attention/{x}" for x in ("query", "key", "value"))),
+    *linear(f"{_SELF}.o_proj", "blocks/attention/out"),
     *linear("model.layers.{i}.mlp.gate_up_proj", "blocks/mlp/gate", "blocks/mlp/up"),
     *linear("model.layers.{i}.mlp.down_proj", "blocks/mlp/down"),
   ),
@@ -285,10 +272,8 @@ def every_other(fields, found, window) -> list[str]:
 def _experts(theirs: str, **projections: str) -> list[Entry]:
   """The router and each expert's projections, by our name of each."""
   theirs = f"model.layers.{{i}}.{theirs}"
-  entries = linear(f"{theirs}.gate", "blocks/mlp/router")
-  for ours, name in projections.items():
-    entries += linear(f"{theirs}.experts.{{e}}.{name}", f"blocks/mlp/{ours}")
-  return entries
+  router = linear(f"{theirs}.gate", "blocks/mlp/router")
+  return [*router, *linears(f"{theirs}.experts.{{e}}", "blocks/mlp", **projections)]
 
 
 _EXPERTS = (
@@ -347,7 +332,7 @@ QWEN3_MOE = decoder(
     *OUTSIDE,
     *ATTENTION,
     *PRE_NORMS,
-    *_experts("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    *_experts("mlp", **_SWIGLU_NAMES),
   ),
   heads=label_heads("Qwen3Moe", "transformer."),
 )

@@ -4,8 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptjax.interop.family import Family
-from gptjax.interop.fields import Fields, Rule, always, choice, fixed, ignored, same, several
-from gptjax.interop.tensors import Entry, linear, norm, table
+from gptjax.interop.fields import (
+  Fields,
+  Rule,
+  always,
+  choice,
+  copied,
+  fixed,
+  ignored,
+  same,
+  several,
+)
+from gptjax.interop.tensors import Entry, linear, linears, norm, table
 from gptjax.model.config import ModelConfig
 
 
@@ -41,11 +51,8 @@ def _write_scale(config: ModelConfig) -> dict[str, Any]:
 
 
 _RULES = (
-  same("vocab_size", "vocab_size"),
-  same("d_model", "embed_dim"),
-  same("d_kv", "head_dim"),
-  same("d_ff", "mlp_dim"),
-  same("num_heads", "num_heads"),
+  *copied(vocab_size="vocab_size", embed_dim="d_model", head_dim="d_kv", mlp_dim="d_ff"),
+  *copied(num_heads="num_heads"),
   Rule(_read_layers, _write_layers),
   same("relative_attention_num_buckets", "t5_buckets", 32),
   same("relative_attention_max_distance", "t5_max_distance", 128),
@@ -65,13 +72,7 @@ _ACTIVATIONS = {
 }
 
 
-def _attention(theirs: str, ours: str) -> list[Entry]:
-  return [
-    *linear(f"{theirs}.q", f"{ours}/query"),
-    *linear(f"{theirs}.k", f"{ours}/key"),
-    *linear(f"{theirs}.v", f"{ours}/value"),
-    *linear(f"{theirs}.o", f"{ours}/out"),
-  ]
+_QKV = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
 def _stack(theirs: str, ours: str, last: int) -> list[Entry]:
@@ -80,14 +81,13 @@ def _stack(theirs: str, ours: str, last: int) -> list[Entry]:
   feed_forward = f"{layer}.{last}.DenseReluDense"
   return [
     *norm(f"{layer}.0.layer_norm", f"{blocks}/attention_norm"),
-    *_attention(f"{layer}.0.SelfAttention", f"{blocks}/attention"),
+    *linears(f"{layer}.0.SelfAttention", f"{blocks}/attention", **_QKV),
     *table(
       f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias",
       f"{ours}attention_bias/relative",
     ),
     *norm(f"{layer}.{last}.layer_norm", f"{blocks}/mlp_norm"),
-    *linear(f"{feed_forward}.wi_0", f"{blocks}/mlp/gate"),
-    *linear(f"{feed_forward}.wo", f"{blocks}/mlp/down"),
+    *linears(feed_forward, f"{blocks}/mlp", gate="wi_0", down="wo"),
     *norm(f"{theirs}.final_layer_norm", f"{ours}final_norm"),
   ]
 
@@ -101,7 +101,7 @@ def _entries(up: str) -> tuple[Entry, ...]:
     *_stack("decoder", "", 2),
     *linear(f"decoder.block.{{i}}.layer.2.DenseReluDense.{up}", "blocks/mlp/up"),
     *norm("decoder.block.{i}.layer.1.layer_norm", "blocks/cross_norm"),
-    *_attention("decoder.block.{i}.layer.1.EncDecAttention", "blocks/cross_attention"),
+    *linears("decoder.block.{i}.layer.1.EncDecAttention", "blocks/cross_attention", **_QKV),
     *linear("lm_head", "head"),
   )
 
