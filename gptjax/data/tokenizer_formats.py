@@ -375,6 +375,15 @@ def _byte_letters() -> dict[str, int]:
 _BYTE_LETTERS = _byte_letters()
 
 
+def bytes_as_bpe(specials: Mapping[str, int]) -> tokenizers.Tokenizer:
+  """The tokenizer 'bytes' as a byte-level BPE without merges: the same ids."""
+  bpe = tokenizers.Tokenizer(models.BPE(vocab=_BYTE_LETTERS, merges=[]))
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  bpe.decoder = decoders.ByteLevel()
+  bpe.add_special_tokens(sorted(specials, key=specials.get))
+  return bpe
+
+
 def _byte_level_bytes(token: str) -> bytes:
   return bytes(_BYTE_LETTERS[letter] for letter in token)
 

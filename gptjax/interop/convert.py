@@ -6,15 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from etils import epath
 from flax import nnx
 from safetensors import SafetensorError
-from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax import config as config_lib
-from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.data.tokenizer_export import export
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.family import Family
@@ -114,7 +112,7 @@ def _model_of(
     if labels and is_run(source) and fields["pad_token_id"] == tokenizer.end_of_text:
       fields["pad_token_id"] = None
     huggingface.save(folder, model.config, params, chosen, dtype, fields)
-    _save_tokenizer(folder, tokenizer)
+    export(folder, tokenizer)
 
   return write
 
@@ -153,42 +151,6 @@ def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | N
   with Checkpoints(folder / CHECKPOINTS, keep=1) as checkpoints:
     checkpoints.save(0, {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))})
     checkpoints.wait()
-
-
-def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-  """Writes the tokenizer's files, and what `transformers` needs beside them where they lack it.
-
-  Raises:
-    UserError: its files are in no format of Hugging Face's.
-  """
-  tokenizer.save(folder)
-  if tokenizer.spec.split("+")[0] == "bytes":
-    (folder / "tokenizer.json").write_text(_bytes_as_bpe(tokenizer).to_str())
-  if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-    end = tokenizer.end_of_text
-    text = next((text for text, token in tokenizer.specials.items() if token == end), None)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": text}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-  try:
-    tokenizer_lib.load(str(folder))
-  except UserError as error:
-    raise UserError(
-      f"tokenizer {tokenizer.spec!r} is in no format of Hugging Face's; use --format=gptjax."
-    ) from error
-
-
-def _bytes_as_bpe(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-  """The tokenizer 'bytes' as a byte-level BPE without merges: the same ids."""
-  # Bytes that print are themselves, the others are from U+0100 on (Radford et al. 2019).
-  printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = [byte for byte in range(256) if byte not in printing]
-  vocab = {chr(byte): byte for byte in printing}
-  vocab |= {chr(0x100 + number): byte for number, byte in enumerate(others)}
-  bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  bpe.decoder = decoders.ByteLevel()
-  bpe.add_special_tokens(sorted(tokenizer.specials, key=tokenizer.specials.get))
-  return bpe
 
 
 def name_checkpoint(source: str) -> str:

@@ -27,11 +27,10 @@ from gptjax.interop.fields import (
   choice,
   fixed,
   ignored,
-  read_rope,
   same,
-  write_rope,
 )
 from gptjax.interop.labels import LabelHead
+from gptjax.interop.rope import read_rope, write_rope
 from gptjax.interop.tensors import norm
 
 

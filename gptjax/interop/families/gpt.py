@@ -11,11 +11,11 @@ from gptjax.interop.fields import (
   fixed,
   ignored,
   read_layers,
-  rope,
   same,
   several,
 )
 from gptjax.interop.labels import LabelHead
+from gptjax.interop.rope import rope
 from gptjax.interop.tensors import Entry, conv1d, linear, linears, norm, table
 from gptjax.model.config import ModelConfig
 

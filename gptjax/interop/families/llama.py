@@ -17,11 +17,11 @@ from gptjax.interop.fields import (
   fixed,
   ignored,
   read_layers,
-  rope,
   same,
   several,
 )
 from gptjax.interop.labels import LabelHead
+from gptjax.interop.rope import rope
 from gptjax.interop.tensors import Entry, linear, linears, norm, table
 
 FULL, SLIDING = "full_attention", "sliding_attention"
