@@ -64,15 +64,26 @@ class ChatTemplate:
       tools: what the template gets of that name.
 
     Raises:
-      UserError: a message without a known role or without content, or a template that is wrong or
-        refuses the messages.
+      UserError: a message without a known role or without content, a call of a tool that the
+        template has no form for, or a template that is wrong or refuses the messages.
     """
+    template = self.tokenizer.chat_template
     for number, message in enumerate(messages):
       role = message.get("role")
       if role not in ROLES:
         raise UserError(f"message {number}: no role {role!r}. {did_you_mean(str(role), ROLES)}")
       if "content" not in message:
         raise UserError(f"message {number}: no 'content' (found: {', '.join(message)}).")
+      calls = message.get("tool_calls")
+      if message["content"] is None and not calls:
+        raise UserError(
+          f"message {number}: its 'content' is null, which only a call of tools may be."
+        )
+      if calls and "tool_calls" not in template:
+        raise UserError(
+          f"message {number} has 'tool_calls', for which the chat template of "
+          f"{self.tokenizer.spec!r} has no form."
+        )
     return self._render(messages, tools, add_generation_prompt=add_generation_prompt)
 
   def _render(
@@ -210,9 +221,18 @@ def _compile(template: str, marked: bool):
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
+  def blank_if_null(value):
+    """Where a template prints the content of a call of tools, which is null, not 'None'."""
+    return "" if value is None else value
+
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[Generation, jinja2.ext.loopcontrols],
+    finalize=blank_if_null,
   )
+  trim = environment.filters["trim"]
+  environment.filters["trim"] = lambda value, *how, **kw: trim(blank_if_null(value), *how, **kw)
   environment.filters["tojson"] = tojson
   environment.globals["raise_exception"] = raise_exception
   return environment.from_string(template)

@@ -47,6 +47,11 @@ TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "instructions": INSTRUCTIONS}
 USER = {"role": "user", "content": " Who wrote <b>Moby-Dick</b>? 谁？ "}
 ANSWER = {"role": "assistant", "content": "Herman Melville."}
 SYSTEM = {"role": "system", "content": "Answer in one sentence.\n"}
+CALL = {
+  "role": "assistant",
+  "content": None,
+  "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"x": 1}}}],
+}
 TOOL = {"role": "tool", "content": '{"name": "é<"}'}
 CONVERSATIONS = [[USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER]]
 
@@ -71,6 +76,17 @@ def test_a_conversation_reads_as_in_transformers(
     assert template.render(messages, **options) == text
     ids = theirs.apply_chat_template(messages, return_dict=False, **options)
     assert template.encode(messages, **options) == ids
+
+
+@pytest.mark.parametrize("content", ["{{- message.content | trim }}", "{{- message.content }}"])
+def test_a_call_of_a_tool_without_content_says_the_call_alone(write_tokenizer, tmp_path, content):
+  template = f"""{{%- for message in messages %}}
+  {{{{- message.role + ': ' }}}}
+  {content}
+  {{%- for call in message.tool_calls or [] %}}{{{{- call.function | tojson }}}}{{% endfor %}}
+{{%- endfor %}}"""
+  rendered = ChatTemplate(write_tokenizer(tmp_path, template)).render([USER, CALL])
+  assert rendered.endswith('assistant: {"name": "find", "arguments": {"x": 1}}')
 
 
 def test_where_a_template_is_found(write_tokenizer, tmp_path):
@@ -106,7 +122,14 @@ def test_a_tokenizer_without_a_template_is_refused():
     (CHATML, [{"role": "asistant", "content": ""}], "message 0: no role 'asistant'. Did you mean"),
     (CHATML, [USER, {"content": ""}], "message 1: no role None. Choose one of"),
     (CHATML, [{"role": "user", "text": ""}], r"message 0: no 'content' \(found: role, text\)"),
-    (CHATML, [{"role": "user", "content": None}], "refuses these messages: can only concatenate"),
+    (CHATML, [{"role": "user", "content": None}], "message 0: its 'content' is null, which only"),
+    (HEADERS, [USER, ANSWER | {"content": None}], "message 1: its 'content' is null, which only"),
+    (HEADERS, [USER, CALL], "message 1 has 'tool_calls', for which the chat template .* no form"),
+    (
+      "{{ 'a' + messages[0].content }}",
+      [USER | {"content": 3}],
+      "refuses these messages: can only",
+    ),
     (INSTRUCTIONS, [ANSWER], "refuses these messages: users and assistants take turns"),
     ("a\n{% if %}", [USER], "is wrong in line 2: "),
     ("{{ a.b.c }}", [USER], "refuses these messages: 'a' is undefined"),
