@@ -32,6 +32,7 @@ FAMILIES: Mapping[str, Family] = {
     llama.MISTRAL,
     llama.QWEN2,
     llama.QWEN3,
+    llama.OLMO2,
     llama.PHI3,
     llama.GRANITE,
     gemma.GEMMA,

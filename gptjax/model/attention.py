@@ -272,9 +272,13 @@ class Attention(nnx.Module):
       std=config.residual_std,
       **shared,
     )
-    norm = {"eps": config.norm_eps, "offset": config.norm_offset, "axis": "head_dim"}
-    self.query_norm = RMSNorm(H, **norm) if config.qk_norm else None
-    self.key_norm = RMSNorm(H, **norm) if config.qk_norm else None
+
+    def norm(heads: int) -> RMSNorm | None:
+      width = H if config.qk_norm_per_head else heads * H
+      options = {"eps": config.norm_eps, "offset": config.norm_offset, "axis": "head_dim"}
+      return RMSNorm(width, **options) if config.qk_norm else None
+
+    self.query_norm, self.key_norm = norm(N), norm(K)
     self.sinks = nnx.Param(jnp.zeros(N), axes=("heads",)) if config.attention_sinks else None
     self.value_mix = Mix(0.5, 0.5) if config.value_residual and not cross else None
 
@@ -325,8 +329,7 @@ class Attention(nnx.Module):
 
   def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each [B, S, K, H], without positions."""
-    k_BSKH, v_BSKH = self.key(x_BSD), self.value(x_BSD)
-    return (k_BSKH if self.key_norm is None else self.key_norm(k_BSKH)), v_BSKH
+    return _normed(self.key(x_BSD), self.key_norm), self.value(x_BSD)
 
   def cross(
     self,
@@ -340,8 +343,7 @@ class Attention(nnx.Module):
     return self._attend(q_BTNH, *keys_and_values, mask, None, key)
 
   def _queries(self, x_BTD: jax.Array) -> jax.Array:
-    q_BTNH = self.query(x_BTD)
-    return q_BTNH if self.query_norm is None else self.query_norm(q_BTNH)
+    return _normed(self.query(x_BTD), self.query_norm)
 
   @property
   def _scale(self) -> float:
@@ -361,3 +363,10 @@ class Attention(nnx.Module):
       key=key,
     )
     return checkpoint_name(self.out(attended), "attention_out")
+
+
+def _normed(x_BTNH: jax.Array, norm: RMSNorm | None) -> jax.Array:
+  """The norm of each head, or of all heads together where it is as wide as they are."""
+  if norm is None:
+    return x_BTNH
+  return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1, norm.scale.shape[-1])).reshape(x_BTNH.shape)

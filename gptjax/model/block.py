@@ -19,6 +19,9 @@ from gptjax.model.moe import MixtureOfExperts
 # Keys and values, each [B, S, K, H].
 KeysAndValues = tuple[jax.Array, jax.Array]
 
+# Placements of norms that have one of the branch alone.
+_OF_BRANCH = ("after", "both")
+
 
 def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
   if config.norm == "rmsnorm":
@@ -31,16 +34,21 @@ class Block(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
-    both, shared = config.norm_placement == "both", config.residual == "parallel_one_norm"
-    self.attention_norm = make_norm(config)
+    of_stream, of_branch = config.norm_placement != "after", config.norm_placement in _OF_BRANCH
+    shared, cross = config.residual == "parallel_one_norm", bool(config.encoder_layers)
+
+    def norm_if(wanted: bool) -> LayerNorm | RMSNorm | None:
+      return make_norm(config) if wanted else None
+
+    self.attention_norm = norm_if(of_stream)
     self.attention = Attention(config, rngs)
-    self.attention_out_norm = make_norm(config) if both else None
-    self.cross_norm = make_norm(config) if config.encoder_layers else None
-    self.cross_attention = Attention(config, rngs, cross=True) if config.encoder_layers else None
-    self.cross_out_norm = make_norm(config) if config.encoder_layers and both else None
-    self.mlp_norm = None if shared else make_norm(config)
+    self.attention_out_norm = norm_if(of_branch)
+    self.cross_norm = norm_if(cross and of_stream)
+    self.cross_attention = Attention(config, rngs, cross=True) if cross else None
+    self.cross_out_norm = norm_if(cross and of_branch)
+    self.mlp_norm = norm_if(of_stream and not shared)
     self.mlp = MixtureOfExperts(config, rngs) if config.num_experts else FeedForward(config, rngs)
-    self.mlp_out_norm = make_norm(config) if both else None
+    self.mlp_out_norm = norm_if(of_branch)
     self.embed_mix = Mix(1.0, 0.0) if config.embed_residual else None
 
   def __call__(
@@ -67,7 +75,8 @@ class Block(nnx.Module):
     to the residual stream, `residual`, that stream after the layer, and `largest_logit`.
     """
     config = self.config
-    keys = (None,) * 5 if key is None else jax.random.split(key, 5 if self.cross_norm else 3)
+    cross_attends = self.cross_attention is not None
+    keys = (None,) * 5 if key is None else jax.random.split(key, 5 if cross_attends else 3)
     attention = functools.partial(
       self.attention,
       positions_BT=positions_BT,
@@ -93,7 +102,7 @@ class Block(nnx.Module):
     def add_branch(x_BTD, name, branch, norms, key):
       before, after = norms
       post = config.norm_placement == "post"
-      branch_BTD = branch(x_BTD if post else before(x_BTD))
+      branch_BTD = branch(x_BTD if post or before is None else before(x_BTD))
       branch_BTD = branch_BTD if after is None else after(branch_BTD)
       x_BTD = add(x_BTD, branch_BTD, name, key)
       return before(x_BTD) if post else x_BTD
@@ -108,7 +117,7 @@ class Block(nnx.Module):
     if config.residual == "sequential":
       norms = (self.attention_norm, self.attention_out_norm)
       x_BTD = add_branch(x_BTD, "attention", attend, norms, keys[1])
-      if self.cross_attention is not None:
+      if cross_attends:
         branch = functools.partial(
           self.cross_attention.cross, keys_and_values=cross, mask=cross_mask, key=keys[3]
         )
@@ -126,5 +135,6 @@ class Block(nnx.Module):
 
   def values(self, x_BTD: jax.Array) -> jax.Array:
     """The values [B, T, K, H] of the layer for its input [B, T, D], before any mixture."""
-    x_BTD = x_BTD if self.config.norm_placement == "post" else self.attention_norm(x_BTD)
+    if self.config.norm_placement in ("pre", "both"):
+      x_BTD = self.attention_norm(x_BTD)
     return self.attention.value(constrain(x_BTD, "batch", "time", None))

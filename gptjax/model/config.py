@@ -9,7 +9,7 @@ from gptjax.errors import UserError, did_you_mean
 
 CHOICES = {
   "norm": ("layernorm", "rmsnorm"),
-  "norm_placement": ("pre", "post", "both"),
+  "norm_placement": ("pre", "post", "after", "both"),
   "residual": ("sequential", "parallel", "parallel_one_norm"),
   "visibility": ("causal", "bidirectional", "prefix"),
   "activation": (
@@ -75,8 +75,9 @@ class ModelConfig:
     norm: 'layernorm' (Ba et al. 2016) or 'rmsnorm' (Zhang and Sennrich 2019).
     visibility: whom a token sees: its past ('causal'), all of its segment ('bidirectional', Devlin
       et al. 2019), or its past and the segment's prefix ('prefix', Raffel et al. 2020, figure 4).
-    norm_placement: 'pre' (GPT-2), 'post' (GPT-1, BERT), the latter without a final norm, or 'both',
-      before a branch and after it, on the branch alone (Gemma 2).
+    norm_placement: 'pre' (GPT-2), 'post' (GPT-1, BERT), the latter without a final norm, 'after' a
+      branch, on the branch alone (OLMo 2, arXiv:2501.00656, section 3.2), or 'both', that and 'pre'
+      (Gemma 2).
     norm_eps: what is added to the variance before its root is taken.
     norm_offset: what is added to the scale of RMSNorm (Gemma's is 1), which starts 1 less it.
     residual: 'sequential', attention and then the feed-forward network, or both of the same input,
@@ -108,7 +109,8 @@ class ModelConfig:
     token_types: rows of the table of token types (BERT's segments A and B); 0 is no table.
     attention_scale: factor of QK^T (T5's is 1); 0 is 1 / sqrt(head_dim).
     attention_sinks: a learnt logit a head that takes attention from the keys (gpt-oss).
-    qk_norm: RMSNorm of each query and key head (Henry et al. 2020, Dehghani et al. 2023).
+    qk_norm: RMSNorm of queries and keys (Henry et al. 2020, Dehghani et al. 2023).
+    qk_norm_per_head: whether each head has its own mean square, or all together one (OLMo 2).
     tied_head: the output projection is the embedding (Press and Wolf 2017).
     head_bias: a bias of the logits (GPT-J, BERT).
     head_transform: projection, activation and norm before the output projection (BERT).
@@ -207,6 +209,7 @@ class ModelConfig:
   attention_scale: float = 0.0
   attention_sinks: bool = False
   qk_norm: bool = False
+  qk_norm_per_head: bool = True
   tied_head: bool = True
   head_bias: bool = False
   head_transform: bool = False

@@ -231,6 +231,12 @@ FAMILIES = {
     LLAMA | {"head_dim": 6},
     GEMMA2 | {"rope_parameters": two_ropes},
   ),
+  "olmo2": (
+    ("Olmo2ForCausalLM",),
+    "Olmo2Config",
+    LLAMA | {"pad_token_id": 0},
+    LLAMA_OPTIONS | {"attention_bias": BOOLS},
+  ),
   "phi3": (
     ("Phi3ForCausalLM",),
     "Phi3Config",

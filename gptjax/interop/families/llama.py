@@ -1,5 +1,5 @@
 """Llama and what descends from it: Mistral, Qwen 2 and 3 (dense and of experts), Phi-3, Granite,
-Mixtral, gpt-oss; Gemma in a file of its own."""
+OLMo 2, Mixtral, gpt-oss; Gemma in a file of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -214,6 +214,27 @@ QWEN3 = decoder(
     DEFAULT_ROPE,
   ),
   heads=label_heads("Qwen3", "transformer."),
+)
+
+OLMO2 = decoder(
+  "olmo2",
+  "Olmo2",
+  (
+    *shape(1e-5, kv_heads=None),
+    _SWIGLU,
+    _UNTIED,
+    ATTENTION_BIAS,
+    always(norm_placement="after", qk_norm=True, qk_norm_per_head=False),
+    DEFAULT_ROPE,
+  ),
+  entries=(
+    *OUTSIDE,
+    *ATTENTION,
+    *norm("model.layers.{i}.post_attention_layernorm", "blocks/attention_out_norm"),
+    *norm("model.layers.{i}.post_feedforward_layernorm", "blocks/mlp_out_norm"),
+    *DENSE,
+  ),
+  heads={"Olmo2ForSequenceClassification": LabelHead("score", bias=False)},
 )
 
 PHI3 = decoder(
