@@ -33,6 +33,7 @@ FAMILIES: Mapping[str, Family] = {
     llama.QWEN2,
     llama.QWEN3,
     llama.OLMO2,
+    llama.SMOLLM3,
     llama.PHI3,
     llama.GRANITE,
     gemma.GEMMA,

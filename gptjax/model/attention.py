@@ -5,6 +5,7 @@ G query heads of one key-value head, H head width.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -69,7 +70,8 @@ class Mask:
   """Who sees whom, in the form that the kernel takes.
 
   kernel: 'xla', 'splash' or 'cudnn'. window, visibility: as of `visible`. segment_ids_BT: for a
-  kernel that works out what is visible itself. visible_BTS: for one that is told.
+  kernel that works out what is visible itself. visible_BTS: for one that is told. rotates: whether
+  the layer has the rotary positions of the model.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})
@@ -77,6 +79,7 @@ class Mask:
   visibility: str = dataclasses.field(default="causal", metadata={"static": True})
   segment_ids_BT: jax.Array | None = None
   visible_BTS: jax.Array | None = None
+  rotates: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 def make_mask(
@@ -88,10 +91,12 @@ def make_mask(
   *,
   visibility: str = "causal",
   prefix_BS: jax.Array | None = None,
+  rotates: bool = True,
 ) -> Mask:
-  """The mask of `visible`, whose arguments these are, for one kernel."""
+  """The mask of `visible`, whose arguments these are, for one kernel; `rotates` as of `Mask`."""
+  make = functools.partial(Mask, kernel, window, visibility, rotates=rotates)
   if kernel == "splash":
-    return Mask(kernel, window, visibility, segment_ids_BT=segment_ids_BT)
+    return make(segment_ids_BT=segment_ids_BT)
   seen = visible(
     query_positions_BT,
     key_positions_BS,
@@ -101,7 +106,7 @@ def make_mask(
     visibility=visibility,
     prefix_BS=prefix_BS,
   )
-  return Mask(kernel, window, visibility, visible_BTS=seen)
+  return make(visible_BTS=seen)
 
 
 def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: bool) -> str:
@@ -304,7 +309,7 @@ class Attention(nnx.Module):
     x_BTD = constrain(x_BTD, "batch", "time", None)
     q_BTNH = self._queries(x_BTD)
     k_BSKH, v_BSKH = self.keys_and_values(x_BTD)
-    if config.position == "rope":
+    if config.position == "rope" and mask.rotates:
       local = mask.window is not None
       q_BTNH = rotate(q_BTNH, positions_BT, config, local=local)
       k_BSKH = rotate(k_BSKH, positions_BT, config, local=local)

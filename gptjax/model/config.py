@@ -34,6 +34,8 @@ CHOICES = {
   "label_pooling": ("none", "mean", "pooler"),
 }
 
+LAYER_KINDS = ("full", "local", "nope")
+
 DROPOUTS = ("embed_dropout", "attention_dropout", "residual_dropout", "label_dropout")
 
 LABEL_HEAD = ("num_labels", "label_pooling", "label_bias")
@@ -125,7 +127,8 @@ class ModelConfig:
       token (the skip of modded-nanogpt's records).
     logit_soft_cap, attention_soft_cap: c * tanh(x / c) (Gemma 2); 0 is off.
     layer_pattern: 'full' and 'local' layers, repeated to `num_layers` (GPT-3's alternation of
-      dense and banded layers is ('full', 'local')).
+      dense and banded layers is ('full', 'local')), and 'nope', full ones that do not rotate
+      (Yang et al. 2025, arXiv:2501.18795; SmolLM3).
     window: how many positions, its own included, a token of a 'local' layer sees.
     encoder_layers: layers of an encoder, which sees all and to which each layer of the decoder
       attends (Vaswani et al. 2017); 0 is a decoder alone.
@@ -293,10 +296,10 @@ class ModelConfig:
         "the context length of the original training."
       )
     for kind in self.layer_pattern:
-      if kind not in ("full", "local"):
-        raise UserError(
-          f"model.layer_pattern: no kind {kind!r}. {did_you_mean(kind, ('full', 'local'))}"
-        )
+      if kind not in LAYER_KINDS:
+        raise UserError(f"model.layer_pattern: no kind {kind!r}. {did_you_mean(kind, LAYER_KINDS)}")
+    if "nope" in self.layer_pattern and self.position != "rope":
+      raise UserError(f"model.layer_pattern: 'nope' is of position='rope', not {self.position!r}.")
     if not self.layer_pattern or self.num_layers % len(self.layer_pattern):
       raise UserError(
         f"model.layer_pattern has {len(self.layer_pattern)} entries, which does not divide "

@@ -90,16 +90,17 @@ class Stack(nnx.Module):
       key_positions_BS = jnp.broadcast_to(jnp.arange(length), (B, length))
     kernel = choose_kernel(config, T, cached=cache is not None, training=key is not None)
     masks = {
-      window: make_mask(
+      kind: make_mask(
         kernel,
         positions_BT,
         key_positions_BS,
-        window,
+        config.window if kind == "local" else None,
         segment_ids_BT,
         visibility=config.visibility,
         prefix_BS=prefix_BS,
+        rotates=kind != "nope",
       )
-      for window in set(config.windows)
+      for kind in set(config.layer_pattern)
     }
     shared = {
       "bias_BNTS": self.attention_bias(positions_BT, key_positions_BS),
@@ -109,20 +110,20 @@ class Stack(nnx.Module):
       "valid_BT": None if segment_ids_BT is None else segment_ids_BT > 0,
     }
 
-    def run(block: Block, x_BTD, window, cross=None, **of_layer):
+    def run(block: Block, x_BTD, kind, cross=None, **of_layer):
       if encoded is not None and cross is None:
         cross = block.cross_attention.keys_and_values(encoded.hidden_BSD)
-      mask = masks[window]
+      mask = masks[kind]
       return block(x_BTD, positions_BT, mask, cross=cross, **shared, **of_layer)
 
     if cache is not None:
-      windows = config.windows * (config.num_layers // len(config.windows))
+      kinds = config.layer_pattern * (config.num_layers // len(config.layer_pattern))
       cache = list(cache)
       known = [None] * config.num_layers
       if encoded is not None and encoded.keys_and_values is not None:
         known = encoded.keys_and_values
-      for i, (block, window) in enumerate(zip(self.layers(), windows, strict=True)):
-        x_BTD, cache[i] = run(block, x_BTD, window, cross=known[i], cache=cache[i])
+      for i, (block, kind) in enumerate(zip(self.layers(), kinds, strict=True)):
+        x_BTD, cache[i] = run(block, x_BTD, kind, cross=known[i], cache=cache[i])
     else:
       x_BTD = self._run_all(run, x_BTD, key, figures, routing)
     return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache
@@ -155,7 +156,7 @@ class Stack(nnx.Module):
   ) -> jax.Array:
     """Runs all layers, scanned or one by one, a period of the layer pattern at a time."""
     config = self.config
-    period = len(config.windows)
+    period = len(config.layer_pattern)
     periods = config.num_layers // period
     graphdef, stack = nnx.split(self.blocks)
     stack = nnx.to_pure_dict(stack)
@@ -172,7 +173,7 @@ class Stack(nnx.Module):
         x_BTD, _ = run(
           block,
           x_BTD,
-          config.windows[i],
+          config.layer_pattern[i],
           key=layer_key,
           figures=layer_figures,
           routing=layer_routing,

@@ -40,7 +40,7 @@ class PrefixAttention(Attention):
       return jnp.concatenate([prefix_BPKH, x_BSKH], axis=1)
 
     keys_PKH = self.prefix_keys[...]
-    if self.config.position == "rope":
+    if self.config.position == "rope" and mask.rotates:
       keys_PKH = self._turned_back(keys_PKH, local=mask.window is not None)
     B, T, _ = mask.visible_BTS.shape
     seen_BTP = jnp.ones((B, T, keys_PKH.shape[0]), bool)

@@ -84,6 +84,8 @@ SLOW = {
     "Qwen3MoeConfig",
     LLAMA | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
   ),
+  "SmolLM3ForQuestionAnswering": ("SmolLM3Config", LLAMA | {"pad_token_id": 0}),
+  "Olmo2ForSequenceClassification": ("Olmo2Config", LLAMA | {"pad_token_id": 0}),
   "DistilBertForTokenClassification": ("DistilBertConfig", DISTIL),
   "DistilBertForQuestionAnswering": ("DistilBertConfig", DISTIL),
   "XLMRobertaForSequenceClassification": ("XLMRobertaConfig", ROBERTA),

@@ -231,6 +231,21 @@ FAMILIES = {
     LLAMA | {"head_dim": 6},
     GEMMA2 | {"rope_parameters": two_ropes},
   ),
+  "smollm3": (
+    ("SmolLM3ForCausalLM",),
+    "SmolLM3Config",
+    LLAMA | {"pad_token_id": 0},
+    LLAMA_OPTIONS
+    | {
+      "num_hidden_layers": (1, 3, 5),
+      "attention_bias": BOOLS,
+      "mlp_bias": BOOLS,
+      "no_rope_layers": ([1, 0, 1, 0, 1], [0, 0, 0, 1, 1]),
+      "no_rope_layer_interval": (1, 2),
+      "use_sliding_window": BOOLS,
+      "sliding_window": (None, 3),
+    },
+  ),
   "olmo2": (
     ("Olmo2ForCausalLM",),
     "Olmo2Config",

@@ -1,5 +1,5 @@
 """Llama and what descends from it: Mistral, Qwen 2 and 3 (dense and of experts), Phi-3, Granite,
-OLMo 2, Mixtral, gpt-oss; Gemma in a file of its own."""
+OLMo 2, SmolLM3, Mixtral, gpt-oss; Gemma in a file of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from gptjax.interop.fields import (
 from gptjax.interop.labels import LabelHead
 from gptjax.interop.rope import rope
 from gptjax.interop.tensors import Entry, linear, linears, norm, table
+from gptjax.model.config import ModelConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _KINDS = {FULL: "full", SLIDING: "local"}
@@ -214,6 +215,42 @@ QWEN3 = decoder(
     DEFAULT_ROPE,
   ),
   heads=label_heads("Qwen3", "transformer."),
+)
+
+
+def _read_rotary_layers(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
+  """`no_rope_layers`, whose 1 is a layer that rotates; or each but the last of so many does."""
+  count, interval = found["num_layers"], fields.take("no_rope_layer_interval", 4, int)
+  rotary = fields.take("no_rope_layers", None, list | None)
+  if rotary is None:
+    rotary = [int((i + 1) % interval != 0) for i in range(count)]
+  for kind in fields.take("layer_types", None, list | None) or ():
+    if kind != FULL:
+      raise fields.refuse("layer_types", kind, (FULL,))
+  names = {"1": "full", "0": "nope"}
+  return read_layers(fields, "no_rope_layers", [*map(str, rotary[:count])], names, None, count)
+
+
+def _write_rotary_layers(config: ModelConfig) -> dict[str, Any]:
+  periods = config.num_layers // len(config.layer_pattern)
+  return {"no_rope_layers": [int(kind != "nope") for kind in config.layer_pattern] * periods}
+
+
+SMOLLM3 = decoder(
+  "smollm3",
+  "SmolLM3",
+  (
+    *shape(),
+    _SWIGLU,
+    same("tie_word_embeddings", "tied_head", True),
+    ATTENTION_BIAS,
+    same("mlp_bias", "mlp_bias", False),
+    Rule(_read_rotary_layers, _write_rotary_layers),
+    fixed("use_sliding_window", False),
+    ignored("sliding_window", "max_window_layers", "pretraining_tp"),
+    rope(2_000_000.0),
+  ),
+  heads=label_heads("SmolLM3", "transformer."),
 )
 
 OLMO2 = decoder(
