@@ -64,6 +64,16 @@ def test_any_rate_is_dropout(tiny_config, rate):
       r"'llama3' needs model\.rope_original_positions",
     ),
     ({"layer_pattern": ("full", "locale")}, r"model\.layer_pattern: no kind 'locale'.*'local'"),
+    ({"layer_pattern": ("nope",)}, r"'nope' is of position='rope', not 'learned'"),
+    (
+      {"position": "rope", "rope_dim": 2, "rope_scaling": "dynamic"},
+      r"rope_dim=2: rope_scaling='dynamic' needs 4 or more",
+    ),
+    (
+      {"position": "rope", "rope_scaling": "dynamic"},
+      r"'dynamic' needs model\.rope_original_positions",
+    ),
+    ({"next_sentence": True}, r"model\.next_sentence needs model\.pooler"),
     ({"layer_pattern": ()}, r"model\.layer_pattern has 0 entries"),
     ({"layer_pattern": ("full",) * 3}, r"3 entries, which does not divide model\.num_layers=2"),
     ({"layer_pattern": ("local",)}, r"model\.window=0: a 'local' layer needs a window"),

@@ -64,6 +64,7 @@ COMBINATIONS = (
   ("none", "layernorm", "pre", "relu2"),
   ("rope", "rmsnorm", "both", "swiglu_clamped"),
   ("learned", "layernorm", "pre", "silu"),
+  ("rope", "rmsnorm", "after", "quick_gelu"),
 )
 
 
@@ -126,6 +127,39 @@ def test_packed_documents_do_not_see_each_other(tiny_config, random_params, make
   assert (forward(params, changed, **packed)[0, :3] != logits[0, :3]).any(-1).all()
   alone = forward(params, np.roll(tokens, -3, axis=1))  # document 2 at the start of the row
   np.testing.assert_allclose(alone[0, :4], logits[0, 3:7], atol=1e-5)
+
+
+def test_layers_that_do_not_rotate_do_not_know_how_far_a_token_is(
+  tiny_config, random_params, make_forward
+):
+  apart = np.array([[0, 1, 2, 3, 10, 11, 12, 13]])
+  for kind, differs in (("full", True), ("nope", False)):
+    config = tiny_config(num_layers=1, position="rope", layer_pattern=(kind,))
+    params, forward = random_params(config), make_forward(config)
+    near, far = (forward(params, TOKENS[:1], positions_BT=x) for x in (np.arange(8)[None], apart))
+    assert (np.abs(near - far).max() > 1e-2) == differs, kind
+
+
+def test_a_cache_changes_nothing(tiny_config, random_params, make_forward):
+  config = tiny_config(
+    position="rope",
+    layer_pattern=("full", "nope"),
+    norm="rmsnorm",
+    norm_placement="after",
+    qk_norm=True,
+    qk_norm_per_head=False,
+    num_kv_heads=2,
+    residual_scale=0.5,
+  )
+  params = random_params(config)
+  expected = make_forward(config)(params, TOKENS)
+  model = nnx.merge(model_graph(config), params)
+  cache, logits = model.empty_cache(2, T), []
+  for start, stop in ((0, 5), (5, 6), (6, T)):
+    positions = np.tile(np.arange(start, stop), (2, 1))
+    hidden, cache = model.hidden(TOKENS[:, start:stop], positions_BT=positions, cache=cache)
+    logits.append(model.logits(hidden))
+  np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, atol=1e-5)
 
 
 # --- Execution does not change the result ------------------------------------------------------
