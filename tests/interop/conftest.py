@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import huggingface
+from gptjax.interop.labels import config_fields, transformers_task
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,7 +29,7 @@ LLAMA = {
 def save_folder(folder, config, params, family=None, dtype="float32", labels=None):
   """Writes a model's folder, with a tokenizer of `VOCAB_SIZE` tokens or fewer."""
   folder.mkdir(exist_ok=True)
-  task, fields = (labels.task, labels.fields) if labels else ("", {})
+  task, fields = (transformers_task(labels), config_fields(labels)) if labels else ("", {})
   chosen = huggingface.find_family(config, family, task)
   huggingface.save(folder, config, params, chosen, dtype, fields)
   text = "the quick brown fox jumps over the lazy dog, again and again. " * 9

@@ -21,12 +21,11 @@ from gptjax.errors import UserError
 from gptjax.interop import convert as convert_lib
 from gptjax.interop.convert import convert, name_checkpoint
 from gptjax.interop.huggingface import HuggingFaceModel
-from gptjax.interop.labels import Labels
 from gptjax.interop.verify import Agreement
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.surgery import initial_adapters
 from gptjax.training.checkpoints import Checkpoints, checksum
-from gptjax.training.pretrained import load_model
+from gptjax.training.pretrained import Labels, load_model
 from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 
 TEXT = "again the fox, 1234\n 人工"

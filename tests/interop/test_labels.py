@@ -10,7 +10,7 @@ from flax import nnx
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.huggingface import HuggingFaceModel
-from gptjax.interop.labels import read_labels
+from gptjax.interop.labels import config_fields, read_labels, transformers_task
 from gptjax.model.gpt import model_graph
 from gptjax.training.pretrained import Labels
 from tests.interop.conftest import save_folder
@@ -175,7 +175,9 @@ def test_a_head_of_theirs_comes_in_and_goes_out(
 
   folder = tmp_path / "ours"
   folder.mkdir()
-  huggingface.save(folder, opened.config, params, opened.family, more_fields=opened.labels.fields)
+  huggingface.save(
+    folder, opened.config, params, opened.family, more_fields=config_fields(opened.labels)
+  )
   again = open_there(transformers, folder)
   assert type(again) is type(theirs)
   assert tuple(again.config.id2label.values()) == names
@@ -270,13 +272,15 @@ def test_what_was_fine_tuned_here_answers_the_same_there(
 )
 def test_a_head_that_they_do_not_have_is_refused(tiny_config, changes, labels, family, message):
   with pytest.raises(UserError) as error:
-    huggingface.find_family(tiny_config(**{"num_labels": K} | changes), family, labels.task)
+    huggingface.find_family(
+      tiny_config(**{"num_labels": K} | changes), family, transformers_task(labels)
+    )
   assert str(error.value).endswith(message)
 
 
 def test_without_a_bias_llama_classifies_texts(tiny_config):
   config = tiny_config(num_labels=K, label_bias=False, **LLAMA_SHAPE)
-  assert huggingface.find_family(config, None, CLASSES.task).model_type == "llama"
+  assert huggingface.find_family(config, None, transformers_task(CLASSES)).model_type == "llama"
 
 
 def test_a_head_of_labels_is_not_lost_in_silence(tiny_config):

@@ -15,7 +15,7 @@ from flax import nnx
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.huggingface import HuggingFaceModel
-from gptjax.training.step import model_graph
+from gptjax.model.gpt import model_graph
 
 # How many are drawn of each family, and how many of them are in `make test`.
 DRAWS, QUICK = 12, 1
