@@ -277,7 +277,7 @@ def train_or_load(
 
 
 def start_of(tokenizer: Tokenizer) -> list[int]:
-  """What a document or a prompt starts with where something must: at least one id."""
+  """The ids that a document or a prompt starts with where something must: at least one."""
   return [*tokenizer.start] or [tokenizer.end_of_text]
 
 

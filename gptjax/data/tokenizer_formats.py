@@ -84,7 +84,7 @@ _FIM = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """What all formats come down to.
+  """A tokenizer, whatever format it was read from.
 
   Attributes:
     kind: which reader made it.

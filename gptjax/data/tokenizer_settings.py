@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer's own say: roles of special tokens, and the chat template."""
+"""Settings in the files beside a tokenizer's own: special tokens by role, and the chat template."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Of a tokenizer of the Hugging Face Hub; one without such files has the defaults.
+  """Settings of a tokenizer of the Hugging Face Hub; one without such files has the defaults.
 
   Attributes:
     roles: texts of special tokens by role, such as 'bos_token', 'eos_token', 'unk_token'.
@@ -123,7 +123,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _default(template: str | list[dict[str, str]] | None) -> str | None:
-  """Of several templates that of the name 'default', as `transformers` chooses."""
+  """The template itself; among several the one called 'default', as `transformers` chooses."""
   if isinstance(template, list):
     return {one["name"]: one["template"] for one in template}.get("default")
   return template

@@ -1,4 +1,4 @@
-"""What a family of models is to us: a mapping of its config and one of its tensors."""
+"""A family of pretrained models: one mapping of its config and one of its tensors."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +150,7 @@ class Family:
     return self._written(config)
 
   def lacks(self, config: ModelConfig) -> list[str]:
-    """What the family cannot say of a config, one thing each; empty if it can be such a model.
+    """Lists the fields of a config that the family cannot express; empty if it can be such a model.
 
     Raises:
       UserError: what it would say is no model, or has no place for a parameter.

@@ -126,7 +126,7 @@ def choice(theirs: str, values: Mapping[Any, Mapping[str, Any]], default: Any = 
 
 
 def always(**ours: Any) -> Rule:
-  """What the architecture says without a field."""
+  """Fields of ours that the architecture implies, without a field of theirs."""
   return Rule(lambda fields, found: ours, lambda config: {})
 
 
@@ -136,7 +136,7 @@ def fixed(theirs: str, value: Any) -> Rule:
 
 
 def empty(theirs: str) -> Rule:
-  """A list of which we know an empty one alone."""
+  """A list that can only be read where it is empty."""
 
   def read(fields, found):
     if value := fields.take(theirs, None, list | None):

@@ -23,7 +23,7 @@ _FOLDS_INTO = "final_norm/bias"
 
 @dataclasses.dataclass(frozen=True)
 class LabelHead:
-  """What a class of `transformers` puts on the model without its head.
+  """The head that a class of `transformers` puts on the model in place of the language model's.
 
   Attributes:
     theirs: name of the projection onto the labels.
@@ -48,7 +48,7 @@ class LabelHead:
 
   @property
   def rule(self) -> Rule:
-    """Of the fields that say how many labels there are."""
+    """Reads how many labels there are, and what their head is like."""
 
     def read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
       names = fields.take("id2label", None, dict | None)

@@ -17,7 +17,7 @@ from gptjax.model.gpt import ParameterInfo
 
 
 class Tensors(Protocol):
-  """What a file has, by name; a tensor is read when it is asked for."""
+  """The tensors of a file, by name; each is read when it is asked for."""
 
   @property
   def names(self) -> frozenset[str]: ...

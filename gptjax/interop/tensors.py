@@ -50,7 +50,7 @@ class Entry:
     return dataclasses.replace(self, theirs=new + self.theirs.removeprefix(old))
 
   def shape(self, parameters: Mapping[str, ParameterInfo], config: ModelConfig) -> tuple[int, ...]:
-    """That of their tensor."""
+    """The shape of their tensor."""
     flats = [self._flat(parameters[name]) for name in self.ours]
     joined = (*flats[0][:-1], sum(flat[-1] for flat in flats))
     if self._is_transposed(parameters):
@@ -111,7 +111,7 @@ class Entry:
     return (info.axes[0] == "layers") + ("{e}" in self.theirs)
 
   def _own_shape(self, info: ParameterInfo) -> tuple[int, ...]:
-    """Of a layer of the parameter, or of an expert of it."""
+    """The shape of one layer of our parameter, or of one expert of it."""
     return info.shape[self._stacks(info) :]
 
   def _flat(self, info: ParameterInfo) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class Agreement:
 
 
 def compare(ours: np.ndarray, reference: np.ndarray) -> Agreement:
-  """Of two float arrays [T, V]."""
+  """Measures how near two float arrays [T, V] of logits are."""
   ours, reference = ours.astype(np.float64), reference.astype(np.float64)
   log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (reference, ours))
   return Agreement(

@@ -59,7 +59,7 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False) -> tuple[np.nd
 
 
 def _dynamic_stretch(positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
-  """What divides the rotary frequencies of each row [B, 1, 1, R / 2], 1 up to the original length.
+  """Divisors of each row's rotary frequencies [B, 1, 1, R / 2], 1 up to the original length.
 
   A row longer by s multiplies the base by (factor s - factor + 1)^(R / (R - 2)), so that its
   longest wavelength is interpolated and its shortest one kept (Peng et al. 2023, arXiv:2309.00071,

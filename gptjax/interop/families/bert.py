@@ -51,7 +51,7 @@ _NEXT_SENTENCE = "cls.seq_relationship"
 
 
 def _heads(transform: str, prefix: str) -> Rule:
-  """What heads there are, which the tensors say."""
+  """The heads of a model, which its tensors tell."""
 
   def read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     has_head = f"{transform}.weight" in fields.tensors
