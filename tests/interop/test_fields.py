@@ -113,6 +113,13 @@ PRINTED = {
     "tokenizer_class": "GPT2Tokenizer",
     "transformers_version": "4.18.0.dev0",
   },
+  "phi3": {
+    "attention_bias": False,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+    "original_max_position_embeddings": 24,
+    "rope_scaling": None,
+    "sliding_window": None,
+  },
   "llama": {"_attn_implementation_autoset": True, "unsloth_version": "2024.12.4"},
 }
 
@@ -120,7 +127,7 @@ PRINTED = {
 @pytest.mark.parametrize("model_type", PRINTED)
 def test_configs_are_read_as_public_repositories_print_them(model_type):
   shape = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 24, "vocab_size": 32}
-  shape = SHAPE if model_type == "llama" else shape
+  shape = SHAPE if model_type in ("llama", "phi3") else shape
   plain = {"rotary_dim": 4} if model_type == "gptj" else {}
   family = FAMILIES[model_type]
   config = family.read_config(Fields(shape | PRINTED[model_type], "config.json"))

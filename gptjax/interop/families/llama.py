@@ -285,7 +285,9 @@ PHI3 = decoder(
     same("embd_pdrop", "embed_dropout", 0.0),
     _one_window(None),
     rope(10_000.0, older_fraction="partial_rotary_factor", kinds=("default",)),
-    ignored("original_max_position_embeddings"),
+    fixed("attention_bias", False),
+    # The code that older files came with, before `transformers` had the family.
+    ignored("original_max_position_embeddings", "auto_map"),
   ),
   entries=(
     *OUTSIDE,
