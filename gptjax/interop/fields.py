@@ -132,15 +132,10 @@ def always(**ours: Any) -> Rule:
 
 def fixed(theirs: str, value: Any) -> Rule:
   """A field of which we know one value alone, its default."""
-  return Rule(choice(theirs, {value: {}}, value).read, lambda config: {})
-
-
-def empty(theirs: str) -> Rule:
-  """A list that can only be read where it is empty."""
 
   def read(fields, found):
-    if value := fields.take(theirs, None, list | None):
-      raise fields.refuse(theirs, value, ([],))
+    if (said := fields.take(theirs, value)) != value:
+      raise fields.refuse(theirs, said, (value,))
     return {}
 
   return Rule(read, lambda config: {})

@@ -24,8 +24,6 @@ _SCALINGS: Mapping[str, Sequence[tuple[str, str, float | None]]] = {
     ("rope_fast_turns", "beta_fast", 32.0),
   ),
 }
-# What a file need not say.
-_OPTIONAL = ("beta_slow", "beta_fast")
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -41,11 +39,10 @@ def rope(
   """Rotary positions: `rope_parameters`, or `rope_theta` and `rope_scaling` in older files.
 
   Args:
-    default_base: of a file that does not say it.
+    default_base, default_fraction: base and rotated part of a file that does not say them.
     must_say_scaling: whether a file that says nothing is refused.
     older_base, older_fraction: what older files call the base and the rotated part of a head; None
       where they have no field for it.
-    default_fraction: the rotated part of a file that does not say it.
     kinds: the scalings that the family has.
   """
 
@@ -94,15 +91,14 @@ def read_rope(
   if kind not in kinds:
     raise fields.refuse("rope_type" if newer else "type", kind, kinds)
   for name, theirs, own in _SCALINGS[kind]:
-    value = number(theirs, own if theirs in _OPTIONAL else REQUIRED)
+    value = number(theirs, own if own and kind == "yarn" else REQUIRED)
     ours[name] = 0.0 if value == own else value
   original = fields.take(_ORIGINAL, None, int | None)
   if kind != "default":
     ours["rope_scaling"] = kind
   if kind in ("dynamic", "llama3", "yarn"):
     # The reference does not read the original length of 'dynamic'.
-    original = None if kind == "dynamic" else original
-    ours["rope_original_positions"] = original or found["max_positions"]
+    ours["rope_original_positions"] = (kind != "dynamic" and original) or found["max_positions"]
   if kind == "yarn":
     ours["rope_round"] = fields.take("truncate", True, bool)
     ours["rope_attention_factor"] = _attention_factor(fields, ours["rope_factor"])

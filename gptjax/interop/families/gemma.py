@@ -84,10 +84,6 @@ GEMMA = decoder(
 )
 
 
-def _final_cap(default: float | None) -> Rule:
-  return same("final_logit_softcapping", "logit_soft_cap", default, none=0.0)
-
-
 _GEMMA_NORMS = (
   *norm("model.layers.{i}.input_layernorm", "blocks/attention_norm"),
   *norm("model.layers.{i}.post_attention_layernorm", "blocks/attention_out_norm"),
@@ -102,7 +98,7 @@ GEMMA2 = decoder(
   (
     *_LATER_GEMMA,
     same("attn_logit_softcapping", "attention_soft_cap", 50.0, none=0.0),
-    _final_cap(30.0),
+    same("final_logit_softcapping", "logit_soft_cap", 30.0, none=0.0),
     layers(4096, every_other),
     DEFAULT_ROPE,
   ),
@@ -147,7 +143,7 @@ GEMMA3 = decoder(
   "Gemma3",
   (
     *_LATER_GEMMA,
-    _final_cap(None),
+    same("final_logit_softcapping", "logit_soft_cap", None, none=0.0),
     # The reference has a field for a cap of attention, which it does not read.
     ignored("_sliding_window_pattern", "attn_logit_softcapping"),
     always(qk_norm=True),

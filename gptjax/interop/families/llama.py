@@ -13,7 +13,6 @@ from gptjax.interop.fields import (
   always,
   choice,
   copied,
-  empty,
   fixed,
   ignored,
   read_layers,
@@ -70,7 +69,8 @@ PRE_NORMS = (
   *norm("model.layers.{i}.input_layernorm", "blocks/attention_norm"),
   *norm("model.layers.{i}.post_attention_layernorm", "blocks/mlp_norm"),
 )
-LLAMA_ENTRIES = (*OUTSIDE, *ATTENTION, *PRE_NORMS, *DENSE)
+_AROUND = (*OUTSIDE, *ATTENTION, *PRE_NORMS)
+LLAMA_ENTRIES = (*_AROUND, *DENSE)
 
 
 def decoder(
@@ -354,9 +354,7 @@ MIXTRAL = decoder(
     rope(1_000_000.0),
   ),
   entries=(
-    *OUTSIDE,
-    *ATTENTION,
-    *PRE_NORMS,
+    *_AROUND,
     *_experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
   ),
   heads=label_heads("Mixtral", "model."),
@@ -382,16 +380,14 @@ QWEN3_MOE = decoder(
     same("num_experts_per_tok", "experts_per_token", 8),
     same("norm_topk_prob", "router_normalize", False),
     fixed("decoder_sparse_step", 1),
-    empty("mlp_only_layers"),
+    fixed("mlp_only_layers", []),
     always(qk_norm=True),
     _one_window(4096, "use_sliding_window"),
     ignored("max_window_layers"),
     DEFAULT_ROPE,
   ),
   entries=(
-    *OUTSIDE,
-    *ATTENTION,
-    *PRE_NORMS,
+    *_AROUND,
     *_experts("mlp", **_SWIGLU_NAMES),
   ),
   heads=label_heads("Qwen3Moe", "transformer."),
@@ -420,9 +416,7 @@ GPT_OSS = decoder(
     ignored("experts_per_token", "initial_context_length"),
   ),
   entries=(
-    *OUTSIDE,
-    *ATTENTION,
-    *PRE_NORMS,
+    *_AROUND,
     *linear("model.layers.{i}.mlp.router", "blocks/mlp/router"),
     _interleaved("model.layers.{i}.mlp.experts.gate_up_proj", "kernel"),
     _interleaved("model.layers.{i}.mlp.experts.gate_up_proj_bias", "bias"),
