@@ -1,1 +1,0 @@
-"""GPT models in JAX: one Flax NNX model, one training loop, any mesh."""

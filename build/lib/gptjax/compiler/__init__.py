@@ -1,1 +1,0 @@
-"""What a training or decoding step costs on accelerators that are not here."""

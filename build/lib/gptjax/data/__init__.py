@@ -1,1 +1,0 @@
-"""From files to batches: sources, chats, tokenizers, the token cache, packing, mixtures."""

@@ -1,1 +1,0 @@
-"""Devices: the mesh, axis rules, hosts and hardware figures."""

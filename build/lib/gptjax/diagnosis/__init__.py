@@ -1,1 +1,0 @@
-"""Measurements that explain a training run, one a file; gptjax.diagnose runs them."""

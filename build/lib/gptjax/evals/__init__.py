@@ -1,1 +1,0 @@
-"""Evaluation, and the simple methods that a model has to beat."""

@@ -1,1 +1,0 @@
-"""Decoding: how a token is chosen, and the compiled loop that chooses many."""

@@ -1,1 +1,0 @@
-"""Families of pretrained models, each a table of fields and a table of tensors."""

@@ -1,1 +1,0 @@
-"""The one model: attention, feed-forward, norms and positions, composed by configuration."""

@@ -1,1 +1,0 @@
-"""Tasks: their losses and their metrics."""

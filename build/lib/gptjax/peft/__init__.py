@@ -1,1 +1,0 @@
-"""Parameter-efficient fine-tuning: few parameters trained, the rest of the model frozen."""

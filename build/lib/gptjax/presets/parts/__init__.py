@@ -1,1 +1,0 @@
-"""Named presets of models, data sets, optimizers and meshes. Nothing but data."""

@@ -1,1 +1,0 @@
-"""Training: setup, step, loop, validation and checkpoints."""
