@@ -70,8 +70,9 @@ class Mask:
   """Who sees whom, in the form that the kernel takes.
 
   kernel: 'xla', 'splash' or 'cudnn'. window, visibility: as of `visible`. segment_ids_BT: for a
-  kernel that works out what is visible itself. visible_BTS: for one that is told. rotates: whether
-  the layer has the rotary positions of the model.
+  kernel that works out what is visible itself. visible_BTS: for one that is told, with the
+  positions of the queries, for who puts more keys before these. rotates: whether the layer has the
+  rotary positions of the model.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})
@@ -80,6 +81,7 @@ class Mask:
   segment_ids_BT: jax.Array | None = None
   visible_BTS: jax.Array | None = None
   rotates: bool = dataclasses.field(default=True, metadata={"static": True})
+  query_positions_BT: jax.Array | None = None
 
 
 def make_mask(
@@ -106,7 +108,7 @@ def make_mask(
     visibility=visibility,
     prefix_BS=prefix_BS,
   )
-  return make(visible_BTS=seen)
+  return make(visible_BTS=seen, query_positions_BT=query_positions_BT)
 
 
 def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: bool) -> str:

@@ -1,7 +1,8 @@
 """Virtual tokens before the text: keys and values of their own, or embeddings that make them.
 
-They are seen by every token of every segment of a packed row, and see only those before them. So
-a row has one copy of them, whatever it is packed of, and they take no place in it.
+Every segment of a packed row sees them as if they stood right before it, a layer with a window only
+as far back as that reaches; they see only those before them. So a row has one copy of them,
+whatever it is packed of, and they take no place in it.
 
 Axes: B batch, T query positions, S key positions, P virtual tokens, D width, N query heads, K
 key-value heads, H head width, L layers.
@@ -15,7 +16,7 @@ from flax import nnx
 
 from gptjax.devices.sharding import constrain
 from gptjax.errors import UserError
-from gptjax.model.attention import Attention, Mask
+from gptjax.model.attention import Attention, Mask, visible
 from gptjax.model.gpt import GPT
 from gptjax.model.positions import rope_frequencies, rotate
 from gptjax.peft.layers import Adapter, adopt
@@ -42,8 +43,9 @@ class PrefixAttention(Attention):
     keys_PKH = self.prefix_keys[...]
     if self.config.position == "rope" and mask.rotates:
       keys_PKH = self._turned_back(keys_PKH, local=mask.window is not None)
-    B, T, _ = mask.visible_BTS.shape
-    seen_BTP = jnp.ones((B, T, keys_PKH.shape[0]), bool)
+    B, P = q_BTNH.shape[0], keys_PKH.shape[0]
+    positions_BP = jnp.broadcast_to(jnp.arange(-P, 0), (B, P))
+    seen_BTP = visible(mask.query_positions_BT, positions_BP, mask.window)
     visible_BTS = jnp.concatenate([seen_BTP, mask.visible_BTS], axis=-1)
     return super()._attend(
       q_BTNH,

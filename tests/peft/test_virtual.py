@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +35,11 @@ def test_every_segment_of_a_packed_row_sees_the_virtual_tokens(
   np.testing.assert_allclose(together[:, 4:], apart[1:, :5], atol=2e-5)
 
 
-def test_token_by_token_is_the_same(make_adapted, logits):
-  model = make_adapted(PeftConfig("prompt", virtual_tokens=3), by=0.5)
+@pytest.mark.parametrize("window", [0, 4])
+def test_token_by_token_is_the_same(window, make_adapted, model_config, logits):
+  kinds = {"layer_pattern": ("local", "full"), "window": window} if window else {}
+  config = dataclasses.replace(model_config, **kinds)
+  model = make_adapted(PeftConfig("prompt", virtual_tokens=3), config, by=0.5)
   graph, state = nnx.split(model)
 
   @jax.jit
