@@ -16,7 +16,8 @@ goes into the bias of the last norm where there is one (GPT-2), otherwise fine-t
 always end_of_text, which `transformers` does not append to a text by itself.
 
 Adapters go both ways too: `--format=peft` writes those that a run trained as a folder of the `peft`
-library, and `--adapter` merges such a folder into its base, MODEL, before that is written.
+library, with its head of labels if it has one, and `--adapter` merges such a folder into its base,
+MODEL, before that is written.
 """
 
 from collections.abc import Mapping

@@ -6,6 +6,7 @@ The learning rates that the papers use are up to 100 times those of training all
 DEFAULTS = {
   "method": "none",
   "targets": (),
+  "unfrozen": (),
   "rank": 8,
   "alpha": 16.0,
   "rank_stabilized": False,

@@ -124,7 +124,9 @@ def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
   if peft is None:
     raise UserError(f"--format=peft: {source} is no run that trained adapters.")
   model_config = read_model_config(source)
-  chosen = _find_family(config.init_from, model_config, family)
+  labels = labels_of(source)
+  task = labels.task if labels else ""
+  chosen = _find_family(config.init_from, model_config, family, task)
   model, _ = load_checkpoint(source)
   adapters = nnx.to_pure_dict(nnx.state(model, Adapter))
   base = config.init_from.removeprefix("hf:")

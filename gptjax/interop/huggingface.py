@@ -170,8 +170,7 @@ def find_family(config: ModelConfig, name: str | None = None, task: str = "") ->
   """
   if config.num_labels and not task:
     raise UserError(
-      f"model.num_labels={config.num_labels}: a head of labels is not written with adapters; "
-      "take --format=hf or gptjax."
+      f"model.num_labels={config.num_labels}: a head of labels is not written without its task."
     )
   if name is not None:
     if name not in FAMILIES:

@@ -51,6 +51,8 @@ class PeftConfig:
     of projections, of 'bitfit' biases, of 'parallel' the networks ('blocks/mlp'). The first pattern
     that is found in a name decides; a parameter that none is found in stays as it is. The options
     are `rank` and `alpha`, in the place of those below, and of 'ia3' `scale_input`.
+  unfrozen: patterns of the model's own parameters that are trained whole beside the adapters, as an
+    embedding with new tokens, or the head (`modules_to_save` and `bias` of the `peft` library).
   rank: of A B, or the width of a bottleneck.
   alpha: the factor of A B and of a parallel bottleneck is alpha / rank,
   rank_stabilized: of A B alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
@@ -65,6 +67,7 @@ class PeftConfig:
 
   method: str
   targets: tuple[Any, ...] = ()
+  unfrozen: tuple[str, ...] = ()
   rank: int = 8
   alpha: float = 16.0
   rank_stabilized: bool = False

@@ -2,8 +2,12 @@
 
 The names of modules are those of a family's table (`gptjax.interop.families`). Where their one
 projection is several of ours (GPT-2's c_attn), the low-rank products of ours are blocks of theirs.
+Parameters that are trained whole beside the adapters are what they call `modules_to_save` and
+`bias`.
 """
 
+import dataclasses
+import functools
 import json
 import math
 import re
@@ -19,14 +23,13 @@ from flax import nnx, traverse_util
 from gptjax import tree
 from gptjax.errors import UserError
 from gptjax.interop.family import Family
-from gptjax.interop.tensors import Entry, applicable
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import ParameterInfo, describe_parameters
-from gptjax.peft.config import PeftConfig
+from gptjax.peft import whole
+from gptjax.peft.config import VIRTUAL_METHODS, PeftConfig
+from gptjax.peft.projections import Projection, find_entries, find_projections, is_target
 from gptjax.peft.surgery import abstract_model, describe_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _TYPES = {
   "LORA": "lora",
   "ADALORA": "adalora",
@@ -35,8 +38,13 @@ _TYPES = {
   "P_TUNING": "prompt",
   "PREFIX_TUNING": "prefix",
 }
+_TASK_TYPES = {
+  "ForSequenceClassification": "SEQ_CLS",
+  "ForTokenClassification": "TOKEN_CLS",
+  "ForQuestionAnswering": "QUESTION_ANS",
+}
 
-# Of bookkeeping, of training, or repeated by the names and shapes of the tensors.
+# Bookkeeping, options of training, and what the names and shapes of the tensors repeat.
 _NOT_READ = {
   "auto_mapping",
   "base_model_name_or_path",
@@ -45,11 +53,7 @@ _NOT_READ = {
   "peft_version",
   "task_type",
   "lora_dropout",
-  "target_modules",
-  "exclude_modules",
   "feedforward_modules",
-  "layers_to_transform",
-  "layers_pattern",
   "rank_pattern",
   "r",
   "target_r",
@@ -81,12 +85,16 @@ _NOT_READ = {
 }
 # Fields of which only these values leave the model to be what the tensors say.
 _ONLY = {
-  "bias": ("none",),
+  "bias": ("none", "all", "lora_only"),
   # The others change the parameters of the model itself.
   "init_lora_weights": (True, False, "gaussian"),
   "num_transformer_submodules": (1, None),
 }
-_READ = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "init_r"}
+_READ = {
+  *("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "init_r"),
+  *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+  *("modules_to_save", "ensure_weight_tying"),
+}
 
 
 def read(
@@ -105,11 +113,17 @@ def read(
   if method in ("prompt", "prefix"):
     config, flat = _read_virtual(method, tensors, model_config)
   else:
-    entries = _entries(model_config, family)
+    entries = find_entries(model_config, family)
+    projections = find_projections(entries, model_config)
     read_all = _read_ia3 if method == "ia3" else _read_lora
-    config, flat = read_all(fields, tensors, entries, model_config)
+    config, flat = read_all(fields, tensors, projections)
+    own = whole.read(fields, tensors, entries, family, model_config)
+    unfrozen = tuple(f"^{name}$" for name in own)
+    config, flat = dataclasses.replace(config, unfrozen=unfrozen), flat | own
   tensors.refuse_unread()
   for name, info in describe_adapters(model_config, config).items():
+    if name not in flat:
+      raise UserError(f"{folder}: no tensor of {name!r}, which is trained with the adapters.")
     if (found := flat[name].shape) != info.shape:
       raise UserError(f"{folder}: {name} is {list(found)}, the model makes it {list(info.shape)}.")
   return config, traverse_util.unflatten_dict(flat, sep="/")
@@ -130,19 +144,30 @@ def write(
   """
   flat = {name: np.asarray(x, np.float32) for name, x in tree.named_leaves(adapters).items()}
   fields: dict[str, Any] = {
-    "task_type": "CAUSAL_LM",
+    "task_type": _task_type(model_config, family),
     "base_model_name_or_path": base or None,
     "inference_mode": True,
   }
+  entries = find_entries(model_config, family)
+  projections = find_projections(entries, model_config)
   match config.method:
     case "lora" | "adalora" | "dora":
-      own, tensors = _write_lora(config, flat, _entries(model_config, family), model_config)
+      own, tensors = _write_lora(config, flat, projections)
     case "ia3":
-      own, tensors = _write_ia3(config, flat, _entries(model_config, family), model_config)
+      own, tensors = _write_ia3(config, flat, projections)
     case "prompt" | "ptuning" | "prefix":
       own, tensors = _write_virtual(config, flat, model_config)
     case _:
       raise UserError(f"peft.method={config.method!r} is not one of the `peft` library.")
+  if config.method not in VIRTUAL_METHODS:
+    adapted = {one.module for one in projections if is_target(own, one.modules[0])}
+    has_bias = config.method != "ia3"
+    more = whole.write(flat, adapted, entries, family, model_config, has_bias=has_bias)
+    own, tensors = own | more[0], tensors | more[1]
+  elif config.unfrozen or model_config.num_labels:
+    raise UserError(
+      f"peft.method={config.method!r}: parameters that are trained whole are not written with it."
+    )
   (folder / CONFIG).write_text(json.dumps(fields | own, indent=2, sort_keys=True) + "\n")
   contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
   safetensors.numpy.save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
@@ -163,7 +188,8 @@ def _read_fields(folder: Path) -> dict[str, Any]:
   for name, value in fields.items():
     if name in _ONLY:
       if value not in _ONLY[name]:
-        raise UserError(f"{path}: field {name!r} is {value!r}; only {_ONLY[name][0]!r} is known.")
+        known = ", ".join(map(repr, _ONLY[name]))
+        raise UserError(f"{path}: field {name!r} is {value!r}; only {known} is known.")
     elif value and name not in _NOT_READ | _READ:
       raise UserError(f"{path}: field {name!r} is {value!r}, which is not known.")
   return fields
@@ -188,7 +214,7 @@ class _Tensors:
   def take(self, name: str, *shape: int) -> np.ndarray:
     """The tensor `name`, which must be of `shape` if one is given; of it -1 may be any size."""
     if name not in self._tensors:
-      raise UserError(f"{self._path}: no tensor {name!r}; all layers are adapted, or none.")
+      raise UserError(f"{self._path}: no tensor {name!r}, which {CONFIG} asks for.")
     self._unread.discard(name)
     tensor = self._tensors[name].astype(np.float32)
     found = [*tensor.shape] + [1] * (len(shape) - tensor.ndim)
@@ -205,72 +231,18 @@ class _Tensors:
       raise UserError(f"{self._path}: tensor {min(self._unread)!r} has no place in the model.")
 
 
-class _Projection:
-  """A projection of theirs in every layer, and those of ours that it holds."""
-
-  def __init__(self, entry: Entry, parameters: Mapping[str, ParameterInfo], config: ModelConfig):
-    self.module = entry.theirs.removesuffix(".weight")
-    self.names = entry.ours
-    self._entry, self._config = entry, config
-    self._infos = {name: parameters[name] for name in entry.ours}
-    info = self._infos[self.names[0]]
-    self.layers = info.shape[0]
-    self.in_shape = tuple(info.shape[axis] for axis in info.fan_in_axes)
-    self.inputs = math.prod(self.in_shape)
-    self.outputs = sum(math.prod(self.out_shape(name)) for name in self.names)
-
-  @property
-  def target(self) -> str:
-    """What the library calls it in every layer."""
-    return self.module.rpartition("{i}.")[2]
-
-  @property
-  def fan_in_fan_out(self) -> bool:
-    """Whether the library's weight is [in, out]."""
-    return not self._entry.transposed
-
-  def tensor_names(self, suffix: str) -> list[str]:
-    return [f"{_PREFIX}{self.module.format(i=i)}.{suffix}" for i in range(self.layers)]
-
-  def split(self, tensors: Sequence[np.ndarray], rank: int | None = None) -> list[np.ndarray]:
-    """[out, rank] or [out] of each layer -> [L, rank, *out] or [L, *out] of each of ours."""
-    entry, infos = self._like_outputs(rank)
-    layers = [entry.split(tensor, infos, self._config) for tensor in tensors]
-    return [np.stack(of_name) for of_name in zip(*layers, strict=True)]
-
-  def join(self, ours: Sequence[np.ndarray], rank: int | None = None) -> list[np.ndarray]:
-    """The inverse of `split`."""
-    entry, infos = self._like_outputs(rank)
-    return [entry.join([x[i] for x in ours], infos, self._config) for i in range(self.layers)]
-
-  def out_shape(self, name: str) -> tuple[int, ...]:
-    return self._infos[name].shape[1 + len(self.in_shape) :]
-
-  def _like_outputs(self, rank: int | None) -> tuple[Entry, dict[str, ParameterInfo]]:
-    """As if the projection had `rank` inputs, or were a bias."""
-    middle, inputs = ((), None) if rank is None else ((rank,), (1,))
-    infos = {}
-    for name, info in self._infos.items():
-      shape = (self.layers, *middle, *self.out_shape(name))
-      axes = ("layers", *("rank",) * len(middle), *info.axes[1 + len(self.in_shape) :])
-      infos[name] = ParameterInfo(shape, axes, inputs)
-    return Entry(self._entry.theirs, self.names, True, self._entry.groups, self._rotary), infos
-
-  @property
-  def _rotary(self) -> bool:
-    return self._entry.rotary_pairs
-
-
-def _entries(model_config: ModelConfig, family: Family) -> list[_Projection]:
-  """The projections inside of layers that the library adapts."""
-  parameters = describe_parameters(model_config)
-  return [
-    _Projection(entry, parameters, model_config)
-    for entry in applicable(family.entries(model_config), parameters, family.model_type)
-    if (info := parameters[entry.ours[0]]).fan_in_axes is not None
-    and info.axes[0] == "layers"
-    and "experts" not in info.axes
-  ]
+def _task_type(model_config: ModelConfig, family: Family) -> str | None:
+  """The field by which the library chooses its class around the model; None is its general one."""
+  if family.label_head is not None:
+    if "." in family.label_head.theirs:
+      return None  # The others train the module whole that the head is a part of (RoBERTa).
+    architecture = family.architecture(model_config)
+    return next(task for name, task in _TASK_TYPES.items() if architecture.endswith(name))
+  if model_config.encoder_layers:
+    return "SEQ_2_SEQ_LM"
+  if model_config.visibility == "bidirectional":
+    return None if model_config.head_transform else "FEATURE_EXTRACTION"
+  return "CAUSAL_LM"
 
 
 def _path(name: str, leaf: str) -> str:
@@ -278,31 +250,37 @@ def _path(name: str, leaf: str) -> str:
   return f"{name.removesuffix('kernel')}{leaf}"
 
 
-def _read_lora(fields, tensors: _Tensors, projections, model_config):
+def _read_lora(fields, tensors: _Tensors, projections):
   flat: dict[str, np.ndarray] = {}
   rules = []
   method = "dora" if fields.get("use_dora") else _TYPES[fields["peft_type"]]
   for projection in projections:
-    a_names, b_names = (projection.tensor_names(_factor(method, part)) for part in "AB")
-    if not any(name in tensors for name in a_names):
+    adapted = [is_target(fields, module) for module in projection.modules]
+    if not any(adapted):
       continue
+    if method == "dora" and not all(adapted):
+      raise UserError(
+        f"{CONFIG}: use_dora with layers_to_transform is not known: {projection.target!r} has a "
+        "magnitude in every layer, or in none."
+      )
+    take = functools.partial(_take_layers, tensors, projection, adapted)
     # Each layer of 'adalora' is stored without the triplets whose singular value was set to 0.
     fewer = method == "adalora"
-    rank = fields["init_r"] if fewer else len(tensors.take(a_names[0], -1, projection.inputs))
+    a_name, b_name = (_factor(method, part) for part in "AB")
+    first = projection.tensor_names(a_name)[adapted.index(True)]
+    rank = fields["init_r"] if fewer else len(tensors.take(first, -1, projection.inputs))
     size = -1 if fewer else rank
-    a = [_padded(tensors.take(name, size, projection.inputs), rank, 0) for name in a_names]
-    b = [_padded(tensors.take(name, projection.outputs, size), rank, 1) for name in b_names]
+    a = [_padded(x, rank, 0) for x in take(a_name, size, projection.inputs)]
+    b = [_padded(x, rank, 1) for x in take(b_name, projection.outputs, size)]
     extra = [{} for _ in projection.names]
     if method == "adalora":
-      names = projection.tensor_names("lora_E")
-      values = np.stack([_padded(tensors.take(name, -1, 1), rank, 0)[:, 0] for name in names])
+      values = np.stack([_padded(x, rank, 0)[:, 0] for x in take("lora_E", -1, 1)])
       extra = [{"singular_values": values} for _ in projection.names]
     elif method == "dora":
-      names = projection.tensor_names("lora_magnitude_vector")
-      magnitudes = projection.split([tensors.take(name, projection.outputs) for name in names])
+      magnitudes = projection.split(take("lora_magnitude_vector", projection.outputs))
       extra = [{"magnitude": magnitude} for magnitude in magnitudes]
     a = np.stack(a).swapaxes(1, 2).reshape(projection.layers, *projection.in_shape, rank)
-    alpha = _alpha(fields, projection)
+    alpha = _alpha(fields, projection, adapted)
     for name, b_of_name, more in zip(
       projection.names, projection.split(b, rank), extra, strict=True
     ):
@@ -314,6 +292,17 @@ def _read_lora(fields, tensors: _Tensors, projections, model_config):
   return PeftConfig(method, tuple(rules), rank_stabilized=stabilized, **target_rank), flat
 
 
+def _take_layers(
+  tensors: _Tensors, projection: Projection, adapted: Sequence[bool], suffix: str, *shape: int
+) -> list[np.ndarray]:
+  """A tensor a layer, zeros of a layer that is not adapted; a size of -1 is then none."""
+  nothing = np.zeros([max(size, 0) for size in shape], np.float32)
+  return [
+    tensors.take(name, *shape) if is_adapted else nothing
+    for name, is_adapted in zip(projection.tensor_names(suffix), adapted, strict=True)
+  ]
+
+
 def _factor(method: str, part: str) -> str:
   """What the library calls A or B."""
   return f"lora_{part}" if method == "adalora" else f"lora_{part}.weight"
@@ -323,7 +312,7 @@ def _padded(x: np.ndarray, rank: int, axis: int) -> np.ndarray:
   return np.pad(x, [(0, rank - size if i == axis else 0) for i, size in enumerate(x.shape)])
 
 
-def _alpha(fields: Mapping[str, Any], projection: _Projection) -> float:
+def _alpha(fields: Mapping[str, Any], projection: Projection, adapted: Sequence[bool]) -> float:
   patterns = fields.get("alpha_pattern") or {}
   found = {
     float(
@@ -332,14 +321,15 @@ def _alpha(fields: Mapping[str, Any], projection: _Projection) -> float:
         fields["lora_alpha"],
       )
     )
-    for module in (projection.module.format(i=i) for i in range(projection.layers))
+    for module, is_adapted in zip(projection.modules, adapted, strict=True)
+    if is_adapted
   }
   if len(found) > 1:
     raise UserError(f"{CONFIG}: alpha_pattern: {projection.target!r} differs between layers.")
   return found.pop()
 
 
-def _write_lora(config: PeftConfig, flat, projections, model_config):
+def _write_lora(config: PeftConfig, flat, projections):
   kernels = _kernels(flat, "lora_a")
   options = {
     name: (found.get("rank", config.rank), found.get("alpha", config.alpha))
@@ -350,7 +340,7 @@ def _write_lora(config: PeftConfig, flat, projections, model_config):
   adapted = list(_adapted(projections, options))
   for projection in adapted:
     rank, alpha, a, b = _joined(projection, options, flat, config)
-    ranks[projection.target], alphas[projection.target] = rank, alpha
+    ranks[projection.pattern], alphas[projection.pattern] = rank, alpha
     parts = {_factor(config.method, "A"): a, _factor(config.method, "B"): projection.join(b, rank)}
     if config.method == "adalora":
       parts |= {"lora_A": a[:, :, :-1], "lora_E": a[:, :, -1:]}
@@ -364,10 +354,9 @@ def _write_lora(config: PeftConfig, flat, projections, model_config):
       tensors |= dict(zip(names, magnitudes, strict=True))
   first = next(iter(ranks))
   fields = {
-    "target_modules": sorted(ranks),
+    "target_modules": _targets(adapted),
     "fan_in_fan_out": any(projection.fan_in_fan_out for projection in adapted),
     "lora_dropout": 0.0,
-    "bias": "none",
   }
   if config.method == "adalora":
     # One rank and one factor for all: the others are made up for.
@@ -375,7 +364,7 @@ def _write_lora(config: PeftConfig, flat, projections, model_config):
     rank = max(ranks.values())
     for projection in adapted:
       for part, axis in (("A", 0), ("B", 1), ("E", 0)):
-        factor = scales[projection.target] / scales[first] if part == "E" else 1.0
+        factor = scales[projection.pattern] / scales[first] if part == "E" else 1.0
         for name in projection.tensor_names(f"lora_{part}"):
           tensors[name] = np.float32(factor) * _padded(tensors[name], rank, axis)
     return fields | {
@@ -401,7 +390,7 @@ def _kernels(flat: Mapping[str, Any], leaf: str) -> list[str]:
   return [name.removesuffix(leaf) + "kernel" for name in flat if name.endswith(f"/{leaf}")]
 
 
-def _adapted(projections, names: Mapping[str, Any]) -> Iterator[_Projection]:
+def _adapted(projections, names: Mapping[str, Any]) -> Iterator[Projection]:
   """Those that hold one of the names; all names are held.
 
   Raises:
@@ -415,7 +404,7 @@ def _adapted(projections, names: Mapping[str, Any]) -> Iterator[_Projection]:
       yield projection
 
 
-def _joined(projection: _Projection, options, flat, config: PeftConfig):
+def _joined(projection: Projection, options, flat, config: PeftConfig):
   """Rank, alpha, A [L, rank, in] and B [L, rank, *out] of each name, of one product for all.
 
   Singular values are the last column of A.
@@ -454,16 +443,19 @@ def _joined(projection: _Projection, options, flat, config: PeftConfig):
   return total, alpha, a.swapaxes(1, 2), b
 
 
-def _read_ia3(fields, tensors: _Tensors, projections, model_config):
+def _read_ia3(fields, tensors: _Tensors, projections):
   flat: dict[str, np.ndarray] = {}
   rules = []
   for projection in projections:
     names = projection.tensor_names("ia3_l")
-    if not any(name in tensors for name in names):
+    adapted = [is_target(fields, module) for module in projection.modules]
+    if not any(adapted):
       continue
-    of_input = len(tensors.take(names[0], -1, -1)) == 1
+    of_input = len(tensors.take(names[adapted.index(True)], -1, -1)) == 1
     shape = (1, projection.inputs) if of_input else (projection.outputs, 1)
-    layers = [tensors.take(name, *shape) for name in names]
+    # What is not adapted is scaled by 1.
+    layers = _take_layers(tensors, projection, adapted, "ia3_l", *shape)
+    layers = [x if is_adapted else x + 1 for x, is_adapted in zip(layers, adapted, strict=True)]
     if of_input:
       ours = [np.stack(layers).reshape(projection.layers, *projection.in_shape)]
       ours *= len(projection.names)
@@ -475,7 +467,7 @@ def _read_ia3(fields, tensors: _Tensors, projections, model_config):
   return PeftConfig("ia3", targets=tuple(rules)), flat
 
 
-def _write_ia3(config: PeftConfig, flat, projections, model_config):
+def _write_ia3(config: PeftConfig, flat, projections):
   kernels = _kernels(flat, "ia3_scale")
   options = tree.match_rules(kernels, config.rules, "peft.targets")
   tensors: dict[str, np.ndarray] = {}
@@ -484,7 +476,7 @@ def _write_ia3(config: PeftConfig, flat, projections, model_config):
     names = projection.tensor_names("ia3_l")
     of_input = {options.get(name, {}).get("scale_input", False) for name in projection.names}
     if of_input == {True} and len(projection.names) == 1:
-      feedforward.append(projection.target)
+      feedforward.append(projection)
       scale = flat[_path(projection.names[0], "ia3_scale")]
       vectors = scale.reshape(projection.layers, 1, -1)
     elif of_input == {False}:
@@ -501,10 +493,14 @@ def _write_ia3(config: PeftConfig, flat, projections, model_config):
     tensors |= dict(zip(names, vectors, strict=True))
   return {
     "peft_type": "IA3",
-    "target_modules": sorted(projection.target for projection in adapted),
-    "feedforward_modules": sorted(feedforward),
+    "target_modules": _targets(adapted),
+    "feedforward_modules": _targets(feedforward),
     "fan_in_fan_out": any(projection.fan_in_fan_out for projection in adapted),
   }, tensors
+
+
+def _targets(projections: Sequence[Projection]) -> list[str]:
+  return sorted(target for projection in projections for target in projection.targets)
 
 
 def _prefix_shape(config: ModelConfig, tokens: int) -> tuple[int, ...]:

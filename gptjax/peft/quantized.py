@@ -123,7 +123,7 @@ def quantize_model(model: GPT, base: str) -> None:
   Raises:
     UserError: as `quantize_params`.
   """
-  for name in _quantized(describe(model), base):
+  for name in quantized_names(describe(model), base):
     *path, leaf = name.split("/")
     module = functools.reduce(getattr, path, model)
     kernel = getattr(module, leaf)
@@ -149,7 +149,7 @@ def quantize_params(
     UserError: the axis along which nf4 makes pairs is odd.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
-  for name in _quantized(parameters, base):
+  for name in quantized_names(parameters, base):
     kernel = flat.pop(name)
     make = functools.partial(_named_parts, name, base, parameters[name].fan_in_axes)
     shapes = jax.eval_shape(make, kernel)
@@ -171,8 +171,8 @@ def _named_parts(name: str, base: str, contracted: Sequence[int], kernel: jax.Ar
   return {f"{name}/{part}": x for part, x in quantize(kernel, base, contracted).items()}
 
 
-def _quantized(parameters: Mapping[str, ParameterInfo], base: str) -> list[str]:
-  """Names of the kernels that are."""
+def quantized_names(parameters: Mapping[str, ParameterInfo], base: str) -> list[str]:
+  """Names of the kernels that are not kept in float32."""
   if base == "float32":
     return []
   names = [

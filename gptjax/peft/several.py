@@ -82,6 +82,8 @@ def put_several_on(model: GPT, adapters: Sequence[tuple[PeftConfig, Mapping[str,
   for i, (config, values) in enumerate(adapters):
     if config.method != "lora":
       raise UserError(f"adapter {i}: peft.method={config.method!r}; only 'lora' goes with others.")
+    if config.unfrozen:
+      raise UserError(f"adapter {i}: peft.unfrozen={config.unfrozen}: all rows share the model.")
     flat = tree.named_leaves(values)
     for name, info in describe_adapters(model.config, config).items():
       if name not in flat or flat[name].shape != info.shape:

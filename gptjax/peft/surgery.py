@@ -25,7 +25,7 @@ from gptjax.peft.layers import (
   LoRALinear,
   ParallelFeedForward,
 )
-from gptjax.peft.quantized import QuantizedKernel, quantize_model
+from gptjax.peft.quantized import QuantizedKernel, quantize_model, quantized_names
 from gptjax.peft.virtual import (
   PrefixAttention,
   PromptGPT,
@@ -46,13 +46,15 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
   that are to be trained are `Adapter`s, so `nnx.split(adapted, Adapter, ...)` tells them apart.
 
   Raises:
-    UserError: a rule of `config.targets` names nothing that could be adapted so, or the model
-      cannot see virtual tokens.
+    UserError: a rule of `config.targets` names nothing that could be adapted so, one of
+      `config.unfrozen` names no parameter or one that is quantised, or the model cannot see virtual
+      tokens.
   """
-  if model.label_head is not None:
-    for name in ("kernel", "bias") if model.config.label_bias else ("kernel",):
-      _train(model.label_head, name)
+  whole = _find_whole(model, config)
   quantize_model(model, config.base)
+  for name in whole:
+    *path, leaf = name.split("/")
+    _train(_find(model, path), leaf)
   match config.method:
     case "prompt":
       return add_prompt(model, config.virtual_tokens, rngs)
@@ -85,6 +87,28 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
         adapted = ParallelFeedForward(module, **(low_rank | {"scale": alpha / rank}))
     setattr(parent, path[-1], adapted)
   return model
+
+
+def _find_whole(model: GPT, config: PeftConfig) -> list[str]:
+  """Names of the parameters that are trained beside the adapters: a head of labels, which is new,
+  and those of `config.unfrozen`."""
+  parameters = describe(model)
+  whole = [name for name in LABEL_HEAD if name in parameters]
+  for pattern in config.unfrozen:
+    found = tree.match_rules(parameters, [(pattern, True), ("", False)], "peft.unfrozen")
+    names = [name for name, is_found in found.items() if is_found]
+    if not names:
+      raise UserError(
+        f"peft.unfrozen: {pattern!r} is found in the name of no parameter of the model. "
+        f"{did_you_mean(pattern, parameters)}"
+      )
+    if rounded := set(names) & set(quantized_names(parameters, config.base)):
+      raise UserError(
+        f"peft.unfrozen: {min(rounded)!r} is kept in {config.base} and cannot be trained; set "
+        "peft.base=float32."
+      )
+    whole += names
+  return list(dict.fromkeys(whole))
 
 
 def _train(module: nnx.Module, name: str) -> None:

@@ -1,6 +1,7 @@
 """Conversion: every bit there and back, what is refused, and that nothing half-written stays."""
 
 import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from gptjax.interop import convert as convert_lib
 from gptjax.interop.convert import convert, name_checkpoint
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.verify import Agreement
+from gptjax.model.gpt import describe_parameters
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.surgery import initial_adapters
 from gptjax.training.checkpoints import Checkpoints, checksum
@@ -317,16 +319,19 @@ def test_flags_of_the_other_format_are_refused(command, original, tmp_path, chan
 def make_adapter_run(original, tmp_path_factory):
   """Returns a function that makes the work directory of a run that trained adapters."""
 
-  def make(method, targets=()):
+  def make(method, targets=(), labels=()):
     opened = HuggingFaceModel(str(original[0]))
+    config = dataclasses.replace(opened.config, num_labels=len(labels), label_bias=False)
     peft = PeftConfig(method, targets, rank=2, target_rank=1, virtual_tokens=3)
-    base = traverse_util.unflatten_dict(original[1], sep="/")
-    initial = initial_adapters(opened.config, peft, base, 0)
+    own = describe_parameters(config)
+    base = {name: value for name, value in original[1].items() if name in own}
+    base = traverse_util.unflatten_dict(base, sep="/")
+    initial = initial_adapters(config, peft, base, 0)
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype("float32"), initial)
     workdir = tmp_path_factory.mktemp(method)
-    values = {"model": vars(opened.config), "init_from": f"hf:{original[0]}"}
-    values["peft"] = vars(peft)
+    values = {"model": vars(config), "init_from": f"hf:{original[0]}", "peft": vars(peft)}
+    values |= {"objective": "classification", "data": {"labels": labels}} if labels else {}
     (workdir / "config.json").write_text(json.dumps(values))
     tokenizer_lib.load(str(original[0])).save(workdir / "tokenizer")
     with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
@@ -374,6 +379,16 @@ def test_the_peft_library_puts_the_adapters_of_a_run_on_their_base(
     expected = theirs(input_ids=torch.tensor(tokens)).logits[:, -6:].numpy()
   actual = load_model(run)[0](jnp.asarray(tokens))
   np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_head_of_labels_goes_along_with_its_adapters(command, make_adapter_run, tmp_path):
+  run = make_adapter_run("lora", ("query",), labels=("bad", "fair", "good"))
+  assert command(run, tmp_path / "peft", format="peft") == 0
+  fields = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+  assert (fields["task_type"], fields["modules_to_save"]) == ("SEQ_CLS", ["score"])
+  tensors = safetensors.numpy.load_file(tmp_path / "peft/adapter_model.safetensors")
+  trained = named_params(load_model(run)[0])["label_head/kernel"]
+  np.testing.assert_allclose(tensors["base_model.model.score.weight"], trained.T)
 
 
 def test_adapters_that_have_no_form_there_leave_nothing_behind(

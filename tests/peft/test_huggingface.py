@@ -6,38 +6,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from gptjax import tree
 from gptjax.errors import UserError
-from gptjax.interop.huggingface import HuggingFaceModel
-from gptjax.model.gpt import model_graph
 from gptjax.peft import huggingface
 from gptjax.peft.config import PeftConfig
-from gptjax.peft.surgery import initial_adapters, put_on
+from gptjax.peft.surgery import initial_adapters
+from tests.peft.conftest import our_logits, their_logits
 
-V = 32
-LLAMA = {
-  "vocab_size": V,
-  "hidden_size": 16,
-  "num_hidden_layers": 2,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "intermediate_size": 24,
-  "max_position_embeddings": 24,
-  "bos_token_id": None,
-  "eos_token_id": None,
-}
-GPT2 = {
-  "vocab_size": V,
-  "n_embd": 16,
-  "n_layer": 2,
-  "n_head": 4,
-  "n_positions": 24,
-  "bos_token_id": None,
-  "eos_token_id": None,
-}
-TOKENS = np.random.default_rng(0).integers(0, V, (2, 6)).astype(np.int32)
 LINEARS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 LORA = {"r": 3, "lora_alpha": 5}
 # name: (model, config of the library, its fields)
@@ -91,48 +67,88 @@ CASES = {
   ),
   "gpt2-prompt": ("gpt2", "PromptTuningConfig", {"num_virtual_tokens": 3}),
   "gpt2-prefix": ("gpt2", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
+  **{
+    f"{base}-{method}": (base, config, {"num_virtual_tokens": 6})
+    for base in ("mistral", "gemma2", "gemma3")
+    for method, config in (
+      ("prompt", "PromptTuningConfig"),
+      ("ptuning", "PromptEncoderConfig"),
+      ("prefix", "PrefixTuningConfig"),
+    )
+  },
+  "layers": (
+    "llama",
+    "LoraConfig",
+    LORA | {"target_modules": LINEARS, "layers_to_transform": [1]},
+  ),
+  "one-module": ("llama", "LoraConfig", LORA | {"target_modules": r".*\.0\.self_attn\.[qv]_proj"}),
+  "adalora-layers": (
+    "llama",
+    "AdaLoraConfig",
+    {"init_r": 3, "target_r": 2, "total_step": 9, "target_modules": ["q_proj"]}
+    | {"layers_to_transform": 0, "layers_pattern": "layers"},
+  ),
+  "whole": (
+    "llama",
+    "LoraConfig",
+    LORA | {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+  ),
+  "ia3-whole": (
+    "llama",
+    "IA3Config",
+    {"target_modules": ["q_proj"], "feedforward_modules": [], "modules_to_save": ["k_proj"]},
+  ),
+  "tied-whole": (
+    "tied",
+    "LoraConfig",
+    LORA
+    | {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    | {"ensure_weight_tying": True},
+  ),
+  **{
+    f"gpt2-bias-{which}": (
+      "gpt2",
+      "LoraConfig",
+      LORA | {"target_modules": ["c_attn"], "bias": which, "fan_in_fan_out": True},
+    )
+    for which in ("all", "lora_only")
+  },
+  "bert-bias": ("bert", "LoraConfig", LORA | {"target_modules": ["query"], "bias": "all"}),
+  "bert-encoder": ("bert-encoder", "LoraConfig", LORA | {"target_modules": ["query"]}),
+  "bert-labels": ("bert-labels", "LoraConfig", LORA | {"target_modules": ["query"]}),
+  "roberta-labels": (
+    "roberta-labels",
+    "LoraConfig",
+    LORA | {"target_modules": ["query"], "modules_to_save": ["classifier.out_proj"]},
+  ),
+  "llama-labels": (
+    "llama-labels",
+    "LoraConfig",
+    LORA | {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+  ),
+  "t5": (
+    "t5",
+    "LoraConfig",
+    LORA | {"target_modules": ["q", "wi"], "rank_pattern": {r"encoder\..*\.q": 2}},
+  ),
+}
+# What the library makes of a model by, where it is no language model.
+TASKS = {
+  "bert": None,
+  "bert-encoder": "FEATURE_EXTRACTION",
+  "bert-labels": "SEQ_CLS",
+  "roberta-labels": None,
+  "llama-labels": "TOKEN_CLS",
+  "t5": "SEQ_2_SEQ_LM",
 }
 
 
-@pytest.fixture(scope="module")
-def bases(make_reference, load_params, tmp_path_factory):
-  """Returns a function that makes (a new copy of their model, ours as opened, its parameters)."""
-  made = {}
-
-  def make(name):
-    if name not in made:
-      classes = {
-        "llama": ("LlamaForCausalLM", "LlamaConfig"),
-        "gpt2": ("GPT2LMHeadModel", "GPT2Config"),
-      }
-      theirs = make_reference(*classes[name], **{"llama": LLAMA, "gpt2": GPT2}[name])
-      folder = tmp_path_factory.mktemp(name)
-      theirs.save_pretrained(folder)
-      opened = HuggingFaceModel(str(folder))
-      made[name] = (theirs, opened, load_params(opened))
-    theirs, opened, params = made[name]
-    copy = type(theirs)(theirs.config)
-    copy.load_state_dict(theirs.state_dict())
-    return copy.eval(), opened, params
-
-  return make
-
-
-def their_logits(torch, model, tokens=TOKENS):
-  with torch.no_grad():
-    logits = model(input_ids=torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-  return logits[:, -tokens.shape[1] :]  # Without those of a prompt.
-
-
-def our_logits(opened, params, config, adapters):
-  scanned = dataclasses.replace(opened.config, scan_layers=True)  # Half as much to compile.
-  model = nnx.merge(model_graph(scanned), jax.tree.map(np.asarray, params))
-  graph, state = nnx.split(put_on(model, config, adapters))
-  return np.asarray(jax.jit(lambda state: nnx.merge(graph, state)(TOKENS))(state))
-
-
 # Each method once, on one of the models, in the quick tests.
-SLOW = ("dora", "ia3", "ptuning", "gpt2-prompt")
+SLOW = (
+  *("dora", "ia3", "ptuning", "gpt2-prompt", "mistral-ptuning", "mistral-prefix", "gemma2-prompt"),
+  *("gemma2-ptuning", "gemma3-prompt", "gemma3-prefix", "adalora-layers", "one-module"),
+  *("ia3-whole", "gpt2-bias-lora_only", "bert-encoder", "llama-labels", "roberta-labels"),
+)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +160,8 @@ def test_logits_are_those_of_the_peft_library_and_both_ways(name, bases, referen
 
   base, config_name, fields = CASES[name]
   model, opened, params = bases(base)
-  config = getattr(peft, config_name)(task_type="CAUSAL_LM", **fields)
+  task = TASKS.get(base, "CAUSAL_LM")
+  config = getattr(peft, config_name)(task_type=task, **fields)
   adapted = peft.get_peft_model(model, config).eval()
   torch.manual_seed(1)
   with torch.no_grad():
@@ -163,6 +180,7 @@ def test_logits_are_those_of_the_peft_library_and_both_ways(name, bases, referen
 
   (tmp_path / "ours").mkdir()
   huggingface.write(tmp_path / "ours", opened.config, read, adapters, opened.family)
+  assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["task_type"] == task
   fresh, *_ = bases(base)
   loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
   np.testing.assert_allclose(
@@ -258,13 +276,10 @@ def written(bases, tmp_path_factory):
 @pytest.mark.parametrize(
   ("field", "value", "sentence"),
   [
-    ("bias", "all", "field 'bias' is 'all'; only 'none' is known"),
+    ("bias", "some", "field 'bias' is 'some'; only 'none', 'all', 'lora_only' is known"),
     ("init_lora_weights", "pissa", "field 'init_lora_weights' is 'pissa'"),
-    (
-      "modules_to_save",
-      ["lm_head"],
-      r"field 'modules_to_save' is \['lm_head'\], which is not known",
-    ),
+    ("modules_to_save", ["lm_head"], r"no tensor '.*lm_head\.weight', which .* asks for"),
+    ("bias", "none and all", "field 'bias'"),
     ("peft_type", "VERA", "no peft_type 'VERA' is known, only LORA"),
   ],
 )
