@@ -47,7 +47,11 @@ class Tokenizer:
     spec: what it was made from.
     vocab_size: number of ids, unused ones included.
     end_of_text: id of the separator between documents.
-    start: ids that a document or a prompt begins with.
+    is_own: whether it was made here, and is no foreign one.
+    start: ids that a text begins with; those of a foreign tokenizer are what its own library adds,
+      which may be nothing.
+    prefix: id that stands before a text that nothing else does: the start of a sequence where there
+      is one, else its end (`prefix_token_id` of lm-eval).
     stops: ids that end a completion.
     fim_prefix, fim_middle, fim_suffix: ids for fill-in-the-middle, or None.
     mask: id of what hides a token, or None.
@@ -75,13 +79,24 @@ class Tokenizer:
     return self._format.end_of_text
 
   @property
+  def is_own(self) -> bool:
+    return self.spec.startswith(_BPE) or self.spec.split("+")[0] == "bytes"
+
+  @property
   def start(self) -> tuple[int, ...]:
+    if self.is_own:
+      return (self.end_of_text,)
     bos = self.specials.get(self.roles.get("bos_token"))
     if self._settings.adds_bos and bos is not None:
       return (bos,)
-    if self._settings.adds_bos is False or self._format.start is None:
-      return (self.end_of_text,)
-    return self._format.start
+    return () if self._settings.adds_bos is False else self._format.start or ()
+
+  @property
+  def prefix(self) -> int:
+    if self.is_own:
+      return self.end_of_text
+    named = (self.specials.get(self.roles.get(role)) for role in ("bos_token", "eos_token"))
+    return next((token for token in named if token is not None), self.end_of_text)
 
   @property
   def stops(self) -> frozenset[int]:
@@ -148,6 +163,10 @@ class Tokenizer:
     for text in texts:
       _check(text)
     return self._format.encode_batch(texts)
+
+  def encode_prompt(self, text: str) -> list[int]:
+    """Returns what a model reads of a text that it is to go on from: at least one id."""
+    return [*self.start, *self.encode(text)] or [self.prefix]
 
   def encode_with_specials(self, text: str) -> list[int]:
     """Returns the ids of `text`, its special tokens parsed, as of a rendered chat template."""
@@ -274,11 +293,6 @@ def train_or_load(
   if save:
     tokenizer.save(folder)
   return tokenizer
-
-
-def start_of(tokenizer: Tokenizer) -> list[int]:
-  """The ids that a document or a prompt starts with where something must: at least one."""
-  return [*tokenizer.start] or [tokenizer.end_of_text]
 
 
 def declared_vocab_size(spec: str) -> int:

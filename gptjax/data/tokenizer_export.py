@@ -3,14 +3,22 @@
 import json
 from pathlib import Path
 
+import tokenizers
+from tokenizers import processors
+
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokenizer_formats import bytes_as_bpe
 from gptjax.errors import UserError
 
 
-def export(folder: Path, tokenizer: Tokenizer) -> None:
+def export(folder: Path, tokenizer: Tokenizer, *, starts: bool) -> None:
   """Writes the tokenizer's files, and what `transformers` needs beside them where they lack it.
+
+  Args:
+    folder: where to.
+    tokenizer: what to write.
+    starts: whether a text is to begin there as it does here.
 
   Raises:
     UserError: its files are in no format of Hugging Face's.
@@ -18,6 +26,8 @@ def export(folder: Path, tokenizer: Tokenizer) -> None:
   tokenizer.save(folder)
   if tokenizer.spec.split("+")[0] == "bytes":
     (folder / "tokenizer.json").write_text(bytes_as_bpe(tokenizer.specials).to_str())
+  if starts:
+    _add_start(folder / "tokenizer.json", tokenizer)
   if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
     end = tokenizer.end_of_text
     text = next((text for text, token in tokenizer.specials.items() if token == end), None)
@@ -29,3 +39,14 @@ def export(folder: Path, tokenizer: Tokenizer) -> None:
     raise UserError(
       f"tokenizer {tokenizer.spec!r} is in no format of Hugging Face's; use --format=gptjax."
     ) from error
+
+
+def _add_start(path: Path, tokenizer: Tokenizer) -> None:
+  """Has the libraries of others begin a text with what the tokenizer begins it with."""
+  names = {token: text for text, token in tokenizer.specials.items()}
+  start = [(names[token], token) for token in tokenizer.start]
+  theirs = tokenizers.Tokenizer.from_file(str(path))
+  theirs.post_processor = processors.TemplateProcessing(
+    single=[*(text for text, _ in start), "$A"], special_tokens=start
+  )
+  path.write_text(theirs.to_str())

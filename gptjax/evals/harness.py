@@ -4,6 +4,7 @@ framework for few-shot language model evaluation).
 Importing this module imports lm-eval, which takes two seconds.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,10 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from gptjax.data.chat import ChatTemplate
-from gptjax.data.tokenizer import start_of
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evals.subject import Subject
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.score import encode_pair
+from gptjax.inference.score import Pair, rolling_windows
 
 # What lm-eval writes where a task does not say.
 _MAX_TOKENS = 256
@@ -27,7 +27,11 @@ _GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k"
 
 
 class HarnessModel(LM):
-  """A model as lm-eval asks it: all requests of a kind at once, of which we make batches."""
+  """A model as lm-eval asks it: all requests of a kind at once, of which we make batches.
+
+  Texts become tokens as in its own model of `transformers` (HFLM): special tokens are parsed, and
+  before a text stands what its tokenizer puts there and no more.
+  """
 
   def __init__(self, subject: Subject, seed: int = 0):
     super().__init__()
@@ -35,17 +39,45 @@ class HarnessModel(LM):
     self.seed = seed
 
   def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-    tokenizer = self.subject.tokenizer
-    pairs = []
-    for context, continuation in (request.args for request in requests):
-      if self.subject.chat and context:
-        context = tokenizer.encode_with_specials(context)
-      pairs.append(encode_pair(tokenizer, context, continuation))
+    pairs = [self._encode_pair(*request.args) for request in requests]
     return [(one.log_likelihood, one.greedy) for one in self.subject.score(pairs)]
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    texts = [request.args[0] for request in requests]
-    return [one.log_likelihood for one in self.subject.score_documents(texts)]
+    prefix, room = [self.subject.tokenizer.prefix], self.subject.context_length
+    windows = [
+      [*rolling_windows(prefix, self._encode_document(request.args[0]), room)]
+      for request in requests
+    ]
+    scores = iter(self.subject.score([*itertools.chain(*windows)]))
+    return [
+      sum(one.log_likelihood for one in itertools.islice(scores, len(own))) for own in windows
+    ]
+
+  def _encode(self, text: str) -> list[int]:
+    """A text with what the tokenizer puts before it, unless it is written there already."""
+    tokenizer = self.subject.tokenizer
+    tokens = tokenizer.encode_with_specials(text)
+    return tokens if tokens[:1] == [tokenizer.prefix] else [*tokenizer.start, *tokens]
+
+  def _encode_pair(self, context: str, continuation: str) -> Pair:
+    """A context and what follows it; white space between the two belongs to the latter, and the
+    tokens of the former are as many as it has alone."""
+    tokenizer = self.subject.tokenizer
+    before = context.rstrip()
+    continuation = context[len(before) :] + continuation
+    if before:
+      tokens = self._encode(before)
+      return tokens, self._encode(before + continuation)[len(tokens) :]
+    tokens = tokenizer.encode_with_specials(continuation)
+    return (
+      ([tokenizer.prefix], tokens) if tokens[0] != tokenizer.prefix else (tokens[:1], tokens[1:])
+    )
+
+  def _encode_document(self, text: str) -> list[int]:
+    """The tokens of a text that are to be predicted: lm-eval predicts a start that a foreign
+    tokenizer adds, though it comes after the same token."""
+    tokenizer = self.subject.tokenizer
+    return tokenizer.encode_with_specials(text) if tokenizer.is_own else self._encode(text)
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
     answers = [""] * len(requests)
@@ -70,12 +102,7 @@ class HarnessModel(LM):
       **{key: options[key] for key in ("top_k", "top_p", "min_p") if key in options},
     )
     tokenizer = self.subject.tokenizer
-    rows = [
-      tokenizer.encode_with_specials(prompt)
-      if self.subject.chat
-      else [*start_of(tokenizer), *tokenizer.encode(prompt)]
-      for prompt in prompts
-    ]
+    rows = [self._encode(prompt) or [tokenizer.prefix] for prompt in prompts]
     return self.subject.write(
       rows,
       max_tokens=int(options.get("max_gen_toks", _MAX_TOKENS)),

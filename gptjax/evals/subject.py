@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from gptjax.data.chat import ChatTemplate
-from gptjax.data.tokenizer import Tokenizer, start_of
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.inference import score as scoring
 from gptjax.inference.generate import generate
@@ -83,14 +83,13 @@ class Subject:
     seeds: Sequence[int] | None = None,
   ) -> list[str]:
     """Continues each prompt, whose start is left out where it does not fit; `seeds` is one each."""
-    room = scoring.context_length(self.model, self.max_length)
+    room = self.context_length
     # What an encoder reads and what a decoder writes are rows of their own.
     room -= 0 if self.model.encoder is not None else max_tokens
     if room < 1:
       raise UserError(f"max_tokens={max_tokens} leaves no room for a prompt ({room} tokens).")
-    start = start_of(self.tokenizer)
     rows = [
-      [*start, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+      self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
       for prompt in prompts
     ]
     scoring.warn_of_cuts([len(row) for row in rows], room)
@@ -115,6 +114,11 @@ class Subject:
           answers[index] = completion.completion
         bar.update(len(batch))
     return answers
+
+  @property
+  def context_length(self) -> int:
+    """How many tokens the model reads at a time."""
+    return scoring.context_length(self.model, self.max_length)
 
   @property
   def _options(self) -> dict:

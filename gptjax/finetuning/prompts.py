@@ -9,11 +9,10 @@ import numpy as np
 
 from gptjax.data.sources import Source, documents
 from gptjax.data.templates import Example, Template
-from gptjax.data.tokenizer import start_of
 from gptjax.errors import UserError
 from gptjax.finetuning.chat_encoding import FlaggingEncoder, encode_pieces
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Prompts:
@@ -76,7 +75,7 @@ class PromptEncoder(FlaggingEncoder):
       asked, answered = encode_pieces(self.tokenizer, [prompt, answer], parse_specials=False)
     except UserError as error:
       raise UserError(f"{name}: {error}") from error
-    given = [*start_of(self.tokenizer), *asked]
+    given = [*self.tokenizer.start, *asked] or [self.tokenizer.prefix]
     learnt = [*answered, self.tokenizer.end_of_text]
     stored = [*(2 * token for token in given), *(2 * token + 1 for token in learnt)]
     return np.array(stored, np.uint32)

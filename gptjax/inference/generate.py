@@ -50,7 +50,8 @@ def generate(
     model: any GPT that is not bidirectional; its parameters may be sharded. With an encoder, that
       reads the prompt.
     tokenizer: the model's.
-    prompts: texts, each read as the start of a document, or the ids of all that is to be read.
+    prompts: texts, each read as `Tokenizer.encode_prompt` has it, or the ids of all that is to be
+      read.
     max_tokens: the most tokens to add to a prompt.
     sampling: how tokens are chosen.
     stop: strings that end a completion, themselves left out.
@@ -129,7 +130,7 @@ def generate(
 
 def _ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
   if isinstance(prompt, str):
-    return [*tokenizer.start, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]
+    return tokenizer.encode_prompt(prompt)
   if not len(prompt):
     raise UserError("a prompt given as ids needs at least one.")
   return list(prompt)

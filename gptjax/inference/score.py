@@ -14,7 +14,7 @@ from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
-from gptjax.data.tokenizer import Tokenizer, start_of
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.inference.lengths import round_up
 from gptjax.model.gpt import GPT
@@ -172,7 +172,6 @@ def encode_pair(tokenizer: Tokenizer, context: str | Tokens, continuation: str) 
     raise UserError("a continuation to score is empty.")
   if not isinstance(context, str):
     return context, tokenizer.encode(continuation)
-  start = start_of(tokenizer)
   border = len(context.rstrip())
   before = tokenizer.encode(context[:border]) if border else []
   whole = tokenizer.encode(context + continuation)
@@ -180,7 +179,7 @@ def encode_pair(tokenizer: Tokenizer, context: str | Tokens, continuation: str) 
     (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
     min(len(before), len(whole)),
   )
-  return [*start, *whole[:same]], whole[same:]
+  return [*tokenizer.start, *whole[:same]] or [tokenizer.prefix], whole[same:]
 
 
 def score_documents(
@@ -197,7 +196,7 @@ def score_documents(
   A framework for few-shot language model evaluation). Options and errors are as of `score`.
   """
   max_length = _decoder_length(model, max_length)
-  start, pairs, owners = start_of(tokenizer), [], []
+  start, pairs, owners = tokenizer.start or (tokenizer.prefix,), [], []
   for owner, tokens in enumerate(tokenizer.encode_batch(texts)):
     windows = list(rolling_windows(start, tokens.tolist(), max_length))
     pairs += windows

@@ -112,7 +112,8 @@ def _model_of(
     if labels and is_run(source) and fields["pad_token_id"] == tokenizer.end_of_text:
       fields["pad_token_id"] = None
     huggingface.save(folder, model.config, params, chosen, dtype, fields)
-    export(folder, tokenizer)
+    # A text to be labelled is not begun by what begins a document.
+    export(folder, tokenizer, starts=tokenizer.is_own and not labels)
 
   return write
 
@@ -125,7 +126,7 @@ def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
     raise UserError(f"--format=peft: {source} is no run that trained adapters.")
   model_config = read_model_config(source)
   labels = labels_of(source)
-  task = labels.task if labels else ""
+  task = transformers_task(labels) if labels else ""
   chosen = _find_family(config.init_from, model_config, family, task)
   model, _ = load_checkpoint(source)
   adapters = nnx.to_pure_dict(nnx.state(model, Adapter))

@@ -119,7 +119,8 @@ def test_patterns_differ(write_byte_level):
 def test_what_the_file_says_of_special_tokens(write_byte_level):
   tokenizer = tokenizer_lib.load(write_byte_level())
   assert tokenizer.end_of_text == 0
-  assert tokenizer.start == (0,)
+  assert tokenizer.start == ()
+  assert tokenizer.encode_prompt("") == [1]
   assert tokenizer.stops == {0, 2}
   assert tokenizer.chat_template == TEMPLATE
   assert tokenizer.roles == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}

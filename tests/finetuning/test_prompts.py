@@ -9,7 +9,6 @@ import pytest
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.sources import Records
 from gptjax.data.templates import PROMPTS, Example, Template, open_template
-from gptjax.data.tokenizer import start_of
 from gptjax.errors import UserError
 from gptjax.evals import answers
 from gptjax.evals.subject import Subject
@@ -89,7 +88,7 @@ def test_the_answer_is_learnt_after_the_tokens_that_evaluation_asks_with(tokeniz
   (stored,) = PromptEncoder(tokenizer).encode_batch([source[0]])
   assert stored.dtype == np.uint32
   tokens, learnt = decode_flags(stored)
-  asked = [*start_of(tokenizer), *tokenizer.encode(f"Review: {text}\nSentiment:")]
+  asked = tokenizer.encode_prompt(f"Review: {text}\nSentiment:")
   assert tokens[~learnt].tolist() == tokens[: len(asked)].tolist() == asked
   assert tokenizer.decode_bytes(tokens[learnt].tolist()).decode() == f" {label}"
   assert tokens[-1] == tokenizer.end_of_text

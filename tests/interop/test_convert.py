@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from flax import nnx, traverse_util
 
 from gptjax import convert as convert_command
@@ -240,6 +241,18 @@ def test_a_model_of_no_family_is_refused_before_it_is_loaded(run, tmp_path, monk
     convert(str(other), tmp_path / "target", to="hf")
 
 
+@pytest.mark.parametrize("spec", ["bytes", "bpe:270"])
+def test_texts_begin_there_as_here(spec, run, tmp_path):
+  shutil.copytree(run, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run/tokenizer")
+  own = tokenizer_lib.load(spec) if spec == "bytes" else tokenizer_lib.train(spec, [TEXT] * 9)
+  own.save(tmp_path / "run/tokenizer")
+  convert(str(tmp_path / "run"), tmp_path / "hf", to="hf")
+  theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))
+  assert theirs.encode(TEXT).ids == own.encode_prompt(TEXT)
+  assert tokenizer_lib.load(str(tmp_path / "hf")).encode_prompt(TEXT) == own.encode_prompt(TEXT)
+
+
 def test_a_tokenizer_without_a_form_there_is_refused(run, tmp_path):
   other, path = tmp_path / "run", tmp_path / "r50k_base.tiktoken"
   shutil.copytree(run, other)
@@ -331,7 +344,7 @@ def make_adapter_run(original, tmp_path_factory):
     adapters = jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype("float32"), initial)
     workdir = tmp_path_factory.mktemp(method)
     values = {"model": vars(config), "init_from": f"hf:{original[0]}", "peft": vars(peft)}
-    values |= {"objective": "classification", "data": {"labels": labels}} if labels else {}
+    values |= {"task": {"name": "classification", "labels": labels}} if labels else {}
     (workdir / "config.json").write_text(json.dumps(values))
     tokenizer_lib.load(str(original[0])).save(workdir / "tokenizer")
     with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
