@@ -10,6 +10,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.inference import score as scoring
 from gptjax.inference.generate import generate
+from gptjax.inference.lengths import rows_of_batch
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.score import Score
 from gptjax.model.gpt import GPT
@@ -22,7 +23,7 @@ class Subject:
   """A model, its tokenizer, and how it is asked.
 
   chat: prompts are messages of a user, answers those of the assistant.
-  batch_size: rows of a batch.
+  batch_size: rows of a batch, at most.
   max_length: tokens that the model reads at a time; None is its `max_positions`.
   progress: show bars, on stderr.
   """
@@ -97,10 +98,11 @@ class Subject:
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     with tqdm(total=len(rows), desc="writing", unit="row", disable=not self.progress) as bar:
-      for first in range(0, len(order), self.batch_size):
-        batch = order[first : first + self.batch_size]
+      size = rows_of_batch(len(order), self.batch_size)
+      for first in range(0, len(order), size):
+        batch = order[first : first + size]
         # A last batch of another size would be compiled anew.
-        padded = batch + batch[:1] * (min(self.batch_size, len(order)) - len(batch))
+        padded = batch + batch[:1] * (size - len(batch))
         completions = generate(
           self.model,
           self.tokenizer,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
-from gptjax.inference.lengths import round_up
+from gptjax.inference.lengths import round_up, rows_of_batch
 from gptjax.model.gpt import GPT
 
 Tokens = Sequence[int]
@@ -53,7 +53,7 @@ def score(
   Args:
     model: reads from left to right (visibility 'causal', or 'prefix' with the context as prefix).
     pairs: ids of (context, continuation), neither empty.
-    batch_size: rows of a batch.
+    batch_size: rows of a batch, at most.
     max_length: tokens that the model reads at a time, by default its `max_positions`. Of a longer
       pair the start of the context is left out.
     progress: show a bar, on stderr.
@@ -78,7 +78,9 @@ def score(
 
   buckets: dict[tuple[int, int], list] = {}
   for (inputs, count), indices in rows.items():
+    # A few tokens, as of labels, to a power of two.
     C = 1 << (count - 1).bit_length()
+    C = C if C <= _LENGTH_MULTIPLE else round_up(count, _LENGTH_MULTIPLE)
     T = round_up(max(len(inputs), C), _LENGTH_MULTIPLE, max_length)
     buckets.setdefault((T, min(C, T)), []).append((inputs, count, indices))
   K = max(map(len, rows.values()), default=0)
@@ -87,11 +89,12 @@ def score(
   with tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
     # The largest shape first: what does not fit into memory fails at once.
     for (T, C), bucket in sorted(buckets.items(), reverse=True):
-      for start in range(0, len(bucket), batch_size):
-        batch = bucket[start : start + batch_size]
-        tokens_BT = np.zeros((batch_size, T), np.int32)
-        lengths_B, counts_B = np.ones((2, batch_size), np.int32)
-        targets_BKC = np.zeros((batch_size, K, C), np.int32)
+      B = rows_of_batch(len(bucket), batch_size)
+      for start in range(0, len(bucket), B):
+        batch = bucket[start : start + B]
+        tokens_BT = np.zeros((B, T), np.int32)
+        lengths_B, counts_B = np.ones((2, B), np.int32)
+        targets_BKC = np.zeros((B, K, C), np.int32)
         for row, (inputs, count, indices) in enumerate(batch):
           tokens_BT[row, : len(inputs)] = inputs
           lengths_B[row], counts_B[row] = len(inputs), count

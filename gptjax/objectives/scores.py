@@ -44,7 +44,11 @@ class Metric:
 
 def bootstrap(measure: Measure, n: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Metric:
   """The measure of n examples and its percentile interval (Efron 1979), from `resamples` draws of n
-  with replacement; no interval of one example, nor of a measure that is not finite on a draw."""
+  with replacement; no interval of one example, nor of a measure that is not finite on a draw.
+
+  The draws of a `Biased` measure are moved by their bias, to 0 at least (Efron and Tibshirani 1993,
+  section 10.2): what is reported is where the measure of so many examples lies.
+  """
   value = float(measure(np.arange(n)))
   if n < 2:
     return Metric(value, None, None, n)
@@ -52,8 +56,21 @@ def bootstrap(measure: Measure, n: int, *, resamples: int = RESAMPLES, seed: int
   drawn = np.array([measure(rng.integers(n, size=n)) for _ in range(resamples)])
   if not np.isfinite(drawn).all():
     return Metric(value, None, None, n)
+  if isinstance(measure, Biased):
+    drawn = np.maximum(drawn - (drawn.mean() - value), 0)
   low, high = np.percentile(drawn, [2.5, 97.5])
   return Metric(value, float(low), float(high), n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Biased:
+  """A measure, not below 0, that noise makes larger, and so a draw of its examples, which has the
+  noise twice."""
+
+  measure: Measure
+
+  def __call__(self, indices: np.ndarray) -> float:
+    return self.measure(indices)
 
 
 def mean_of(values: Sequence[float]) -> Measure:
@@ -140,7 +157,7 @@ def calibration_error(
     gaps = np.bincount(number[i], correct[i] - confidence[i], bins)
     return np.abs(gaps).sum() / len(i)
 
-  return error
+  return Biased(error)
 
 
 def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:

@@ -87,7 +87,32 @@ def test_similar_lengths_share_a_compilation_and_a_row(model, monkeypatch):
   )
   contexts = [[1, 2, 3], [4] * 7, [5] * 30]
   score(model, [(context, [last]) for context in contexts for last in (6, 7)], batch_size=4)
-  assert shapes == [[(4, 32), (4,), (4,), (4, 2, 1)]]  # six pairs, three rows, one batch
+  assert shapes == [[(3, 32), (3,), (3,), (3, 2, 1)]]  # six pairs, three rows, one batch
+
+
+@pytest.mark.parametrize(
+  ("sizes", "batch_size", "expected"),
+  [
+    ([(1, 30)], 8, [(1, 32, 32)]),  # not a row more than there are
+    ([(1, 30)] * 9, 8, [(5, 32, 32)] * 2),  # one shape, and one row in vain
+    ([(1, 30)] * 8, 4, [(4, 32, 32)] * 2),
+    ([(150, 130)], 8, [(1, 300, 160)]),  # not a power of two
+  ],
+)
+def test_little_is_computed_in_vain(sizes, batch_size, expected, make_model, monkeypatch):
+  shapes = []
+  monkeypatch.setattr(
+    scoring,
+    "_score",
+    lambda *args: (
+      shapes.append((*args[2].shape, args[5].shape[-1])) or np.zeros((2, *args[5].shape))
+    ),
+  )
+  pairs = [
+    ([number] * context, [1] * continuation) for number, (context, continuation) in enumerate(sizes)
+  ]
+  score(make_model(max_positions=300), pairs, batch_size=batch_size)
+  assert shapes == expected
 
 
 def test_the_start_of_a_long_context_is_left_out(model, pairs):
@@ -184,7 +209,7 @@ def test_a_context_of_ids_is_kept(merging):
 
 
 def test_scoring_is_compiled_once_a_shape(model):
-  score(model, [([1, 2], [3])], batch_size=5)
+  score(model, [([1] * size, [3]) for size in range(2, 9)], batch_size=5)
   before = scoring._score._cache_size()
-  score(model, [([1] * size, [3]) for size in range(3, 10)], batch_size=5)
+  score(model, [([1] * size, [3]) for size in range(3, 11)], batch_size=5)
   assert scoring._score._cache_size() == before

@@ -79,6 +79,19 @@ def test_calibration_error_by_hand():
   assert scores.calibration_error([1.0, 1.0], [True, True])(np.arange(2)) == 0
 
 
+def test_the_interval_of_a_calibration_error_is_around_it():
+  # Noise adds to it: draws from draws are larger than what they are drawn from.
+  rng = np.random.default_rng(0)
+  found = []
+  for seed in range(60):
+    confidence = rng.uniform(0.5, 1, 200)
+    measure = scores.calibration_error(confidence, rng.random(200) < confidence)
+    found.append(scores.bootstrap(measure, 200, resamples=200, seed=seed))
+  assert all(0 <= one.low <= one.value <= one.high for one in found)
+  expected = np.mean([one.value for one in found])
+  assert np.mean([one.low <= expected <= one.high for one in found]) >= 0.9
+
+
 # --- Ranking -----------------------------------------------------------------------------------
 
 
