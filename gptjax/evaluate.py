@@ -9,7 +9,8 @@ A task is FILE.json (see gptjax/evals/task.py), FILE.jsonl with FILE.json beside
 of text files or JSON lines, or, of a run that was fine-tuned to labels, labels:FILE.jsonl with
 records like those that it was trained on. Intervals are 95 %: by the bootstrap over examples, of
 lm-eval by its standard errors. `--output` keeps results.json, each prediction, and a picture of
-each classification.
+each classification. Tasks of kind 'code' run what the model writes, in a sandbox, and only if
+--run_code asks for it; where the sandbox is found not to hold, only with --accept_weak_isolation.
 """
 
 from typing import Any
@@ -47,6 +48,10 @@ def _define_flags() -> None:
   flags.DEFINE_integer(
     "max_length", 0, "Tokens that the model reads at a time; 0 is its max_positions.", lower_bound=0
   )
+  flags.DEFINE_bool("run_code", False, "Run what the model writes, for tasks of kind 'code'.")
+  flags.DEFINE_bool(
+    "accept_weak_isolation", False, "Run it even where it could reach what is outside its sandbox."
+  )
   flags.DEFINE_string("output", "", "A folder for results.json, predictions and pictures.")
 
 
@@ -75,12 +80,14 @@ def main(overrides) -> None:
     limit=FLAGS.limit,
     resamples=FLAGS.resamples,
     config=config_of_labels(FLAGS.checkpoint, FLAGS.tasks),
+    run_code=FLAGS.run_code,
+    accept_weak_isolation=FLAGS.accept_weak_isolation,
   )
   rows = [
     (result.name, name, metric) for result in results for name, metric in result.metrics.items()
   ]
   names = ("checkpoint", "ema", "tasks", "lm_eval", "shots", "seed", "limit", "resamples", "chat")
-  names += ("batch_size", "max_length")
+  names += ("batch_size", "max_length", "run_code", "accept_weak_isolation")
   evaluation: dict[str, Any] = {"evaluation": {name: FLAGS[name].value for name in names}}
   if FLAGS.lm_eval:
     from gptjax.evals import harness  # Two seconds.

@@ -6,6 +6,7 @@ Axes: N examples, L labels, C candidates.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from gptjax.data import files
 from gptjax.data.templates import Example, Template
 from gptjax.errors import UserError
 from gptjax.evals import sandbox
+from gptjax.evals.sandbox import Isolation
 from gptjax.evals.subject import Prompt, Subject
 from gptjax.evals.task import Task, choose, choose_shots, evaluated_examples
 from gptjax.inference.sampling import Sampling
@@ -56,7 +58,8 @@ class _Answers:
 class Questions:
   """A task whose files have been read and whose templates have been rendered.
 
-  asked: the question of each example. shots: worked examples, (question, answer) each.
+  asked: the question of each example. shots: worked examples, (question, answer) each. isolation:
+  of what the model writes, where that is run.
   """
 
   task: Task
@@ -65,13 +68,21 @@ class Questions:
   shots: list[tuple[str, str]]
   seed: int
   details: dict[str, Any]
+  isolation: Isolation | None = None
 
   def prompts(self, subject: Subject, asked: Sequence[str]) -> list[Prompt]:
     instruction, separator = self.task.instruction, self.task.separator
     return [subject.prompt(instruction, self.shots, text, separator) for text in asked]
 
 
-def prepare(task: Task, *, shots: int = 0, seed: int = 0, limit: int = 0) -> Questions:
+def prepare(
+  task: Task,
+  *,
+  shots: int = 0,
+  seed: int = 0,
+  limit: int = 0,
+  isolation: Isolation | None = None,
+) -> Questions:
   """Reads what a task asks, so that what is wrong with it is known before a model runs.
 
   Args:
@@ -79,10 +90,17 @@ def prepare(task: Task, *, shots: int = 0, seed: int = 0, limit: int = 0) -> Que
     shots: worked examples before each question, from the training file.
     seed: of their choice, of `limit`, and of sampling.
     limit: how many examples to take; 0 is all.
+    isolation: in which to run what the model writes; None is not to run it.
 
   Raises:
-    UserError: a file of the task is missing or wrong, or the library of its metrics is missing.
+    UserError: a file of the task is missing or wrong, the library of its metrics is missing, or
+      the task runs what the model writes and is not to.
   """
+  if task.kind == "code" and isolation is None:
+    raise UserError(
+      f"{task.file}: a task of kind 'code' runs what the model writes, which has to be asked for: "
+      "--run_code."
+    )
   if task.kind in scores.LIBRARIES:
     scores.need(scores.LIBRARIES[task.kind])
   examples = evaluated_examples(task, limit, seed)
@@ -92,7 +110,8 @@ def prepare(task: Task, *, shots: int = 0, seed: int = 0, limit: int = 0) -> Que
   question = task.question
   if task.kind == "code":
     for example in examples:
-      _program_of(task).render(example, prompt="", completion="")
+      _template(task, "program").render(example, prompt="", completion="")
+      _template(task, "check").render(example, prompt="")
   return Questions(
     task,
     examples,
@@ -100,6 +119,7 @@ def prepare(task: Task, *, shots: int = 0, seed: int = 0, limit: int = 0) -> Que
     [(question.render(shot), task.answer(shot)) for shot in chosen],
     seed,
     {"shots": [shot.place for shot in chosen], "training_examples_left_out": left_out},
+    isolation,
   )
 
 
@@ -332,14 +352,18 @@ def _program(questions: Questions, subject: Subject) -> _Answers:
     sampling=Sampling(temperature=task.temperature),
     seeds=seeds.tolist(),
   )
-  program = _program_of(task)
+  program, check = _template(task, "program"), _template(task, "check")
   programs = [
     program.render(example, prompt=prompt, completion=completion)
     for example, prompt, completion in zip(examples, asked, completions, strict=True)
   ]
-  limits = sandbox.Limits(wall_seconds=task.timeout_seconds)
+  checks = [
+    check.render(example, prompt=prompt) for example, prompt in zip(examples, asked, strict=True)
+  ]
+  options = {"limits": sandbox.Limits(task.timeout_seconds), "isolation": questions.isolation}
+  run = functools.partial(sandbox.run, **options)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    outcomes = list(pool.map(lambda text: sandbox.run(text, limits), programs))
+    outcomes = list(pool.map(run, programs, checks))
   samples = [
     {"completion": text, "passed": outcome.passed, "reason": outcome.reason}
     for text, outcome in zip(completions, outcomes, strict=True)
@@ -347,11 +371,13 @@ def _program(questions: Questions, subject: Subject) -> _Answers:
   by_problem = [samples[start : start + n] for start in range(0, len(samples), n)]
   passed = [[sample["passed"] for sample in problem] for problem in by_problem]
   reasons = collections.Counter(outcome.reason for outcome in outcomes if not outcome.passed)
-  return _Answers(scores.code(passed, task.k), by_problem, {"failures": dict(reasons)})
+  isolation = dataclasses.asdict(questions.isolation)
+  details = {"failures": dict(reasons), "isolation": isolation}
+  return _Answers(scores.code(passed, task.k), by_problem, details)
 
 
-def _program_of(task: Task) -> Template:
-  return Template(f"{task.file}: program", task.program)
+def _template(task: Task, key: str) -> Template:
+  return Template(f"{task.file}: {key}", getattr(task, key))
 
 
 def _texts(questions: Questions, subject: Subject) -> list[str]:

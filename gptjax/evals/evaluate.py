@@ -12,7 +12,7 @@ from etils import epath
 
 from gptjax import config as config_lib
 from gptjax.errors import UserError
-from gptjax.evals import answers, figures, label_task
+from gptjax.evals import answers, figures, label_task, sandbox
 from gptjax.evals.answers import Documents, Questions, Result
 from gptjax.evals.label_task import LabelledRecords
 from gptjax.evals.subject import Subject
@@ -39,6 +39,8 @@ def evaluate(
   limit: int = 0,
   resamples: int = RESAMPLES,
   config: Any = None,
+  run_code: bool = False,
+  accept_weak_isolation: bool = False,
 ) -> list[Result]:
   """Evaluates a model on tasks, named as on the command line.
 
@@ -50,9 +52,12 @@ def evaluate(
     limit: examples of each task, chosen by the seed; 0 is all.
     resamples: of the bootstrap.
     config: of the run, for labels.
+    run_code: run what the model writes, for tasks that need it.
+    accept_weak_isolation: though it could reach what is outside of its sandbox.
 
   Raises:
-    UserError: a task cannot be read, or two have one name; before the first of them is run.
+    UserError: a task cannot be read or may not be run, or two have one name; before the first of
+      them is run.
   """
   prepared, names = [], []
   for name in tasks:
@@ -68,7 +73,10 @@ def evaluate(
       names.append(name)
     else:
       task = load_task(name)
-      prepared.append(answers.prepare(task, shots=shots, seed=seed, limit=limit))
+      runs = task.kind == "code" and run_code
+      isolation = sandbox.require(accept_weak=accept_weak_isolation) if runs else None
+      options = {"shots": shots, "seed": seed, "limit": limit, "isolation": isolation}
+      prepared.append(answers.prepare(task, **options))
       names.append(task.name)
   for name in names:
     if names.count(name) > 1:

@@ -1,41 +1,70 @@
-"""Programs that nobody has read, run in a process of their own under limits.
+"""Programs that nobody has read, run under limits in a process of their own, judged by another.
 
-What holds on every POSIX system: a new session and an empty working directory that vanishes; a
-cleaned environment, stdin at its end; limits on processor time, wall time, address space, size of
-a file and open files; at the end SIGKILL for the whole group. An audit hook refuses connections,
-new processes, signals to others, and to change files outside of the working directory. A program
-that means to can go around the hook, through `ctypes` for one.
+Two processes: that of the program defines its functions and answers calls; that of the judge runs
+the check, which calls them by `from program import NAME` and sees what they return as values of
+Python's own types (numbers, texts, lists, tuples, sets, dicts), copied as the arguments are. The
+program has neither the check nor a way to the process that runs it.
 
-Where Linux allows it, the kernel refuses too: a filter of system calls (seccomp) to start processes
-or to leave the group that is killed, Landlock to write outside of the directory; and `unshare`
-gives the program no network and process ids of its own, all of which end with it.
+Each process has an empty working directory that vanishes, a cleaned environment, limits on
+processor time, wall time, address space, size of a file and open files, and at the end SIGKILL. The
+kernel refuses it to read and write other files, to change any file's mode, owner, times or
+attributes, to start processes and to reach those of others, networks, sockets and shared memory
+(Landlock and a filter of system calls, on Linux). Around it is put what there is: bubblewrap, which
+shows it no other files, processes and networks; else namespaces by `unshare`.
 
-What this does not protect from: reading what the user may read; many files, each within the limit;
-a program that looks in the runner for what tells that it passed; holes of the kernel. Programs that
-are hostile, not merely wrong, belong into a virtual machine.
+Whether that holds is not assumed: a probe tries it out once in every process that evaluates, and
+what it could do are `Isolation.problems`. Not tried, and not prevented, are: to fill the disk with
+many files, each within the limit; to keep processors busy; holes of the kernel.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
+
+from absl import logging
+
+from gptjax.errors import UserError
 
 _UNSHARE = ("--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")
-_RUNNER = Path(__file__).with_name("sandbox_runner.py")
+_BUBBLEWRAP = ("--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
+_TOOLS = {"bubblewrap": "bwrap", "namespaces": "unshare", "none": None}
+# What a Python needs to run, where it is there.
+_READABLE = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/nix/store")
+_SOURCES = {name: Path(__file__).with_name(f"sandbox_{name}.py") for name in ("kernel", "runner")}
+_PROBE = Path(__file__).with_name("sandbox_probe.py")
+_START = """\
+import json, sys
+order = json.load(sys.stdin)
+names = {}
+for name in ("kernel", "runner"):
+  names[name] = {"__name__": name}
+  exec(compile(order.pop(name), name + ".py", "exec"), names[name])
+names["runner"]["main"](names["kernel"]["confine"], order)
+"""
+# An argument by which the processes are known; the last is nothing to Python.
+MARK = "gptjax-sandbox"
 _SHOWN_CHARACTERS = 300
+# Until what has ended has a status.
+_GRACE_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """wall_seconds: until it is killed. cpu_seconds: of its processors, all of its threads.
-  memory_bytes: of address space. file_bytes: of one file, and of what it prints."""
+  """wall_seconds: until both processes are killed. cpu_seconds: of one of them, all of its threads.
+  memory_bytes: of address space. file_bytes: of a file, a message, and what is printed."""
 
   wall_seconds: float = 10.0
   cpu_seconds: int = 10
@@ -45,59 +74,192 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """passed: the program ran to its end without an error. reason: else what stopped it, in one
-  sentence. output: what it printed, errors included."""
+  """passed: the program ran to its end, and the check too. reason: else what stopped it, in one
+  sentence. output: what the program printed, errors included."""
 
   passed: bool
   reason: str
   output: str
 
 
-def run(program: str, limits: Limits = Limits()) -> Outcome:
-  """Runs a Python program to its end, or to that of its limits."""
-  with (
-    tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-    tempfile.TemporaryFile() as output,
-    tempfile.TemporaryFile() as order,
-  ):
-    # A program that leaves early has not printed it.
-    token = secrets.token_hex(16)
-    settings = dataclasses.asdict(limits) | {"program": program, "token": token, "folder": folder}
-    order.write(json.dumps(settings).encode())
-    order.seek(0)
-    process = subprocess.Popen(
-      [*_isolation(), sys.executable, "-I", "-B", str(_RUNNER)],
-      stdin=order,
-      stdout=output,
-      stderr=output,
-      cwd=folder,
-      env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
-      start_new_session=True,
+@dataclasses.dataclass(frozen=True)
+class Isolation:
+  """What is put around the processes: 'bubblewrap', 'namespaces', or 'none' beside what the kernel
+  refuses them. problems: what the probe could do nevertheless, or why it could not be run."""
+
+  name: str
+  problems: tuple[str, ...] = ()
+
+  def command(self, folder: Path) -> list[str]:
+    """What comes before a command that is to be isolated; `folder` is where it may write."""
+    tool = _TOOLS[self.name] and shutil.which(_TOOLS[self.name])
+    match self.name:
+      case "bubblewrap":
+        binds = [option for path in _readable() for option in ("--ro-bind-try", path, path)]
+        own = ["--proc", "/proc", "--dev", "/dev", "--bind", str(folder), str(folder)]
+        return [tool, *_BUBBLEWRAP, *binds, *own, "--chdir", str(folder), "--"]
+      case "namespaces":
+        return [tool, *_UNSHARE]
+    return []
+
+
+def require(*, accept_weak: bool) -> Isolation:
+  """The isolation of programs that are to be judged here.
+
+  Raises:
+    UserError: it does not hold, and that is not accepted.
+  """
+  isolation = find_isolation()
+  if isolation.problems and not accept_weak:
+    raise UserError(
+      f"generated code is not run here, because it could {'; '.join(isolation.problems)}. Install "
+      "bubblewrap, evaluate in a virtual machine, or accept that by --accept_weak_isolation."
     )
-    late = False
-    try:
-      process.wait(limits.wall_seconds)
-    except subprocess.TimeoutExpired:
-      late = True
-    finally:
-      # Not yet waited for, or its own: the id of the group cannot be another's.
-      _kill_group(process.pid)
-      process.wait()
-    output.seek(0)
-    text = output.read(limits.file_bytes).decode(errors="replace")
-  printed, found, _ = text.rpartition(token)
+  return isolation
+
+
+@functools.cache
+def find_isolation() -> Isolation:
+  """The first that the probe finds to hold; if none does, the one with the fewest problems."""
+  found = []
+  for name, tool in _TOOLS.items():
+    if tool is not None and shutil.which(tool) is None:
+      continue
+    found.append(probe(Isolation(name)))
+    if not found[-1].problems:
+      return found[-1]
+  return min(found, key=lambda one: len(one.problems))
+
+
+def probe(isolation: Isolation) -> Isolation:
+  """Tries from inside to do what must not be done outside; the same, with the problems found."""
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    socket.create_server(("127.0.0.1", 0)) as server,
+    socket.socket(socket.AF_UNIX) as local,
+  ):
+    victim = Path(folder) / "victim"
+    victim.write_text("whole")
+    path = str(Path(folder) / "socket")
+    local.bind(path)
+    local.listen()
+    told = {"victim": str(victim), "port": server.getsockname()[1], "socket": path}
+    told |= {"pid": os.getpid()}
+    program = f"told = {told!r}\n{_PROBE.read_text()}"
+    outcome = run(program, limits=Limits(wall_seconds=60), isolation=isolation)
+  lines = outcome.output.splitlines()
+  if not outcome.passed or lines[-1:] != ["done"]:
+    reason = outcome.reason or "it said nothing"
+    return dataclasses.replace(isolation, problems=(f"not be tried out ({reason})",))
+  return dataclasses.replace(isolation, problems=tuple(lines[:-1]))
+
+
+def run(
+  program: str,
+  check: str = "",
+  limits: Limits = Limits(),
+  isolation: Isolation | None = None,
+) -> Outcome:
+  """Runs a Python program to its end or to that of its limits, then the check of it.
+
+  Args:
+    program: defines functions, and may do more.
+    check: passes if it runs to its end; `program` is a module of those functions. None of it is
+      needed to see whether a program ends, which the program itself then says.
+    limits: of each of the two processes.
+    isolation: around them; None is that of `find_isolation`.
+  """
+  isolation = find_isolation() if isolation is None else isolation
+  with (
+    _folder() as folder,
+    tempfile.TemporaryFile() as printed,
+    tempfile.TemporaryFile() as written,
+    contextlib.ExitStack() as ends,
+  ):
+    questions, answers = os.pipe(), os.pipe()
+    with contextlib.ExitStack() as pipes:
+      for end in (*questions, *answers):
+        pipes.callback(os.close, end)
+      start = functools.partial(_start, isolation, folder, limits, ends)
+      served = start("program", program, (questions[0], answers[1]), printed)
+      judge = start("judge", check, (answers[0], questions[1]), written)
+    late = not _waited(judge, limits.wall_seconds)
+    verdict = {} if late else _read_verdict(written)
+    if not late and not verdict.get("passed") and not verdict.get("reason"):
+      late = not _waited(served, _GRACE_SECONDS)
+    # Killing sets statuses of its own.
+    statuses = served.poll(), judge.poll()
+    ends.close()
+    printed.seek(0)
+    text = printed.read(limits.file_bytes).decode(errors="replace")
   if late:
     return Outcome(False, f"It ran for more than {limits.wall_seconds:g} seconds.", text)
-  if found and process.returncode == 0:
-    return Outcome(True, "", printed)
-  return Outcome(False, _reason(process.returncode, text, limits), text)
+  if verdict.get("passed"):
+    return Outcome(True, "", text)
+  if verdict.get("reason"):
+    return Outcome(False, f"It failed: {verdict['reason'][:_SHOWN_CHARACTERS]}", text)
+  if not verdict and statuses[0] == 0:  # It waited for calls until the judge was gone.
+    return Outcome(False, f"Its check: {_reason(statuses[1], '', limits)}", text)
+  return Outcome(False, _reason(statuses[0], text, limits), text)
 
 
-def _kill_group(group: int) -> None:
+def _start(
+  isolation: Isolation,
+  folder: Path,
+  limits: Limits,
+  ends: contextlib.ExitStack,
+  role: str,
+  code: str,
+  pipes: tuple[int, int],
+  output: IO[bytes],
+) -> subprocess.Popen:
+  """Starts one of the two processes, which is killed when `ends` is closed."""
+  own = folder / role
+  own.mkdir()
+  order = dataclasses.asdict(limits) | {"role": role, "code": code, "folder": str(own)}
+  order |= {"read": pipes[0], "write": pipes[1], "readable": _readable()}
+  order |= {name: path.read_text() for name, path in _SOURCES.items()}
+  with tempfile.TemporaryFile() as told:
+    told.write(json.dumps(order).encode())
+    told.seek(0)
+    process = subprocess.Popen(
+      [*isolation.command(own), sys.executable, "-I", "-B", "-c", _START, MARK],
+      stdin=told,
+      stdout=output,
+      stderr=output if role == "program" else subprocess.DEVNULL,
+      cwd=own,
+      env={"PATH": os.defpath, "HOME": str(own), "TMPDIR": str(own), "LANG": "C.UTF-8"},
+      start_new_session=True,
+      pass_fds=pipes,
+    )
+  ends.callback(_kill, process)
+  return process
+
+
+def _waited(process: subprocess.Popen, seconds: float) -> bool:
+  """Whether a process has ended before so many seconds."""
   try:
-    os.killpg(group, signal.SIGKILL)
-  except ProcessLookupError:
-    return
+    process.wait(seconds)
+  except subprocess.TimeoutExpired:
+    return False
+  return True
+
+
+def _kill(process: subprocess.Popen) -> None:
+  # What has been waited for may have left others in its group; a new process can have its id only
+  # once they are gone.
+  with contextlib.suppress(ProcessLookupError, PermissionError):
+    os.killpg(process.pid, signal.SIGKILL)
+  process.wait()
+
+
+def _read_verdict(written: IO[bytes]) -> dict[str, Any]:
+  """What the judge wrote last, or nothing if it was stopped."""
+  written.seek(0)
+  try:
+    return json.loads(written.read())
+  except ValueError:
+    return {}
 
 
 def _reason(status: int, text: str, limits: Limits) -> str:
@@ -118,10 +280,36 @@ def _reason(status: int, text: str, limits: Limits) -> str:
 
 
 @functools.cache
-def _isolation() -> tuple[str, ...]:
-  """The command that takes the network away, or nothing where it may not."""
-  tool = shutil.which("unshare")
-  if tool is None:
-    return ()
-  tried = subprocess.run([tool, *_UNSHARE, "true"], capture_output=True, check=False)
-  return (tool, *_UNSHARE) if tried.returncode == 0 else ()
+def _readable() -> Sequence[str]:
+  """The paths that this Python and its libraries are in."""
+  python = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(sys.executable))}
+  return [*_READABLE, *sorted(python)]
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+  folder = Path(tempfile.mkdtemp(prefix=f"{MARK}-"))
+  try:
+    yield folder
+  finally:
+    try:
+      _remove(folder)
+    except OSError as error:
+      logging.warning("%s is left behind: %s.", folder, error)
+
+
+def _remove(folder: Path) -> None:
+  """Removes a tree of any depth: what a directory holds is first moved to the top."""
+  fresh = (folder / f"{secrets.token_hex(8)}-{number}" for number in itertools.count())
+  while names := os.listdir(folder):
+    for path in (folder / name for name in names):
+      if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        continue
+      path.chmod(0o700)
+      for inner in map(path.joinpath, os.listdir(path)):
+        if inner.is_dir() and not inner.is_symlink():
+          inner.chmod(0o700)  # Else it cannot be moved.
+        inner.rename(next(fresh))
+      path.rmdir()
+  folder.rmdir()

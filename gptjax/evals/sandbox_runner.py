@@ -1,64 +1,39 @@
-"""What the process of a sandbox starts with: it limits itself, then runs the program on its stdin.
+"""What each process of a sandbox starts with: it confines itself, then runs the code of its order.
 
-It needs the standard library alone, and is not to be imported.
+The process of the program serves calls of the program's functions; that of the judge runs the
+check, to which `program` is a module of those functions. Between the two goes plain data. This
+needs the standard library alone, and is not to be imported by the process that evaluates.
 """
 
+import builtins
 import contextlib
-import ctypes
-import errno
 import json
 import os
 import resource
 import signal
-import struct
 import sys
 import traceback
-
-# From linux/landlock.h: system calls, the same on all architectures, and what writing is.
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-_PATH_BENEATH = 1
-_WRITE = sum(1 << bit for bit in (1, *range(4, 13)))  # Write, remove and make files.
-_REFER, _TRUNCATE = 1 << 13, 1 << 14  # Since versions 2 and 3.
-_NO_NEW_PRIVILEGES = 38  # PR_SET_NO_NEW_PRIVS
-
-# From linux/seccomp.h, linux/filter.h and linux/audit.h.
-_SET_FILTER = (22, 2)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-_LOAD, _IF_EQUAL, _IF_ABOVE, _IF_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_KILL, _FAIL, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
-_CLONE_THREAD, _CLONE3, _X32 = 0x10000, 435, 0x40000000
-# By machine: what the filter calls it, clone, and what else starts or leaves a process group: fork,
-# vfork, execve, execveat, setpgid, setsid.
-_PROCESS_CALLS = {
-  "x86_64": (0xC000003E, 56, (57, 58, 59, 322, 109, 112)),
-  "aarch64": (0xC00000B7, 220, (221, 281, 154, 157)),
-}
+import types
 
 _MOST_PROCESSES, _MOST_FILES = 64, 64
 _STARTS_PROCESSES = ("os.fork", "os.forkpty", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 _CHANGES_FILES = (
-  "os.chmod",
-  "os.chown",
-  "os.link",
-  "os.mkdir",
-  "os.remove",
-  "os.removexattr",
-  "os.rename",
-  "os.rmdir",
-  "os.setxattr",
-  "os.symlink",
-  "os.truncate",
-  "os.utime",
+  *("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.removexattr", "os.rename"),
+  *("os.rmdir", "os.setxattr", "os.symlink", "os.truncate", "os.utime"),
 )
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def limit(settings: dict) -> None:
+# --- Limits ------------------------------------------------------------------------------------
+
+
+def limit(order: dict) -> None:
   # The first process of a namespace of ids gets no signal that it does not handle.
   signal.signal(signal.SIGXCPU, lambda number, _: os._exit(128 + number))
   limits = {
-    resource.RLIMIT_CPU: settings["cpu_seconds"],
-    resource.RLIMIT_AS: settings["memory_bytes"],
-    resource.RLIMIT_FSIZE: settings["file_bytes"],
+    resource.RLIMIT_CPU: order["cpu_seconds"],
+    resource.RLIMIT_AS: order["memory_bytes"],
+    resource.RLIMIT_FSIZE: order["file_bytes"],
     resource.RLIMIT_NOFILE: _MOST_FILES,
     resource.RLIMIT_NPROC: _MOST_PROCESSES,
     resource.RLIMIT_CORE: 0,
@@ -70,54 +45,9 @@ def limit(settings: dict) -> None:
       resource.setrlimit(kind, (most, most + (kind == resource.RLIMIT_CPU)))
 
 
-def confine_writing(folder: str) -> None:
-  """Lets the kernel refuse to write outside of a folder, where it is Linux 5.13 or later."""
-  if sys.platform != "linux":
-    return
-  call = ctypes.CDLL(None, use_errno=True).syscall
-  version = call(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
-  if version < 1:
-    return
-  rights = _WRITE | (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
-  handled = ctypes.c_uint64(rights)
-  rules = call(_CREATE_RULESET, ctypes.byref(handled), ctypes.c_size_t(8), 0)
-  for path in (folder, "/dev/null"):
-    opened = os.open(path, os.O_PATH)
-    # Of a file that is no directory, writing and truncating alone can be allowed.
-    allowed = rights if os.path.isdir(path) else rights & (1 << 1 | _TRUNCATE)
-    rule = allowed.to_bytes(8, sys.byteorder) + opened.to_bytes(4, sys.byteorder)
-    call(_ADD_RULE, rules, _PATH_BENEATH, rule, 0)
-    os.close(opened)
-  ctypes.CDLL(None).prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-  call(_RESTRICT_SELF, rules, 0)
-  os.close(rules)
-
-
-def confine_processes() -> None:
-  """Lets the kernel refuse to start processes, but not threads, on Linux. A limit of their number
-  does not hold for root."""
-  if sys.platform != "linux" or os.uname().machine not in _PROCESS_CALLS:
-    return
-  machine, clone, refused = _PROCESS_CALLS[os.uname().machine]
-  fail = _RETURN, 0, 0, _FAIL | errno.EPERM
-  # (what, jump if so, jump if not, operand); 4 is where the machine is, 0 the call, 16 its flags.
-  steps = [(_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, machine), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-  for call in refused:
-    steps += [(_IF_EQUAL, 0, 1, call), fail]
-  steps += [(_IF_ABOVE, 0, 1, _X32), fail]
-  # Its flags are behind a pointer. Without it, the C library takes `clone`.
-  steps += [(_IF_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _FAIL | errno.ENOSYS)]
-  steps += [(_IF_EQUAL, 0, 3, clone), (_LOAD, 0, 0, 16), (_IF_BITS, 1, 0, _CLONE_THREAD), fail]
-  steps += [(_RETURN, 0, 0, _ALLOW)]
-  code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
-  program = struct.pack("@HP", len(steps), ctypes.addressof(code))
-  control = ctypes.CDLL(None).prctl
-  control(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-  control(*_SET_FILTER, program)
-
-
 def refuse(folder: str) -> None:
-  """Adds the hook that refuses in a sentence what the program has no business doing."""
+  """Adds the hook that refuses in a sentence what the program has no business doing. A program that
+  means to goes around it, through `ctypes` for one; the kernel refuses that."""
   inside = os.path.realpath(folder)
 
   def check_path(path) -> None:
@@ -146,18 +76,92 @@ def refuse(folder: str) -> None:
   sys.addaudithook(hook)
 
 
-def main() -> None:
-  settings = json.load(sys.stdin)
-  with open(os.devnull) as nothing:
-    os.dup2(nothing.fileno(), 0)
-  limit(settings)
-  confine_writing(settings["folder"])
-  confine_processes()
-  refuse(settings["folder"])
-  # Imports of the program's own are looked for in its directory, not beside this file.
-  sys.path[0:0] = [settings["folder"]]
+# --- Plain data --------------------------------------------------------------------------------
+
+
+class NotPlainError(TypeError):
+  """A value that is no plain data, or bytes that are no message."""
+
+
+def to_json(value):
+  """Plain data as what JSON has; a type that it lacks is {name of the type: ...}."""
+  match value:
+    case None | bool() | str():
+      return value if value is None or isinstance(value, bool) else str(value)
+    case int():
+      return {"int": f"{int(value):x}"}
+    case float():
+      return {"float": float(value).hex()}
+    case complex():
+      return {"complex": [value.real.hex(), value.imag.hex()]}
+    case bytes() | bytearray():
+      return {"bytes": bytes(value).hex()}
+    case list():
+      return [to_json(one) for one in value]
+    case dict():
+      return {"dict": [[to_json(key), to_json(one)] for key, one in value.items()]}
+  for kind in (tuple, set, frozenset):
+    if isinstance(value, kind):
+      return {kind.__name__: [to_json(one) for one in value]}
+  raise NotPlainError(f"a value of type {type(value).__name__} is no plain data")
+
+
+def from_json(value):
+  """The inverse of `to_json`: values of the builtin types themselves, whatever was sent."""
+  match value:
+    case None | bool() | str():
+      return value
+    case list():
+      return [from_json(one) for one in value]
+    case {"int": str(digits)}:
+      return int(digits, 16)
+    case {"float": str(digits)}:
+      return float.fromhex(digits)
+    case {"complex": [str(real), str(imaginary)]}:
+      return complex(float.fromhex(real), float.fromhex(imaginary))
+    case {"bytes": str(digits)}:
+      return bytes.fromhex(digits)
+    case {"dict": list(pairs)}:
+      return {from_json(key): from_json(one) for key, one in pairs}
+    case {"tuple": list(items)}:
+      return tuple(map(from_json, items))
+    case {"set": list(items)}:
+      return set(map(from_json, items))
+    case {"frozenset": list(items)}:
+      return frozenset(map(from_json, items))
+  raise NotPlainError("what the program sent is no plain data")
+
+
+class Channel:
+  """Messages between two processes, one a line of JSON, over two pipes."""
+
+  def __init__(self, order: dict):
+    self._in, self._out = os.fdopen(order["read"]), os.fdopen(order["write"], "w")
+    self._most = order["file_bytes"]
+
+  def send(self, message) -> None:
+    text = json.dumps(message)
+    if len(text) >= self._most:
+      raise NotPlainError(f"a message of {len(text)} characters is larger than {self._most}")
+    print(text, file=self._out, flush=True)
+
+  def receive(self):
+    """The next message; EOFError at the end, or for what is none."""
+    line = self._in.readline(self._most)
+    if not line.endswith("\n"):
+      raise EOFError
+    return json.loads(line)
+
+
+# --- The two processes -------------------------------------------------------------------------
+
+
+def serve(order: dict) -> None:
+  """Runs the program, then answers the calls of the judge."""
+  channel = Channel(order)
+  names = {"__name__": "__main__"}
   try:
-    exec(compile(settings["program"], "program.py", "exec"), {"__name__": "__main__"})
+    exec(compile(order["code"], "program.py", "exec"), names)
   except MemoryError:
     # A traceback could need the memory that is not there.
     os.write(2, b"\nMemoryError\n")
@@ -166,9 +170,81 @@ def main() -> None:
     traceback.print_exc()
     sys.stderr.flush()
     os._exit(1)
-  sys.stdout.flush()
-  os.write(1, settings["token"].encode())
+  channel.send("ready")
+  with contextlib.suppress(EOFError):
+    while True:
+      name, args, kwargs = from_json(channel.receive())
+      if name not in names:
+        channel.send({"error": ["NameError", f"the program defines no {name!r}"]})
+        continue
+      try:
+        answer = {"value": to_json(names[name](*args, **kwargs))}
+      except NotPlainError as error:
+        answer = {"error": ["TypeError", str(error)]}
+      except Exception as error:  # noqa: BLE001 (the program may raise anything)
+        answer = {"error": [type(error).__name__, str(error)]}
+      channel.send(answer)
 
 
-if __name__ == "__main__":
-  main()
+class ProgramEnded(BaseException):
+  """The program has ended, or says nothing that is understood; no check is to catch it."""
+
+
+def judge(order: dict) -> None:
+  """Runs the check, and writes {"passed": ..., "reason": ...} where nothing else writes."""
+  channel = Channel(order)
+  verdict = os.fdopen(os.dup(1), "w")
+  with open(os.devnull, "w") as nothing:
+    os.dup2(nothing.fileno(), 1)
+
+  def ask(message=None):
+    try:
+      if message is not None:
+        channel.send(message)
+      return channel.receive()
+    except (OSError, EOFError, ValueError, RecursionError) as error:
+      raise ProgramEnded from error
+
+  def call(name: str, *args, **kwargs):
+    answer = ask(to_json([name, list(args), kwargs]))
+    match answer:
+      case {"value": value}:
+        return from_json(value)
+      case {"error": [str(kind), str(text)]}:
+        known = getattr(builtins, kind, None)
+        usable = isinstance(known, type) and issubclass(known, Exception)
+        raise (known if usable and not issubclass(known, UnicodeError) else RuntimeError)(text)
+    raise NotPlainError("what the program sent is no answer")
+
+  def look_up(name: str):
+    if name.startswith("__"):  # Which the import system asks of a module.
+      raise AttributeError(name)
+    return lambda *args, **kwargs: call(name, *args, **kwargs)
+
+  module = types.ModuleType("program")
+  module.__getattr__ = look_up
+  sys.modules["program"] = module
+  found = {"passed": False, "reason": ""}
+  try:
+    if ask() != "ready":
+      raise ProgramEnded
+    exec(compile(order["code"], "check.py", "exec"), {"__name__": "__main__"})
+    found["passed"] = True
+  except ProgramEnded:
+    pass  # Its own status says why.
+  except BaseException as error:  # noqa: BLE001 (a check may raise anything)
+    found["reason"] = traceback.format_exception_only(error)[-1].strip()
+  json.dump(found, verdict)
+  verdict.flush()
+
+
+def main(confine, order: dict) -> None:
+  """Runs one of the two; `confine(folder, paths)` asks the kernel."""
+  with open(os.devnull) as nothing:
+    os.dup2(nothing.fileno(), 0)
+  limit(order)
+  confine(order["folder"], order["readable"])
+  refuse(order["folder"])
+  # Imports of the program's own are looked for in its directory.
+  sys.path[0:0] = [order["folder"]]
+  {"program": serve, "judge": judge}[order["role"]](order)

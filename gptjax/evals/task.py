@@ -7,9 +7,14 @@
 {"kind": "ranking", "data": "test.jsonl", "prompt": "recommendation.jinja",
  "candidates": "offered", "target": "next", "k": [5, 10]}
 
-with such lines of test.jsonl:
+{"kind": "code", "data": "HumanEval.jsonl", "prompt": "code.jinja", "max_tokens": 512,
+ "stop": ["\\ndef ", "\\nclass ", "\\nif ", "\\nprint"], "program": "{{ prompt }}{{ completion }}",
+ "check": "{{prompt}}    pass\\nfrom program import {{name}}\\n{{test}}\\ncheck({{name}})"}
+
+with such lines, of the second and of the third:
 
 {"titles": ["Alien", "Heat"], "offered": ["Ronin", "Bambi"], "next": "Ronin"}
+{"prompt": "def add(a, b):\\n", "name": "add", "test": "def check(f): assert f(1, 2) == 3"}
 """
 
 import collections
@@ -33,7 +38,7 @@ KINDS = {
   "translation": ("prompt", "target"),
   "tagging": ("target", "prediction"),
   "ranking": ("prompt", "target", "candidates"),
-  "code": ("prompt", "program"),
+  "code": ("prompt", "program", "check"),
 }
 METRICS = {
   "classification": ("accuracy", "f1_macro", "mcc", "accuracy_of_commonest"),
@@ -79,8 +84,11 @@ class Task:
   temperature, samples: of code, `samples` programs a problem.
   k: of code pass@k for each of `k`, of ranking hit@k for each above 1; hit@1 is the accuracy.
   program: of code, a Jinja template of what is run, from the example's keys, `prompt` (rendered)
-    and `completion`.
-  timeout_seconds: of one program.
+    and `completion`: it defines functions.
+  check: of code, a template, from the same but `completion`, of what another process runs to see
+    whether they are right, as 'from program import add; assert add(1, 2) == 3'. Of the program it
+    has what its functions return, plain data; what else it needs it defines itself.
+  timeout_seconds: of one program and its check.
   prediction: the key of a prediction that is there already; the model is not asked.
   metrics: which ones to report; none is all.
   """
@@ -108,6 +116,7 @@ class Task:
   samples: int = 1
   k: tuple[int, ...] = (1,)
   program: str = ""
+  check: str = ""
   timeout_seconds: float = 10.0
   prediction: str = ""
   metrics: tuple[str, ...] = ()

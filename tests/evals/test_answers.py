@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax.errors import UserError
-from gptjax.evals import answers
+from gptjax.evals import answers, sandbox
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
 from gptjax.inference.score import Score
@@ -42,9 +42,10 @@ class Scripted(Subject):
 
 @pytest.fixture
 def run(write_task):
-  def run(script, examples, *, train=None, shots=0, **settings):
+  def run(script, examples, *, train=None, shots=0, isolation=None, **settings):
     subject = Scripted(None, None, script=script)
-    questions = answers.prepare(load_task(write_task(examples, train, **settings)), shots=shots)
+    task = load_task(write_task(examples, train, **settings))
+    questions = answers.prepare(task, shots=shots, isolation=isolation)
     return answers.evaluate(questions, subject, resamples=20), subject
 
   return run
@@ -232,27 +233,35 @@ def test_tags_are_scored_and_compared_in_length(run):
 
 def test_programs_are_run_and_their_failures_counted(run):
   examples = [
-    {"prompt": "# A\ndef add(a, b):\n", "test": "assert add(1, 2) == 3"},
-    {"prompt": "# B\ndef mul(a, b):\n", "test": "assert mul(2, 3) == 6"},
+    {"prompt": "# A\ndef add(a, b):\n", "name": "add", "test": "assert add(1, 2) == 3"},
+    {"prompt": "# B\ndef mul(a, b):\n", "name": "mul", "test": "assert mul(2, 3) == 6"},
   ]
   result, _ = run(
     {"A": "  return a + b", "B": "  return a - b"},
     examples,
     kind="code",
     prompt="code.jinja",
-    program="{{ prompt }}\n{{ completion }}\n{{ test }}",
+    program="{{ prompt }}\n{{ completion }}",
+    check="from program import {{ name }}\n{{ test }}",
     samples=2,
     k=[1, 2],
+    isolation=sandbox.find_isolation(),
   )
   assert result.metrics["pass@1"].value == result.metrics["pass@2"].value == 0.5
   assert result.details["failures"] == {"It failed: AssertionError": 2}
+  assert result.details["isolation"] == dataclasses.asdict(sandbox.find_isolation())
   assert [sample["passed"] for sample in result.predictions[0]["prediction"]] == [True, True]
 
 
 def test_a_program_that_cannot_be_rendered_is_refused_before_the_model_writes(write_task):
-  settings = {"kind": "code", "prompt": "code.jinja", "program": "{{ completion }}{{ tests }}"}
-  task = load_task(write_task([{"prompt": "a", "test": "b"}], **settings))
-  with pytest.raises(UserError, match=r"task.json: program: .*data.jsonl:1: 'tests' is undefined"):
+  templates = {"program": "{{ completion }}", "check": "{{ test }}"}
+  for key in templates:
+    wrong = templates | {key: "{{ tests }}"}
+    settings = {"kind": "code", "prompt": "code.jinja"} | wrong
+    task = load_task(write_task([{"prompt": "a", "test": "b"}], **settings))
+    with pytest.raises(UserError, match=f"task.json: {key}: .*jsonl:1: 'tests' is undefined"):
+      answers.prepare(task, isolation=sandbox.Isolation("none"))
+  with pytest.raises(UserError, match=r"runs what the model writes.*asked for: --run_code"):
     answers.prepare(task)
 
 

@@ -68,7 +68,10 @@ def test_the_tasks_of_the_docstring_can_be_read(write_task):
     ({"metrics": ["ece"], "by": "generation"}, "no metric 'ece'"),
     ({"calibrate": True, "by": "generation"}, "calibrate is of classification by likelihood"),
     ({"max_tokens": "many"}, "'max_tokens' is str"),
-    ({"kind": "code", "program": "x", "samples": 2, "k": [3]}, "k: 3 is not from 1 to samples=2"),
+    (
+      {"kind": "code", "program": "x", "check": "x", "samples": 2, "k": [3]},
+      "k: 3 is not from 1 to samples=2",
+    ),
     ({"kind": "ranking"}, "of kind 'ranking' needs the key 'candidates'"),
     ({"kind": "ranking", "candidates": "x", "k": ["5"]}, "k: '5' is not a whole number from 1"),
     ({"kind": "ranking", "candidates": "x", "k": [0]}, "k: 0 is not a whole number from 1"),
@@ -175,7 +178,7 @@ def test_the_evaluated_file_is_no_training_file(sentiment):
 def test_shots_need_a_training_file(sentiment):
   with pytest.raises(UserError, match="--shots=1 needs the key 'train'"):
     choose_shots(sentiment(train=None), 1, 0, [])
-  task = sentiment(kind="code", program="{{ completion }}", target="")
+  task = sentiment(kind="code", program="{{ completion }}", check="x", target="")
   with pytest.raises(UserError, match="--shots=1 needs the key 'target'"):
     choose_shots(task, 1, 0, [])
 
