@@ -132,7 +132,7 @@ def save(folder: epath.Path, evaluation: dict[str, Any], results: Sequence[Resul
 
 
 def versions() -> dict[str, str]:
-  """Of Python and of the packages that take part, as far as they are installed."""
+  """The versions of Python and of the packages that take part, as far as they are installed."""
   found = {"python": platform.python_version()}
   for package in _PACKAGES:
     try:

@@ -246,8 +246,7 @@ def _waited(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def _kill(process: subprocess.Popen) -> None:
-  # What has been waited for may have left others in its group; a new process can have its id only
-  # once they are gone.
+  # What has ended may have left others in its group, which keep its id from being given away.
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.killpg(process.pid, signal.SIGKILL)
   process.wait()

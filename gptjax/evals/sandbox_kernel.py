@@ -26,7 +26,8 @@ _SET_FILTER = (22, 2)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 _LOAD, _IF_EQUAL, _IF_ABOVE, _IF_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _KILL, _FAIL, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 _CLONE_THREAD, _CLONE3, _X32 = 0x10000, 435, 0x40000000
-# Of ioctl: flags of a file (FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR), and input of a terminal (TIOCSTI).
+# Requests of ioctl: flags of a file (FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR), and what a terminal is
+# made to read (TIOCSTI).
 _REQUESTS = (0x40086602, 0x401C5820, 0x5412)
 _CALL, _ARGUMENTS, _MACHINE = 0, (16, 24), 4  # Places in what the filter sees.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from gptjax.errors import UserError
 
-# Of int64 indices [n], with repetition, into the examples.
+# A function of int64 indices [n] into the examples, with repetition.
 Measure = Callable[[np.ndarray], float]
 
 RESAMPLES = 1000
@@ -121,7 +121,7 @@ def classification_report(
 
 
 def multi_label(gold_NK: np.ndarray, predicted_NK: np.ndarray) -> dict[str, Measure]:
-  """Of booleans: the share of examples with exactly their labels, and F1 over all decisions and as
+  """The share of examples with exactly their labels (booleans), and F1 over all decisions and as
   the mean of the labels (scikit-learn)."""
   metrics = need("sklearn.metrics")
 
@@ -168,7 +168,7 @@ def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
 def spans(
   golds: Sequence[tuple[int, int]], predicted: Sequence[tuple[int, int]]
 ) -> dict[str, Measure]:
-  """Of (first, last) tokens: the share that is exactly right, and the mean F1 of their tokens."""
+  """The share of spans, (first, last) tokens, that are exactly right, and the mean F1 of tokens."""
   exact, f1 = [], []
   for gold, found in zip(golds, predicted, strict=True):
     common = max(min(gold[1], found[1]) - max(gold[0], found[0]) + 1, 0)

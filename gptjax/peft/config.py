@@ -20,7 +20,8 @@ METHODS: Mapping[str, tuple[str, ...]] = {
   "ptuning": (),
   "prefix": (),
 }
-# Of 'adalora': until lambdas are first set to 0, with those that are left in the end, and between.
+# The durations of 'adalora': before the first lambdas are set to 0, with those that are left in the
+# end, and from one change to the next.
 DURATIONS = ("budget_initial", "budget_final", "budget_every")
 # These put virtual tokens before the text, and have no targets.
 VIRTUAL_METHODS = ("prompt", "ptuning", "prefix")
@@ -107,7 +108,7 @@ class PeftConfig:
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any] | None) -> "PeftConfig | None":
-    """Of `config.peft`; None if all of the model is trained."""
+    """Reads `config.peft`; None if all of the model is trained."""
     if not config or config["method"] == "none":
       if config and config.get("base", "float32") != "float32":
         raise UserError(f"peft.base={config['base']!r} is of a frozen model: choose a peft.method.")

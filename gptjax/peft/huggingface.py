@@ -391,7 +391,7 @@ def _kernels(flat: Mapping[str, Any], leaf: str) -> list[str]:
 
 
 def _adapted(projections, names: Mapping[str, Any]) -> Iterator[Projection]:
-  """Those that hold one of the names; all names are held.
+  """Yields the projections that hold one of the names; all names are held.
 
   Raises:
     UserError: the family has no projection for a name.

@@ -86,7 +86,7 @@ class Projection:
     return self._infos[name].shape[1 + len(self.in_shape) :]
 
   def _like_outputs(self, rank: int | None) -> tuple[Entry, dict[str, ParameterInfo]]:
-    """As if the projection had `rank` inputs, or were a bias."""
+    """The entry and the parameters as if the projection had `rank` inputs, or were a bias."""
     middle, inputs = ((), None) if rank is None else ((rank,), (1,))
     infos = {}
     for name, info in self._infos.items():

@@ -44,7 +44,7 @@ BLOCK = 64
 
 
 class QuantizedKernel(nnx.Module):
-  """In the place of the kernel of a projection: `kernel[...]` is dequantised, float32.
+  """Takes the place of a projection's kernel: `kernel[...]` is dequantised, float32.
 
   A projection calls it within its layer, so that one layer at a time is dequantised, and again in
   the backward pass. Experts keep what they dequantised for that, unless model.remat says otherwise.

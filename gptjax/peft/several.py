@@ -103,7 +103,7 @@ def put_several_on(model: GPT, adapters: Sequence[tuple[PeftConfig, Mapping[str,
 
 
 def _make(base: Linear, parts: Sequence[tuple[np.ndarray, np.ndarray, float] | None]):
-  """Of those of a projection, None where an adapter has none, padded with zeros to one rank."""
+  """Puts the adapters of a projection together, padded with zeros to one rank; None is none."""
   stack, ins, outs = split_shape(base)
   rank = max(part[0].shape[-1] for part in parts if part is not None)
   lora_a = np.zeros((*stack, len(parts), *ins, rank), np.float32)

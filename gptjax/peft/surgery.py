@@ -193,7 +193,7 @@ def initial_adapters(
 
 
 def put_on(model: GPT, config: PeftConfig, adapters: Mapping[str, Any]) -> GPT:
-  """As `adapt`, with trained parameters, a nested dict."""
+  """Adapts a model as `adapt` does, with trained parameters, a nested dict."""
   adapted = adapt(model, config, nnx.Rngs(0))
   nnx.update(adapted, adapters)
   return adapted

@@ -93,7 +93,7 @@ class PromptGPT(GPT):
     return self.as_prefix(*self.keys_and_values()).run(x_BTD, positions_BT, **kwargs)
 
   def embeddings(self) -> jax.Array:
-    """Those that are read before the text, float32 [P, D]."""
+    """The embeddings that are read before the text, float32 [P, D]."""
     return self.prompt[...]
 
   def keys_and_values(self) -> tuple[jax.Array, jax.Array]:

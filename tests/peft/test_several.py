@@ -112,6 +112,8 @@ def test_what_does_not_go_together_is_named(make_model, trained):
     put_several_on(make_model(), [(config, values), (quantised, values)])
   with pytest.raises(UserError, match=r"adapter 1: peft\.method='dora'; only 'lora'"):
     put_several_on(make_model(), [(config, values), (preset("dora"), values)])
+  with pytest.raises(UserError, match=r"adapter 0: peft\.unfrozen=.*all rows share the model"):
+    put_several_on(make_model(), [(preset("lora", unfrozen=("embed",)), values)])
   with pytest.raises(UserError, match=r"query/lora_a' is \[2, 16, 4\], the model makes it \[2, 16"):
     put_several_on(make_model(), [(preset("lora", rank=8), values)])
   with pytest.raises(UserError, match="at least one adapter"):

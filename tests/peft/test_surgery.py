@@ -79,6 +79,32 @@ def test_what_was_merged_can_be_taken_out_again(name, make_adapted):
     np.testing.assert_allclose(after[leaf], value, atol=1e-5, err_msg=leaf)
 
 
+def test_parameters_of_the_model_are_trained_beside_adapters(make_adapted, logits, model_config):
+  config = preset("lora", unfrozen=(r"^embed/", r"norm/scale$"))
+  whole = {name for name in describe_parameters(model_config) if name.endswith("norm/scale")}
+  trained = {name for name in describe_adapters(model_config, config) if "/lora_" not in name}
+  assert trained == whole | {"embed/embedding"}
+  adapted = make_adapted(config)
+  merged = merge(adapted)
+  np.testing.assert_array_equal(merged.embed.embedding[...], adapted.embed.embedding[...])
+  np.testing.assert_allclose(logits(merged), logits(adapted), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"unfrozen": ("embedd/",)}, r"peft.unfrozen: 'embedd/' is found in the name of no parameter"),
+    (
+      {"unfrozen": ("mlp/up/kernel",), "base": "int8"},
+      "'blocks/mlp/up/kernel' is kept in int8 and cannot be trained; set peft.base=float32",
+    ),
+  ],
+)
+def test_what_cannot_be_trained_whole_is_named(changes, sentence, make_model):
+  with pytest.raises(UserError, match=sentence):
+    adapt(make_model(), preset("lora", **changes), nnx.Rngs(0))
+
+
 def test_what_cannot_be_merged_or_taken_out_is_refused(make_adapted, make_model):
   with pytest.raises(UserError, match="adapter: Bottleneck is not to be merged"):
     merge(make_adapted(preset("houlsby")))
