@@ -261,8 +261,8 @@ def _label_probabilities(
 def _log_likelihoods(
   task: Task, subject: Subject, pairs: Sequence[tuple[Prompt, str]]
 ) -> np.ndarray:
-  """The log-likelihood of each text after its prompt, [pairs], as the task's `domain_premise`, `end_of_text` and
-  `normalize` have it."""
+  """The log-likelihood of each text after its prompt, [pairs], with the task's `domain_premise`,
+  `end_of_text` and `normalize`."""
   found = subject.likelihoods(pairs, end_of_text=task.end_of_text)
   nats = np.array([score.log_likelihood for score in found])
   if task.domain_premise:
