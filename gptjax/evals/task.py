@@ -7,13 +7,16 @@
 {"kind": "ranking", "data": "test.jsonl", "prompt": "recommendation.jinja",
  "candidates": "offered", "target": "next", "k": [5, 10]}
 
+with such lines of test.jsonl:
+
+{"titles": ["Alien", "Heat"], "offered": ["Ronin", "Bambi"], "next": "Ronin"}
+
 {"kind": "code", "data": "HumanEval.jsonl", "prompt": "code.jinja", "max_tokens": 512,
  "stop": ["\\ndef ", "\\nclass ", "\\nif ", "\\nprint"], "program": "{{ prompt }}{{ completion }}",
  "check": "{{prompt}}    pass\\nfrom program import {{name}}\\n{{test}}\\ncheck({{name}})"}
 
-with such lines, of the second and of the third:
+with such lines of HumanEval.jsonl:
 
-{"titles": ["Alien", "Heat"], "offered": ["Ronin", "Bambi"], "next": "Ronin"}
 {"prompt": "def add(a, b):\\n", "name": "add", "test": "def check(f): assert f(1, 2) == 3"}
 """
 

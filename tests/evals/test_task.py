@@ -44,13 +44,17 @@ def test_a_template_beside_the_task_comes_before_ours(sentiment):
 
 def test_the_tasks_of_the_docstring_can_be_read(write_task):
   blocks = [json.loads(block) for block in tasks.__doc__.split("\n\n") if block.startswith("{")]
-  classification, ranking, record = blocks
+  classification, ranking, record, code, problem = blocks
   assert load_task(write_task(TEST, **classification)).labels["pos"] == " positive"
   task = load_task(write_task([record], **ranking))
   assert task.known_metrics == ("accuracy", "hit@5", "hit@10", "mrr", "ndcg", "accuracy_of_chance")
   (example,) = evaluated_examples(dataclasses.replace(task, data="data.jsonl"))
   assert task.question.render(example) == "Bought: Alien; Heat\nNext:"
   assert task.answer(example) == " Ronin"
+  task = load_task(write_task([problem], **(code | {"data": "data.jsonl"})))
+  (example,) = evaluated_examples(task)
+  assert task.question.render(example) == "def add(a, b):\n"
+  assert (task.known_metrics, task.stop[0]) == (("pass@1",), "\ndef ")
 
 
 # --- What is wrong is told before a model runs -------------------------------------------------
