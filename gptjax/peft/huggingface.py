@@ -90,6 +90,13 @@ _ONLY = {
   "init_lora_weights": (True, False, "gaussian"),
   "num_transformer_submodules": (1, None),
 }
+# Fields whose texts are regular expressions, and those that a kind of adapter cannot do without.
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "alpha_pattern")
+_NEEDED = {
+  "LORA": ("target_modules", "lora_alpha"),
+  "ADALORA": ("target_modules", "lora_alpha", "init_r"),
+  "IA3": ("target_modules",),
+}
 _READ = {
   *("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "init_r"),
   *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -181,6 +188,8 @@ def _read_fields(folder: Path) -> dict[str, Any]:
     fields = json.loads(path.read_text())
   except ValueError as error:
     raise UserError(f"{path}: not JSON ({error}).") from error
+  if not isinstance(fields, dict):
+    raise UserError(f"{path}: not an object of fields.")
   if fields.get("peft_type") not in _TYPES:
     raise UserError(
       f"{path}: no peft_type {fields.get('peft_type')!r} is known, only {', '.join(_TYPES)}."
@@ -192,6 +201,18 @@ def _read_fields(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: field {name!r} is {value!r}; only {known} is known.")
     elif value and name not in _NOT_READ | _READ:
       raise UserError(f"{path}: field {name!r} is {value!r}, which is not known.")
+  for name in _NEEDED.get(fields["peft_type"], ()):
+    if fields.get(name) is None:
+      raise UserError(f"{path}: no field {name!r}, which {fields['peft_type']} needs.")
+  for name in _PATTERNS:
+    value = fields.get(name) or []
+    for pattern in [value] if isinstance(value, str) else value:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise UserError(
+          f"{path}: field {name!r} has {pattern!r}, which is no regular expression ({error})."
+        ) from error
   return fields
 
 

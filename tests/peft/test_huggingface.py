@@ -279,7 +279,13 @@ def written(bases, tmp_path_factory):
     ("bias", "some", "field 'bias' is 'some'; only 'none', 'all', 'lora_only' is known"),
     ("init_lora_weights", "pissa", "field 'init_lora_weights' is 'pissa'"),
     ("modules_to_save", ["lm_head"], r"no tensor '.*lm_head\.weight', which .* asks for"),
-    ("bias", "none and all", "field 'bias'"),
+    ("target_modules", None, "no field 'target_modules', which LORA needs"),
+    (
+      "target_modules",
+      "(q_proj",
+      r"'target_modules' has '\(q_proj', which is no regular expression",
+    ),
+    ("alpha_pattern", {"*": 2}, r"'alpha_pattern' has '\*', which is no regular expression"),
     ("peft_type", "VERA", "no peft_type 'VERA' is known, only LORA"),
   ],
 )
