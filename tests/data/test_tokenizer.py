@@ -246,8 +246,11 @@ def test_batches_are_encoded_as_single_texts_are(tokenizer):
 # --- Special tokens ----------------------------------------------------------------------------
 
 
-def test_documents_start_and_end_with_the_separator(tokenizer):
-  assert tokenizer.start == (tokenizer.end_of_text,)
+def test_a_text_starts_as_its_own_library_has_it_and_ends_with_the_separator(tokenizer):
+  # None of these libraries puts anything before a text; ours puts the separator there.
+  assert tokenizer.start == ((tokenizer.end_of_text,) if tokenizer.is_own else ())
+  assert tokenizer.encode_prompt("a") == [*tokenizer.start, *tokenizer.encode("a")]
+  assert tokenizer.encode_prompt("") == [tokenizer.prefix] == [tokenizer.end_of_text]
   assert tokenizer.stops == {tokenizer.end_of_text}
   assert (tokenizer.mask, tokenizer.sentinels, tokenizer.chat_template) == (None, (), None)
 
