@@ -31,7 +31,6 @@ from flax import nnx
 from gptjax import config as config_lib
 from gptjax.errors import UserError
 from gptjax.interop.convert import FORMATS, check, convert, name_checkpoint
-from gptjax.peft import huggingface as adapter_files
 from gptjax.training.pretrained import load_model
 from gptjax.training.safetensors_files import DTYPES
 
@@ -66,7 +65,8 @@ def main(overrides: Mapping[str, str]) -> int:
   options = {"family": FLAGS.family, "dtype": FLAGS.dtype, "adapter": adapter}
   convert(source, target, to=FLAGS.format, **options)
   if FLAGS.format == "peft":
-    tensors = safetensors.numpy.load_file(target / adapter_files.WEIGHTS)
+    (weights,) = target.glob("*.safetensors")
+    tensors = safetensors.numpy.load_file(weights)
     print(f"{target}: {sum(x.size for x in tensors.values()):,} parameters of adapters")
     return 0
   written = f"hf:{target}" if FLAGS.format == "hf" else str(target)

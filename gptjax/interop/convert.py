@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors import SafetensorError
 
 from gptjax import config as config_lib
+from gptjax import wings
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokenizer_export import export
 from gptjax.errors import UserError
@@ -20,10 +21,7 @@ from gptjax.interop.labels import config_fields, transformers_task
 from gptjax.interop.verify import verify
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, describe, describe_parameters
-from gptjax.peft import huggingface as adapter_files
-from gptjax.peft.config import PeftConfig
-from gptjax.peft.layers import Adapter
-from gptjax.peft.surgery import merge, put_on
+from gptjax.training.adaptation import make_adaptation
 from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.pretrained import (
   CHECKPOINTS,
@@ -97,7 +95,8 @@ def _model_of(
     chosen = _find_family(source, read_model_config(source), family, task)
   model, tokenizer = load_model(source)
   if adapter is not None:
-    model = merge(put_on(model, *adapter_files.read(adapter, model.config, chosen)))
+    merge_folder = wings.load("gptjax.peft.huggingface:merge_folder", "--adapter")
+    model = merge_folder(model, adapter, chosen)
   if set(describe(model)) != set(describe_parameters(model.config)):
     of = source if adapter is None else adapter
     raise UserError(f"{of}: its adapters cannot be merged, so that no format here can hold it.")
@@ -121,17 +120,16 @@ def _model_of(
 def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
   """Loads the adapters of a run; returns what writes them into a folder."""
   config = None if open_foreign(source) else config_lib.open_saved(epath.Path(source))
-  peft = None if config is None else PeftConfig.from_config(config.get("peft"))
-  if peft is None:
+  adaptation = None if config is None else make_adaptation(config.get("peft"))
+  if adaptation is None or adaptation.is_whole:
     raise UserError(f"--format=peft: {source} is no run that trained adapters.")
   model_config = read_model_config(source)
   labels = labels_of(source)
   task = transformers_task(labels) if labels else ""
   chosen = _find_family(config.init_from, model_config, family, task)
   model, _ = load_checkpoint(source)
-  adapters = nnx.to_pure_dict(nnx.state(model, Adapter))
   base = config.init_from.removeprefix("hf:")
-  return lambda folder: adapter_files.write(folder, model_config, peft, adapters, chosen, base)
+  return lambda folder: adaptation.export(folder, model, chosen, base)
 
 
 def _find_family(source: str, config: ModelConfig, family: str | None, task: str = "") -> Family:

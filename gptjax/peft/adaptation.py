@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -11,7 +12,7 @@ from gptjax.config import RunLength
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, ParameterInfo
 from gptjax.optim.optimizer import Optimizer
-from gptjax.peft import surgery
+from gptjax.peft import huggingface, surgery
 from gptjax.peft.adalora import allocate_ranks
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
@@ -74,3 +75,15 @@ class Adapters(WholeModel):
 
   def merge(self, model: GPT) -> GPT:
     return surgery.merge(model) if self.method in surgery.MERGED else model
+
+  def export(self, folder: Path, model: GPT, family: Any, base: str) -> None:
+    """Writes the adapters of a model into a folder, as the `peft` library has them.
+
+    Args:
+      folder: where to.
+      model: the adapted model.
+      family: its `gptjax.interop.family.Family`, in whose names they are written.
+      base: the name of the model that they are for.
+    """
+    adapters = nnx.to_pure_dict(nnx.state(model, Adapter))
+    huggingface.write(folder, model.config, self.peft, adapters, family, base)

@@ -24,10 +24,11 @@ from gptjax import tree
 from gptjax.errors import UserError
 from gptjax.interop.family import Family
 from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import GPT
 from gptjax.peft import whole
 from gptjax.peft.config import VIRTUAL_METHODS, PeftConfig
 from gptjax.peft.projections import Projection, find_entries, find_projections, is_target
-from gptjax.peft.surgery import abstract_model, describe_adapters
+from gptjax.peft.surgery import abstract_model, describe_adapters, merge, put_on
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TYPES = {
@@ -134,6 +135,11 @@ def read(
     if (found := flat[name].shape) != info.shape:
       raise UserError(f"{folder}: {name} is {list(found)}, the model makes it {list(info.shape)}.")
   return config, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def merge_folder(model: GPT, folder: Path, family: Family) -> GPT:
+  """A model with the adapters of a folder merged into it; UserError as of `read` and `merge`."""
+  return merge(put_on(model, *read(folder, model.config, family)))
 
 
 def write(
