@@ -136,7 +136,7 @@ def _find_family(source: str, config: ModelConfig, family: str | None, task: str
   """The one that is named, that of the source's files, or the first that can be the model."""
   foreign = None if family else open_foreign(source)
   if isinstance(foreign, huggingface.HuggingFaceModel):
-    if task:
+    if task and foreign.labels:
       return foreign.family
     family = foreign.family.model_type
   return huggingface.find_family(config, family, task)
