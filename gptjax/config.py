@@ -21,6 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gptjax.errors import UserError, did_you_mean
+from gptjax.small_files import read_json, write_atomically
 from gptjax.upgrades import upgrade
 
 DURATION = re.compile(r"(?P<stem>\w+)_(?P<unit>steps|tokens|epochs|percent)")
@@ -104,10 +105,10 @@ def run_file(path: str) -> ModuleType:
 def _read(path: epath.Path) -> ConfigDict:
   """Reads what `save` wrote, in this version or an older one: JSON has no tuples, configs have no
   lists."""
-  try:
-    return ConfigDict(_tuples(upgrade(json.loads(path.read_text()))))
-  except ValueError as error:
-    raise UserError(f"{path}: not a config that a run saved ({error}).") from error
+  values = read_json(path)
+  if not isinstance(values, dict):
+    raise UserError(f"{path}: not a config that a run saved; it is no JSON object.")
+  return ConfigDict(_tuples(upgrade(values)))
 
 
 def _tuples(value: Any) -> Any:
@@ -218,13 +219,13 @@ def save(config: ConfigDict, workdir: epath.Path) -> list[str]:
   new = json.loads(to_json(config))
   changes = []
   if path.exists():
-    flat_old, flat_new = flatten(upgrade(json.loads(path.read_text()))), flatten(new)
+    flat_old, flat_new = flatten(json.loads(to_json(_read(path)))), flatten(new)
     changes = [
       f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
       for key in sorted({*flat_old, *flat_new})
       if flat_old.get(key) != flat_new.get(key)
     ]
-  path.write_text(to_json(config) + "\n")
+  write_atomically(path, to_json(config) + "\n")
   return changes
 
 

@@ -255,7 +255,7 @@ def test_a_saved_config_that_is_none_is_named(tmp_path):
   with pytest.raises(UserError, match=r"--config: no file '.*x\.json'"):
     config_lib.load(f"{tmp_path}/x.json")
   (tmp_path / "x.json").write_text("{")
-  with pytest.raises(UserError, match=r"x\.json: not a config that a run saved"):
+  with pytest.raises(UserError, match=r"x\.json: not JSON"):
     config_lib.load(f"{tmp_path}/x.json")
 
 

@@ -23,6 +23,7 @@ import zstandard
 from absl import logging
 
 from gptjax.errors import UserError
+from gptjax.small_files import parse_json
 
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _BLOCK_BYTES = 1 << 24
@@ -136,10 +137,7 @@ class JsonLines:
     line = decode(self._read(index), name, self._undecodable)
     if not line.strip():
       return ""
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise UserError(f"{name}: not JSON ({error.msg}, column {error.colno}).") from error
+    record = parse_json(line, name)
     if not isinstance(record, dict):
       raise UserError(f"{name}: a JSON {type(record).__name__}, not an object.")
     if not self._text_key:

@@ -30,9 +30,11 @@ from gptjax.data import tokenizer_formats as formats
 from gptjax.data import tokenizer_gguf
 from gptjax.data import tokenizer_settings as settings_lib
 from gptjax.errors import UserError, did_you_mean
+from gptjax.small_files import plain_name, read_json, write_atomically
 
 _META = "gptjax_tokenizer.json"
 _BPE = "bpe:"
+_MAX_VOCAB = 1 << 24
 # Tokens that end a turn of a chat, of the templates in use.
 _ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>")
 
@@ -214,20 +216,45 @@ class Tokenizer:
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in self._files.items():
-      (folder / name).write_bytes(content)
+      write_atomically(folder / name, content)
     # The last file to be written tells a whole folder from half of one.
-    meta = {"spec": self.spec, "kind": self._format.kind, "vocab_size": self.vocab_size}
-    (folder / _META).write_text(json.dumps({**meta, "files": sorted(self._files)}))
+    meta = {
+      "spec": self.spec,
+      "kind": self._format.kind,
+      "vocab_size": self.vocab_size,
+      "files": sorted(self._files),
+      "fingerprint": self.fingerprint(),
+    }
+    write_atomically(folder / _META, json.dumps(meta))
 
 
 def open_saved(folder: epath.PathLike) -> Tokenizer | None:
-  """Opens what `Tokenizer.save` wrote; None if `folder` holds no whole tokenizer."""
-  folder = epath.Path(folder)
-  if not (folder / _META).exists():
+  """Opens what `Tokenizer.save` wrote; None if `folder` holds no whole tokenizer.
+
+  Raises:
+    UserError: a file is damaged, missing, outside the folder, or other than it was saved.
+  """
+  path = epath.Path(folder) / _META
+  if not path.exists():
     return None
-  meta = json.loads((folder / _META).read_text())
-  files = {name: (folder / name).read_bytes() for name in meta["files"]}
-  return _make(meta["spec"], meta["kind"], files, meta["vocab_size"])
+  meta = read_json(path)
+  try:
+    files = {name: (path.parent / plain_name(name, path)).read_bytes() for name in meta["files"]}
+    spec, kind, vocab_size = str(meta["spec"]), meta["kind"], int(meta["vocab_size"])
+    if kind not in formats.READERS or not 0 < vocab_size <= _MAX_VOCAB:
+      raise UserError(f"{path}: kind={kind!r} and vocab_size={vocab_size} are of no tokenizer.")
+  except OSError as error:
+    raise UserError(f"{path}: a file that it names cannot be read ({error}).") from error
+  except (KeyError, TypeError) as error:
+    raise UserError(f"{path}: not what a run writes of its tokenizer ({error}).") from error
+  tokenizer = _make(spec, kind, files, vocab_size)
+  # Earlier runs did not write it.
+  if meta.get("fingerprint", tokenizer.fingerprint()) != tokenizer.fingerprint():
+    raise UserError(
+      f"{path.parent}: {' or '.join(sorted(files))} is not what the run saved there, so that ids "
+      "stand for other tokens; put the original back."
+    )
+  return tokenizer
 
 
 def load(spec: str) -> Tokenizer:

@@ -16,8 +16,9 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from gptjax.data.tokenizer_settings import Settings, parse_json
+from gptjax.data.tokenizer_settings import Settings
 from gptjax.errors import UserError, did_you_mean
+from gptjax.small_files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIALS = (END_OF_TEXT, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.errors import UserError
+from gptjax.small_files import parse_json
 
 _CONFIG = "tokenizer_config.json"
 _ROLES = "special_tokens_map.json"
@@ -98,14 +98,6 @@ def write(
 def chat_template_files(template: str, roles: Mapping[str, str]) -> dict[str, bytes]:
   """Returns the files that, in the place of others, give a chat template and roles."""
   return {_TEMPLATE: template.encode(), _ROLES: json.dumps(dict(roles)).encode()}
-
-
-def parse_json(content: bytes, name: str) -> Any:
-  """Parses JSON; UserError that names the file if it is none."""
-  try:
-    return json.loads(content)
-  except ValueError as error:
-    raise UserError(f"{name} is not JSON ({error}).") from error
 
 
 def _named_ids(values: Mapping[str, Any]) -> dict[str, Any]:

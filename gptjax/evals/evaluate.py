@@ -18,6 +18,7 @@ from gptjax.evals.label_task import LabelledRecords
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
 from gptjax.objectives.scores import RESAMPLES, Metric
+from gptjax.small_files import write_atomically
 from gptjax.training.pretrained import is_run
 
 _PERPLEXITY = "perplexity:"
@@ -115,7 +116,7 @@ def save(folder: epath.Path, evaluation: dict[str, Any], results: Sequence[Resul
   for result in results:
     stem = re.sub(r"[^\w.-]+", "_", result.name)
     lines = (json.dumps(one, ensure_ascii=False) for one in result.predictions)
-    (folder / f"{stem}.predictions.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    write_atomically(folder / f"{stem}.predictions.jsonl", "".join(f"{line}\n" for line in lines))
     if "confusion" in result.details:
       figures.classification(
         folder / f"{stem}.png",
@@ -128,7 +129,7 @@ def save(folder: epath.Path, evaluation: dict[str, Any], results: Sequence[Resul
     kept[result.name] = {"metrics": metrics, **result.details}
   content = {**evaluation, "versions": versions(), "tasks": kept}
   # Last: where it is, the rest is whole.
-  (folder / "results.json").write_text(json.dumps(content, indent=2, ensure_ascii=False))
+  write_atomically(folder / "results.json", json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def versions() -> dict[str, str]:

@@ -32,6 +32,7 @@ import numpy as np
 
 from gptjax.data.templates import Example, Template, open_template
 from gptjax.errors import UserError, did_you_mean
+from gptjax.small_files import parse_json, read_json
 
 # What each kind cannot do without.
 KINDS = {
@@ -260,12 +261,12 @@ def load_task(path: str) -> Task:
   settings: dict[str, Any] = {}
   if file.suffix == ".jsonl":
     settings, file = {"data": file.name}, file.with_suffix(".json")
+  if not file.exists():
+    raise UserError(f"{file}: no such task file, which {path} needs.")
   try:
-    settings = json.loads(file.read_text(encoding="utf-8")) | settings
-  except FileNotFoundError:
-    raise UserError(f"{file}: no such task file, which {path} needs.") from None
-  except (OSError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise UserError(f"{file}: not a JSON object ({error}).") from error
+    settings = read_json(file) | settings
+  except TypeError as error:
+    raise UserError(f"{file}: not a JSON object.") from error
   fields = {field.name: field for field in dataclasses.fields(Task) if field.name != "file"}
   for key, value in settings.items():
     if key not in fields:
@@ -297,12 +298,10 @@ def read_examples(path: Path) -> list[Example]:
       for number, line in enumerate(lines, 1):
         if not line.strip():
           continue
-        record = json.loads(line)
+        record = parse_json(line, f"{path}:{number}")
         if not isinstance(record, dict):
           raise UserError(f"{path}:{number}: a JSON {type(record).__name__}, not an object.")
         examples.append(Example(record, f"{path}:{number}"))
-  except json.JSONDecodeError as error:
-    raise UserError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno}).") from error
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{path}: cannot be read ({error}).") from error
   if not examples:

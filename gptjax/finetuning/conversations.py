@@ -19,6 +19,7 @@ import numpy as np
 from gptjax.data.chat import ROLES, Message
 from gptjax.data.sources import Source, documents
 from gptjax.errors import UserError, did_you_mean
+from gptjax.small_files import parse_json
 
 _SHAREGPT_ROLES = {
   "human": "user",
@@ -189,23 +190,16 @@ def _tool_call(number: int, call: Any) -> Any:
   match call:
     case {"function": {"name": str(name), "arguments": str() | dict() as arguments} as function}:
       if isinstance(arguments, str):
-        arguments = _parse(arguments, f"message {number}: the arguments of tool call {name!r}")
+        arguments = parse_json(arguments, f"message {number}: the arguments of tool call {name!r}")
       return call | {"function": function | {"arguments": arguments}}
   raise UserError(f"message {number}: a tool call without a function's name and arguments.")
 
 
 def _tools(tools: Any) -> list[Any]:
-  tools = _parse(tools, "'tools'") if isinstance(tools, str) else tools
+  tools = parse_json(tools, "'tools'") if isinstance(tools, str) else tools
   if not isinstance(tools, list):
     raise UserError(f"'tools' is {type(tools).__name__}, not a list.")
   return tools
-
-
-def _parse(text: str, what: str) -> Any:
-  try:
-    return json.loads(text)
-  except json.JSONDecodeError as error:
-    raise UserError(f"{what} are not JSON ({error.msg}, column {error.colno}).") from error
 
 
 def _check_order(messages: list[Message]) -> None:

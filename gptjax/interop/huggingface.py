@@ -17,6 +17,7 @@ from gptjax.interop.labels import fold_bias, read_labels
 from gptjax.interop.load import Importer, export
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, describe_parameters
+from gptjax.small_files import read_json
 from gptjax.training import safetensors_files
 from gptjax.training.safetensors_files import DTYPES, TensorFiles
 
@@ -148,10 +149,7 @@ def find_folder(path: str) -> Path:
 def _read_config(path: Path) -> dict[str, Any]:
   if not path.exists():
     raise UserError(f"{path.parent}: no config.json, so not a model's folder.")
-  try:
-    values = json.loads(path.read_text())
-  except ValueError as error:
-    raise UserError(f"{path}: not JSON ({error}).") from error
+  values = read_json(path)
   if not isinstance(values, dict):
     raise UserError(f"{path}: not an object of fields.")
   return values

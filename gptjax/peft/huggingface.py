@@ -29,6 +29,7 @@ from gptjax.peft import whole
 from gptjax.peft.config import VIRTUAL_METHODS, PeftConfig
 from gptjax.peft.projections import Projection, find_entries, find_projections, is_target
 from gptjax.peft.surgery import abstract_model, describe_adapters, merge, put_on
+from gptjax.small_files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TYPES = {
@@ -190,10 +191,7 @@ def _read_fields(folder: Path) -> dict[str, Any]:
   path = folder / CONFIG
   if not path.exists():
     raise UserError(f"{folder}: no {CONFIG}, so not a folder of the `peft` library.")
-  try:
-    fields = json.loads(path.read_text())
-  except ValueError as error:
-    raise UserError(f"{path}: not JSON ({error}).") from error
+  fields = read_json(path)
   if not isinstance(fields, dict):
     raise UserError(f"{path}: not an object of fields.")
   if fields.get("peft_type") not in _TYPES:

@@ -1,6 +1,5 @@
 """Previews a sweep: parameters, FLOPs and an estimate of the time for each arm."""
 
-import json
 import time
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.devices import chips
+from gptjax.small_files import read_json
 from gptjax.sweeps.definition import Sweep
 from gptjax.sweeps.devices import Host
 from gptjax.training.checkpoints import lower_is_better
@@ -55,7 +55,7 @@ def flops_per_second(workdir: Path, host: Host, parallel: int) -> tuple[float, s
   """Estimates the FLOPs a second of one trial, and says by which rule."""
   finished = []
   for path in workdir.glob("trials/*/trial.json"):
-    if json.loads(path.read_text())["state"] == "done":
+    if read_json(path)["state"] == "done":
       last = read_metrics(path.parent)[-1]
       if last.get("flops") and last.get("seconds"):
         finished.append((last["flops"], last["seconds"]))

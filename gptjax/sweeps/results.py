@@ -6,7 +6,6 @@ beyond its end with what it had made there.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from gptjax.config import flatten
 from gptjax.errors import UserError
 from gptjax.objectives.task import TASKS, find_task
+from gptjax.small_files import read_json
 from gptjax.sweeps import statistics
 from gptjax.sweeps.statistics import Comparison, Verdict
 from gptjax.training.checkpoints import lower_is_better
@@ -164,11 +164,9 @@ def _load_run(folder: Path, metric: str) -> Run:
 def read_json(path: Path, otherwise: str) -> Any:
   """Reads a file of a work directory; the UserError says what the folder is otherwise."""
   try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, NotADirectoryError):
-    raise UserError(f"{path.parent}: {otherwise} (it has no {path.name}).") from None
-  except json.JSONDecodeError as error:
-    raise UserError(f"{path}: {otherwise}: {error}") from None
+    return read_json(path)
+  except UserError as error:
+    raise UserError(f"{path.parent}: {otherwise} ({error})") from None
 
 
 def same_data(a: Run, b: Run) -> bool:

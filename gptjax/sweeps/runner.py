@@ -28,6 +28,7 @@ from rich.table import Table
 
 from gptjax import config as config_lib
 from gptjax.errors import UserError
+from gptjax.small_files import read_json, write_atomically
 from gptjax.sweeps import definition, devices
 from gptjax.sweeps.definition import Sweep, Trial, changed_keys
 from gptjax.sweeps.devices import Slot, on_cores
@@ -51,10 +52,7 @@ def train_command(folder: Path) -> list[str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes the file as a whole or not at all."""
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  temporary.replace(path)
+  write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def check_unchanged(sweep: Sweep, workdir: Path) -> None:
@@ -65,7 +63,7 @@ def check_unchanged(sweep: Sweep, workdir: Path) -> None:
   """
   about = workdir / "sweep.json"
   if sweep.search and about.exists():
-    metric = json.loads(about.read_text())["metric"]
+    metric = read_json(about)["metric"]
     if metric != sweep.metric:
       raise UserError(
         f"{workdir}: its trials were judged by {metric}, METRIC is {sweep.metric}; give --workdir "
@@ -75,7 +73,7 @@ def check_unchanged(sweep: Sweep, workdir: Path) -> None:
     path = workdir / "trials" / trial.folder / "trial.json"
     if not path.exists():
       continue
-    if changed := changed_keys(json.loads(path.read_text())["config"], trial.config):
+    if changed := changed_keys(read_json(path)["config"], trial.config):
       raise UserError(
         f"arm {trial.arm!r}, seed {trial.seed}, was run with another config: {'; '.join(changed)}. "
         "Give the arm another name, or --workdir another folder."
@@ -286,7 +284,7 @@ class Worker:
 
   def _start(self, job: Job, slot: Slot, lock: TextIO) -> None:
     config_file = job.folder / config_lib.CONFIG_FILE
-    config_file.write_text(config_lib.to_json(job.trial.config) + "\n")
+    write_atomically(config_file, config_lib.to_json(job.trial.config) + "\n")
     self._record(job, "running")
     with (job.folder / "log.txt").open("ab") as log, on_cores(slot.cores):
       job.log_start = log.tell()

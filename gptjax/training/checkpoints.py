@@ -32,6 +32,7 @@ from flax import traverse_util
 
 from gptjax import tree
 from gptjax.errors import UserError, did_you_mean
+from gptjax.small_files import read_json, write_atomically
 
 T = TypeVar("T")
 
@@ -214,9 +215,8 @@ class Checkpoints:
     if jax.process_index() != 0:
       return
     scores = {step: s for step, s in self._retention.scores.items() if step in self.steps()}
-    temporary = self._scores_path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"metric": self._best_metric, "scores": scores}))
-    temporary.replace(self._scores_path)
+    content = json.dumps({"metric": self._best_metric, "scores": scores})
+    write_atomically(self._scores_path, content)
 
 
 @dataclasses.dataclass
@@ -379,7 +379,7 @@ def _best_step(metric: str, scores: Mapping[int, float]) -> int | None:
 def _read_scores(path: epath.Path) -> tuple[str, dict[int, float]]:
   """The metric, and its value of each step."""
   try:
-    saved = json.loads(path.read_text())
+    saved = read_json(path)
     return saved["metric"], {int(step): score for step, score in saved["scores"].items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gptjax.devices import chips
 from gptjax.errors import UserError
+from gptjax.small_files import write_atomically
 
 _UPLOAD_SECONDS = 60.0
 _PLAIN_LINE_SECONDS = 15.0
@@ -227,7 +228,7 @@ class Writer:
       if path.is_file():
         target = self._workdir / path.relative_to(self._folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
+        write_atomically(target, path.read_bytes())
     self._uploaded = time.monotonic()
 
 
@@ -405,9 +406,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
         kept.append(line)
     except (ValueError, TypeError, KeyError):
       logging.warning("%s:%d: dropped, not a line of metrics: %.40r", path, number, line)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(kept))
-  temporary.replace(path)
+  write_atomically(path, "".join(kept))
 
 
 def _start_wandb(workdir: epath.Path, run_config: Mapping[str, Any]) -> Any:
@@ -417,7 +416,7 @@ def _start_wandb(workdir: epath.Path, run_config: Mapping[str, Any]) -> Any:
     raise UserError('wandb is not installed: pip install "gptjax[wandb]"') from error
   id_file = workdir / "wandb_id.txt"
   if not id_file.exists():
-    id_file.write_text(uuid.uuid4().hex)
+    write_atomically(id_file, uuid.uuid4().hex)
   return wandb.init(
     name=workdir.name,
     id=id_file.read_text(),

@@ -4,6 +4,7 @@ import io
 
 from etils import epath
 
+from gptjax.small_files import write_atomically
 from gptjax.training.metrics import read_metrics
 
 
@@ -44,5 +45,5 @@ def loss_curve(workdir: epath.PathLike, baselines: dict[str, float] | None = Non
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=120)
   path = workdir / "loss.png"
-  path.write_bytes(buffer.getvalue())
+  write_atomically(path, buffer.getvalue())
   return path

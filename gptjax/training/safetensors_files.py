@@ -15,6 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from gptjax.errors import UserError
+from gptjax.small_files import plain_name, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -80,9 +81,10 @@ def _shards(folder: Path) -> list[Path]:
 def _indexed(path: Path) -> list[str]:
   """The files that an index names."""
   try:
-    return sorted(set(json.loads(path.read_text())["weight_map"].values()))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    names = set(read_json(path)["weight_map"].values())
+  except (KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{path}: not an index of safetensors ({error}); fetch it again.") from error
+  return sorted(plain_name(name, path) for name in names)
 
 
 def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:

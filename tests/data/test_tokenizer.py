@@ -199,6 +199,41 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
     tokenizers.train_or_load("bpe:400", refuse, tmp_path)
 
 
+def test_a_run_does_not_go_on_with_swapped_ids(tmp_path):
+  tokenizers.train_or_load("bpe:300", lambda: DOCUMENTS, tmp_path)
+  path = tmp_path / "tokenizer.json"
+  description = json.loads(path.read_text())
+  vocab = description["model"]["vocab"]
+  vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+  path.write_text(json.dumps(description))
+  with pytest.raises(UserError, match=r"tokenizer\.json is not what the run saved there"):
+    tokenizers.open_saved(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("change", "problem"),
+  [
+    (
+      {"files": ["../victim.py"]},
+      r"'\.\./victim\.py' is not the name of a file in the same folder",
+    ),
+    ({"files": ["/etc/passwd"]}, "is not the name of a file in the same folder"),
+    ({"files": ["gone.json"]}, "a file that it names cannot be read"),
+    ({"files": 7}, "not what a run writes"),
+    ({"vocab_size": 10**12}, "vocab_size=1000000000000 are of no tokenizer"),
+    ({"kind": "pickle"}, "kind='pickle' .* are of no tokenizer"),
+  ],
+)
+def test_a_tokenizer_of_a_run_from_elsewhere_reads_its_own_folder_alone(tmp_path, change, problem):
+  folder = tmp_path / "tokenizer"
+  tokenizers.train_or_load("bpe:300", lambda: DOCUMENTS, folder)
+  (tmp_path / "victim.py").write_text("{}")
+  path = folder / "gptjax_tokenizer.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(UserError, match=problem):
+    tokenizers.open_saved(folder)
+
+
 @pytest.mark.parametrize(
   ("spec", "problem"),
   [
@@ -223,7 +258,7 @@ def test_a_bad_spec_gets_one_sentence(spec, problem):
     ("my.tiktoken", "YQ== 0", "no published encoding 'my'"),
     ("r50k_base.tiktoken", "YQ== 0\nrubbish\n", r"r50k_base\.tiktoken:2: not a base64 token"),
     ("a.model", "rubbish", r"a\.model is not a SentencePiece model"),
-    ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
+    ("tokenizer.json", "{", r"tokenizer\.json: not JSON"),
     (
       "tokenizer.json",
       json.dumps({"model": {"type": "WordLevel"}, "added_tokens": []}),

@@ -130,9 +130,9 @@ def test_tools_stand_beside_the_messages(tools):
     ({"messages": [HI, HELLO | {"tool_calls": [{}]}]}, "message 1: a tool call without a function"),
     (
       {"messages": [HI, HELLO | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-      "message 1: the arguments of tool call 'f' are not JSON",
+      "message 1: the arguments of tool call 'f': not JSON",
     ),
-    ({"messages": [HI, HELLO], "tools": "["}, "'tools' are not JSON"),
+    ({"messages": [HI, HELLO], "tools": "["}, "'tools': not JSON"),
     ({"messages": [HI, HELLO], "tools": {"f": 1}}, "'tools' is dict, not a list"),
   ],
 )

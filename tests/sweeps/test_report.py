@@ -431,7 +431,7 @@ def test_what_is_no_sweep_or_has_too_little_is_refused_by_name(tmp_path, capsys)
   with pytest.raises(UserError, match=r"nowhere: not the work directory of a sweep .*sweep\.json"):
     report.report(str(tmp_path / "nowhere"))
   (tmp_path / "sweep.json").write_text("{")
-  with pytest.raises(UserError, match=r"sweep\.json: not the work directory"):
+  with pytest.raises(UserError, match=r"not the work directory of a sweep .*sweep\.json: not JSON"):
     report.report(str(tmp_path))
   write_sweep(tmp_path)
   with pytest.raises(UserError, match=f"{tmp_path}: no run has finished .no trial has started"):

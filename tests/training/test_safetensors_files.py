@@ -82,12 +82,21 @@ def test_a_missing_shard_is_named(tmp_path):
     TensorFiles(tmp_path)
 
 
+def test_an_index_names_files_of_its_own_folder_alone(tmp_path):
+  folder = tmp_path / "model"
+  folder.mkdir()
+  save(tmp_path, "outside.safetensors", a=np.zeros(3))
+  write_index(folder, '{"weight_map": {"a": "../outside.safetensors"}}')
+  with pytest.raises(UserError, match=r"'\.\./outside.*' is not the name of a file in the same"):
+    TensorFiles(folder)
+
+
 @pytest.mark.parametrize(
   "text", ["", "{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": [1]}}']
 )
 def test_an_index_that_is_none_is_named(tmp_path, text):
   write_index(tmp_path, text)
-  with pytest.raises(UserError, match=r"index\.json: not an index of safetensors"):
+  with pytest.raises(UserError, match=r"index\.json: not (an index of safetensors|JSON)"):
     TensorFiles(tmp_path)
 
 
