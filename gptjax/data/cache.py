@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -23,10 +24,12 @@ from absl import logging
 from gptjax.data.sources import Source, documents
 from gptjax.devices import hosts as host
 from gptjax.errors import UserError
+from gptjax.small_files import read_json
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_CHARACTERS = 1 << 22
 _PIECE_CHARACTERS = 1 << 18
+_CHECK_BYTES = 1 << 24
 # No pattern of the byte-level tokenizers reaches from a lone newline into a word after it, so
 # cutting there changes no token.
 _CUT = re.compile(r"(?<=\S\n)(?=\w)")
@@ -52,11 +55,13 @@ class TokenCache:
     tokens: uint16 or uint32 [num_tokens], memory-mapped.
     boundaries: int64 [num_documents], where each document's leading end_of_text stands.
     num_bytes: UTF-8 bytes of the documents' text.
+    checksum: CRC-32 of the tokens and then the boundaries; corpora that are equal have equal ones.
   """
 
   tokens: np.ndarray
   boundaries: np.ndarray
   num_bytes: int
+  checksum: int
 
   @property
   def num_tokens(self) -> int:
@@ -119,28 +124,43 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _open(folder: Path) -> TokenCache | None:
-  """Opens a finished cache; None if there is none, or if its files lost bytes."""
+  """Opens a finished cache; None if there is none, or if its files are not as they were written."""
+  if not (folder / "meta.json").exists():
+    return None
   try:
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json")
     tokens = np.memmap(folder / "tokens.bin", np.dtype(meta["dtype"]), "r")
     boundaries = np.load(folder / "boundaries.npy", mmap_mode="r")
-  except FileNotFoundError:
-    return None
-  except ValueError as error:
+    cache = TokenCache(tokens, boundaries, meta["num_bytes"], meta["checksum"])
+    if _checksum(boundaries, _checksum(tokens)) != cache.checksum:
+      raise ValueError("another checksum than when it was written")
+  except (OSError, ValueError, KeyError, TypeError) as error:
     logging.warning("%s: damaged (%s); it will be built again.", folder, error)
     return None
-  if (len(tokens), len(boundaries)) != (meta["num_tokens"], meta["num_documents"]):
-    logging.warning("%s: damaged (wrong length); it will be built again.", folder)
-    return None
-  return TokenCache(tokens, boundaries, meta["num_bytes"])
+  return cache
+
+
+def _checksum(array: np.ndarray, start: int = 0) -> int:
+  """CRC-32 of an array's bytes, read a block at a time, after what `start` is the CRC-32 of."""
+  content = array.view(np.uint8)
+  for block in range(0, len(content), _CHECK_BYTES):
+    start = zlib.crc32(content[block : block + _CHECK_BYTES], start)
+  return start
 
 
 def _build(folder: Path, source: Source, tokenizer: Encoder, progress: bool) -> None:
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
   separator = np.array([tokenizer.end_of_text], dtype)
-  boundaries, num_tokens, num_bytes = [], 0, 0
+  boundaries, num_tokens, num_bytes, checksum = [], 0, 0, 0
   folder.mkdir()
   with open(folder / "tokens.bin", "wb") as stream:
+
+    def write(tokens: np.ndarray) -> None:
+      nonlocal num_tokens, checksum
+      stream.write(tokens)
+      checksum = _checksum(tokens, checksum)
+      num_tokens += len(tokens)
+
     for starts, pieces in _chunks(source, progress):
       num_bytes += sum(len(piece.encode()) for piece in pieces)
       # The tokenizers' own threads encode the pieces of a chunk in parallel.
@@ -148,22 +168,22 @@ def _build(folder: Path, source: Source, tokenizer: Encoder, progress: bool) -> 
         for tokens in encoded if isinstance(encoded, list) else [encoded]:
           if begins:
             boundaries.append(num_tokens)
-            stream.write(separator)
-            num_tokens += 1
-          stream.write(tokens.astype(dtype))
-          num_tokens += len(tokens)
+            write(separator)
+          write(tokens.astype(dtype))
     if not boundaries:
       raise UserError(f"{source.name(0)}: no text in any of {len(source)} documents.")
-    stream.write(separator)
+    write(separator)
     stream.flush()
     os.fsync(stream.fileno())
+  positions = np.array(boundaries, np.int64)
   meta = {
     "dtype": dtype.name,
-    "num_tokens": num_tokens + 1,
-    "num_documents": len(boundaries),
+    "num_tokens": num_tokens,
+    "num_documents": len(positions),
     "num_bytes": num_bytes,
+    "checksum": _checksum(positions, checksum),
   }
-  np.save(folder / "boundaries.npy", np.array(boundaries, np.int64))
+  np.save(folder / "boundaries.npy", positions)
   (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -83,6 +83,16 @@ class Dataset:
     return max(1, round(self._options.batch_size * self.num_tokens / self._items_per_epoch))
 
   @property
+  def fingerprints(self) -> dict[str, str]:
+    """Hashes of all that the batches are made of: the tokenizer, and each part of either side."""
+    sides = {"training": self._training, "validation": self._validation}
+    return {"tokenizer": self.tokenizer.fingerprint()} | {
+      f"{side} part {name!r}": f"{encoded.checksum:08x}"
+      for side, corpora in sides.items()
+      for name, encoded in corpora.encoded.items()
+    }
+
+  @property
   def steps_per_epoch(self) -> float:
     """Steps that take as many items as the corpora have, all parts together."""
     return self._items_per_epoch / self._options.batch_size

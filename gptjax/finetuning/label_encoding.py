@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -79,6 +80,15 @@ class Examples:
   @property
   def num_tokens(self) -> int:
     return sum(len(example.tokens) for example in self.examples)
+
+  @property
+  def checksum(self) -> int:
+    """CRC-32 of what is read and learnt, wherever the records come from."""
+    checksum = 0
+    for example in self.examples:
+      learnt = repr((example.second, example.targets, example.values))
+      checksum = zlib.crc32(learnt.encode(), zlib.crc32(example.tokens, checksum))
+    return checksum
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,9 +53,11 @@ class Rows(Protocol):
 
 
 class Encoded(Protocol):
-  """A part of a corpus as tokens; `num_bytes` of UTF-8 text where that is known."""
+  """A part of a corpus as tokens; `num_bytes` of UTF-8 text where that is known. Equal parts have
+  equal checksums."""
 
   num_tokens: int
+  checksum: int
 
 
 class Outputs(Protocol):

@@ -1,5 +1,6 @@
 """The data of a run: opened by its config and task, the same on all hosts."""
 
+import json
 import zlib
 from typing import Any
 
@@ -11,7 +12,11 @@ from gptjax.data.pipeline import Dataset
 from gptjax.devices.hosts import from_all_hosts
 from gptjax.errors import UserError
 from gptjax.objectives.task import make_task
+from gptjax.small_files import read_json, write_atomically
 from gptjax.training.setup import Setup
+
+# The fingerprints of the data that a run was started with, in its folder.
+DATA_FILE = "data.json"
 
 
 def open_dataset(config: Any, workdir: epath.PathLike, **options: Any) -> Dataset:
@@ -40,10 +45,32 @@ def open_data(setup: Setup, workdir: epath.PathLike) -> Dataset:
       f"the tokenizer has {dataset.tokenizer.vocab_size} tokens, more than "
       f"model.vocab_size={setup.model.vocab_size}; set the latter to 0 to take the tokenizer's."
     )
-  identity = f"{dataset.tokenizer.fingerprint()} {dataset.num_tokens} {dataset.steps_per_epoch}"
-  if len(set(from_all_hosts(zlib.crc32(identity.encode())))) > 1:
+  identity = json.dumps(dataset.fingerprints).encode()
+  if len(set(from_all_hosts(zlib.crc32(identity)))) > 1:
     raise UserError(
       f"the hosts read different data: process {jax.process_index()} has {dataset.num_tokens:,} "
       "training tokens, another has others. Give all of them the same files."
     )
   return dataset
+
+
+def check_data(dataset: Dataset, workdir: epath.Path, start: int) -> None:
+  """Keeps the fingerprints of a run's data with the run; UserError if it is to go on with others.
+
+  Args:
+    dataset: that the run is to use.
+    workdir: of the run.
+    start: the step that it goes on from; 0 at its beginning.
+  """
+  path, found = workdir / DATA_FILE, dataset.fingerprints
+  if start and path.exists():
+    saved = read_json(path)
+    changed = [name for name in {**found, **saved} if found.get(name) != saved.get(name)]
+    if changed:
+      raise UserError(
+        f"{workdir}: at step {start}, but the run was started with another {', '.join(changed)}. "
+        f"Give it its files back, or start in another --workdir (--config.init_from={workdir} "
+        f"takes the weights along), or delete {path} to go on with what is there now."
+      )
+  elif jax.process_index() == 0:
+    write_atomically(path, json.dumps(found, indent=2) + "\n")

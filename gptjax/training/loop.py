@@ -19,7 +19,7 @@ from gptjax.optim.optimizer import Optimizer
 from gptjax.training import baselines, plots, validation
 from gptjax.training import step as step_lib
 from gptjax.training.checkpoints import Checkpoints
-from gptjax.training.datasets import open_data
+from gptjax.training.datasets import check_data, open_data
 from gptjax.training.metrics import StepLog, Writer, read_metrics
 from gptjax.training.preemption import Preemption
 from gptjax.training.pretrained import CHECKPOINTS, check_base, load_base, load_params_into
@@ -74,6 +74,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   ):
     state, frozen = init_or_restore(setup, optimizer, checkpoints)
     start, total = int(state.step), length.total_steps
+    check_data(dataset, workdir, start)
     with (
       Writer(
         workdir,

@@ -93,6 +93,24 @@ def test_a_damaged_cache_is_built_again(corpus, tmp_path, name):
   check(cache.open_or_build(source_of(corpus), BYTES, str(tmp_path / "cache")))
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "boundaries.npy"])
+def test_a_flipped_bit_is_noticed_and_the_cache_built_again(corpus, tmp_path, name):
+  cache.open_or_build(source_of(corpus), BYTES, str(tmp_path / "cache"))
+  (file,) = (tmp_path / "cache").glob(f"tokens/*/{name}")
+  content = bytearray(file.read_bytes())
+  content[-10] ^= 1
+  file.write_bytes(content)
+  check(cache.open_or_build(source_of(corpus), BYTES, str(tmp_path / "cache")))
+
+
+@pytest.mark.parametrize("meta", ["[]", "{}", '{"dtype": "rubbish"}', "\0", "[" * 10_000])
+def test_a_cache_with_rubbish_for_its_description_is_built_again(corpus, tmp_path, meta):
+  cache.open_or_build(source_of(corpus), BYTES, str(tmp_path / "cache"))
+  (file,) = (tmp_path / "cache").glob("tokens/*/meta.json")
+  file.write_text(meta)
+  check(cache.open_or_build(source_of(corpus), BYTES, str(tmp_path / "cache")))
+
+
 KILLED = """
 import sys, time
 import tests.data.test_cache as t

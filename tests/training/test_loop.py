@@ -451,6 +451,35 @@ def test_starts_from_the_weights_of_another_run(corpus, tmp_path, capsys):
   assert second["val/loss"] == pytest.approx(first["val/loss"], abs=1e-5)
 
 
+def test_a_run_does_not_go_on_with_other_files(corpus, tmp_path):
+  folder, workdir = tmp_path / "corpus", tmp_path / "run"
+  shutil.copytree(corpus, folder)
+  train(small_config(folder, total_steps=4), workdir)
+  before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+  new, old = folder / "new.txt", folder / "3.txt"
+  text = old.read_text()
+  for change, back in (
+    (lambda: new.write_text(text), new.unlink),
+    (old.unlink, lambda: old.write_text(text)),
+    (lambda: old.write_text(text[::-1]), lambda: old.write_text(text)),
+  ):
+    change()
+    with pytest.raises(UserError, match=r"was started with another training part 'text'.*--workdi"):
+      train(small_config(folder, total_steps=8), workdir)
+    assert {path: path.read_bytes() for path in before} == before
+    back()
+  # Another time stamp is no other text.
+  train(small_config(folder, total_steps=8), workdir)
+  assert list(losses(workdir)) == list(range(1, 9))
+
+
+def test_a_run_that_was_made_before_data_had_fingerprints_goes_on(corpus, tmp_path):
+  train(small_config(corpus, total_steps=2), tmp_path / "run")
+  (tmp_path / "run/data.json").unlink()
+  train(small_config(corpus, total_steps=4), tmp_path / "run")
+  assert (tmp_path / "run/data.json").exists()
+
+
 def test_stops_when_nothing_is_finite_and_names_the_batch(corpus, tmp_path):
   # The only way to infinity that a config has.
   config = small_config(corpus, **{"optim.learning_rate": 1e30, "max_skipped_steps": 3})
