@@ -103,12 +103,17 @@ class Checkpoints:
       state: a pytree of jax.Arrays.
 
     Raises:
-      UserError: this save or the one before it could not be written.
+      UserError: this save or the one before it could not be written, or a weight is not finite.
     """
     self.wait()
     if step in self.steps():
       return
     arrays = tree.named_leaves(state)
+    if broken := _not_finite(arrays):
+      raise UserError(
+        f"step {step}: {broken} is not finite, so this step is not saved; the newest checkpoint is "
+        f"that of step {self.latest_step()}, whose weights are."
+      )
     items = ocp.args.Composite(
       state=ocp.args.PyTreeSave(_nested(arrays)),
       manifest=ocp.args.JsonSave(_make_manifest(arrays)),
@@ -151,6 +156,14 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     """Returns the newest step that has a checkpoint, None if there is none."""
     return max(self.steps(), default=None)
+
+  def thin_out(self) -> None:
+    """Deletes what a process that died had yet to delete. Call after `restore_latest`."""
+    kept = self._retention.kept(self.steps())
+    for step in self.steps():
+      if step not in kept:
+        with _write_errors(self.directory):
+          self._manager.delete(step)
 
   def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
     """Tells how good the checkpoint of `step` is; decides what is deleted after the next save.
@@ -333,6 +346,8 @@ def restore_params(
       steps += [_best_step(metric, {step: scores[step] for step in steps if step in scores})]
       steps = [step for step in steps if step is not None]
     (arrays, report), _ = _newest_whole(directory, steps, read)
+  if broken := _not_finite(arrays):
+    raise UserError(f"{report.source}: {broken} is not finite.")
   params = {name: arrays[f"{root}/{name}"].astype(wanted[name].dtype) for name in report.matched}
   return _nested(params), report
 
@@ -349,12 +364,17 @@ class _Retention:
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
-    steps = sorted(c.step for c in checkpoints if c.step not in self.damaged)
-    kept = set(steps[-self.keep :])
+    kept = self.kept(sorted(c.step for c in checkpoints if c.step not in self.damaged))
+    return [checkpoint.step in kept for checkpoint in checkpoints]
+
+  def kept(self, steps: Sequence[int]) -> set[int | None]:
+    """Returns which of the steps stay, as was decided when the newest of them was saved."""
+    kept = {*steps[-self.keep :]}
     if self.keep_every_steps:
       kept.update(step for step in steps if step % self.keep_every_steps == 0)
-    kept.add(_best_step(self.metric, {s: self.scores[s] for s in steps if s in self.scores}))
-    return [checkpoint.step in kept for checkpoint in checkpoints]
+    # How good the newest is was not known then.
+    kept.add(_best_step(self.metric, {s: self.scores[s] for s in steps[:-1] if s in self.scores}))
+    return kept
 
 
 def is_better(metric: str, value: float, other: float) -> bool:
@@ -468,7 +488,11 @@ def _read_arrays(
       state=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
     )
   )
-  arrays = {name: restored[name] for name in targets}
+  arrays = {name: restored.get(name) for name in targets}
+  for name, array in arrays.items():
+    # What Orbax does not find by its name it leaves as it was asked for.
+    if not isinstance(array, jax.Array):
+      raise _DamagedError(f"{name} has no values in it")
   checksums = jax.device_get({name: _checksum(array) for name, array in arrays.items()})
   for name, checksum in checksums.items():
     if int(checksum) != manifest[name]["checksum"]:
@@ -493,6 +517,18 @@ def _restore(manager: ocp.CheckpointManager, step: int, **item: ocp.args.Checkpo
   finally:
     sys.unraisablehook = hook
   raise _DamagedError(reason)
+
+
+def _not_finite(arrays: Mapping[str, jax.Array]) -> str | None:
+  """Returns the name of the first weight, moving averages included, that is not finite."""
+  weights = {name: x for name, x in arrays.items() if name.startswith(("params/", "ema/"))}
+  finite = jax.device_get(_are_finite(weights))
+  return next((name for name in weights if not finite[name]), None)
+
+
+@jax.jit
+def _are_finite(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: jnp.isfinite(x).all() for name, x in arrays.items()}
 
 
 @jax.jit

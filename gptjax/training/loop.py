@@ -41,8 +41,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     'val/perplexity' and 'val/bits_per_byte', or the metrics of the labels.
 
   Raises:
-    UserError: something in the config, the data or the work directory cannot be used, or more
-      than `config.max_skipped_steps` updates were not finite.
+    UserError: something in the config, the data or the work directory cannot be used, more than
+      `config.max_skipped_steps` updates were not finite, or the last loss is not.
   """
   prepare_cpu()
   keep_compiled_programs()
@@ -107,6 +107,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
 
       history = History.read(workdir, config, start)
       history.tell(checkpoints)
+      checkpoints.thin_out()
       # A run that was killed between saving and evaluating catches up here. Process 0 decides: the
       # others may have read what it has dropped from metrics.jsonl since.
       behind = history.last.get("step") != start
@@ -144,6 +145,9 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
       if takes_best and history.best:
         writer.message(f"the best of the run is step {result['step']}, which is what it has made")
       conclude(writer, config, dataset, result, workdir)
+  loss = result.get("val/loss", 0.0)
+  if loss is None or not math.isfinite(loss):  # None is what metrics.jsonl has of it.
+    raise UserError(f"{workdir}: the run ended with val/loss=nan; it has learnt nothing of use.")
   return without_step(result)
 
 

@@ -270,6 +270,21 @@ def test_every_flipped_bit_of_the_payload_is_noticed(two_checkpoints):
       assert_same_bits(restored, states[step])
 
 
+def test_a_changed_name_in_the_metadata_falls_back_to_the_older_checkpoint(two_checkpoints, caplog):
+  directory, states = two_checkpoints
+  path = directory / "20" / "state" / "_METADATA"
+  content = path.read_text()
+  for old, new in (("embedding", "embeddinq"), ("kernel", "kernek"), ('"step"', '"stop"')):
+    assert old in content
+    path.write_text(content.replace(old, new))
+    with Checkpoints(directory, keep=3) as checkpoints:
+      restored, step = checkpoints.restore_latest(abstract(states[20]))
+    assert step == 10
+    assert_same_bits(restored, states[10])
+    assert "20: skipped, the checkpoint is damaged" in caplog.text
+    caplog.clear()
+
+
 @pytest.mark.parametrize("next_steps", [(20,), (15, 20)])
 def test_training_goes_on_over_a_damaged_checkpoint(two_checkpoints, next_steps):
   directory, states = two_checkpoints
@@ -424,6 +439,16 @@ def test_an_error_of_the_last_save_surfaces_when_closing(tmp_path):
       resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(1, make_state(1))
+    broken = make_state(2)
+    broken.params["embed"]["embedding"] = broken.params["embed"]["embedding"].at[3, 4].set(jnp.nan)
+    with pytest.raises(UserError, match=r"step 2: params/embed/embedding is not finite.*step 1,"):
+      checkpoints.save(2, broken)
+    assert checkpoints.steps() == [1]
+
+
 # --- Retention --------------------------------------------------------------------------------
 
 
@@ -465,6 +490,38 @@ def test_the_best_is_the_first_of_the_highest_or_lowest_and_can_be_asked_for(
   for asked, step in ((True, best), (False, 60)):
     params, _ = restore_params(tmp_path, wanted, best=asked)
     assert float(params["x"]) == step
+
+
+@pytest.mark.parametrize("left", ["whole", "half"])
+def test_a_deletion_cut_short_is_finished_when_the_run_goes_on(tmp_path, left):
+  directory, aside = tmp_path / "run", tmp_path / "aside"
+  with Checkpoints(directory, keep=2, keep_every_steps=30, best_metric="val/loss") as checkpoints:
+    for step, loss in {10: 0.5, 20: 0.9, 30: 1.0, 40: 1.0, 50: 0.1}.items():
+      checkpoints.save(step, make_state(step))
+      checkpoints.wait()
+      checkpoints.record_metrics(step, {"val/loss": loss})
+      if step == 20:
+        shutil.copytree(directory / "20", aside)
+    uninterrupted = checkpoints.steps()
+  assert uninterrupted == [10, 30, 40, 50]
+  if left == "half":
+    shutil.rmtree(aside / "state" / "d")
+  shutil.move(aside, directory / "20")  # As if the process had died while it was deleted.
+  with Checkpoints(directory, keep=2, keep_every_steps=30, best_metric="val/loss") as checkpoints:
+    assert checkpoints.restore_latest(abstract(make_state(50)))[1] == 50
+    checkpoints.thin_out()
+    assert checkpoints.steps() == uninterrupted
+  assert not (directory / "20").exists()
+
+
+def test_nothing_is_thinned_out_for_a_checkpoint_that_cannot_be_read(two_checkpoints):
+  directory, states = two_checkpoints
+  DAMAGES["flipped"](payload(directory / "20"))
+  with Checkpoints(directory, keep=1) as checkpoints:
+    _, step = checkpoints.restore_latest(abstract(states[20]))
+    checkpoints.thin_out()
+    assert step == 10
+    assert (directory / "10").exists()
 
 
 def test_best_metric_that_is_not_evaluated_is_an_error(tmp_path):

@@ -488,6 +488,12 @@ def test_stops_when_nothing_is_finite_and_names_the_batch(corpus, tmp_path):
   assert all(np.isfinite(value) for value in losses(tmp_path).values() if value is not None)
 
 
+def test_a_run_whose_loss_is_not_finite_in_the_end_has_failed(corpus, tmp_path):
+  config = small_config(corpus, **{"optim.learning_rate": 1e30, "total_steps": 4})
+  with pytest.raises(UserError, match=r"ended with val/loss=nan"):
+    train(config, tmp_path)
+
+
 def write_files(folder: Path, files: dict[str, bytes]) -> str:
   folder.mkdir()
   for name, content in files.items():
