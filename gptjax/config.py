@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -331,6 +332,8 @@ def run_app(main: Callable[..., int | None], usage: str, *, words: bool = False)
       return main(overrides, positional) if words else main(overrides)
     except UserError as error:
       sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+      sys.exit(128 + signal.SIGINT)
 
   sys.modules["__main__"].__doc__ = usage
   flags.FLAGS.set_gnu_getopt(words)

@@ -17,7 +17,8 @@ work directory of its own. Stopped, killed or started again on other hosts that 
 directory, the sweep goes on with what is missing; each trial is run once, and goes on from its last
 checkpoint if its process was killed. The study lives in WORKDIR/study.db; where hosts share a
 network file system use --storage=journal, or a database: --storage=postgresql://USER@HOST/DATABASE.
-The exit status is 1 unless every trial is done or pruned, and with `compare` if the runs differ.
+The exit status is 1 unless every trial is done or pruned, 128 + the number of the signal that
+stopped it, and with `compare` 1 if the runs differ.
 """
 
 import importlib.util

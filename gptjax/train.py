@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from absl import flags
 
 from gptjax import config as config_lib
-from gptjax.devices.hosts import join_hosts
+from gptjax.devices.hosts import join_hosts, leaves_at_once
 from gptjax.errors import UserError
 from gptjax.training.dry_run import dry_run
 from gptjax.training.loop import train
@@ -44,7 +44,8 @@ def main(overrides: Mapping[str, str]) -> None:
   elif not FLAGS.workdir:
     raise UserError("--workdir is missing: the directory that the run lives in.")
   else:
-    train(config, FLAGS.workdir)
+    with leaves_at_once():
+      train(config, FLAGS.workdir)
 
 
 if __name__ == "__main__":

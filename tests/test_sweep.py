@@ -182,7 +182,7 @@ def test_a_signal_is_passed_on_and_the_trial_resumes(sweep, tmp_path):
   wait_until(lambda: metrics(tmp_path, "a-seed0")[1:], first)
   first.send_signal(signal.SIGTERM)
   printed = first.communicate(timeout=60)[0]
-  assert first.returncode == 1
+  assert first.returncode == 128 + signal.SIGTERM
   assert "stopped by a signal; run again" in printed
   assert "1 waiting of 1 trials" in printed
   folder = tmp_path / "run/trials/a-seed0"

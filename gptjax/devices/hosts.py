@@ -1,16 +1,28 @@
 """This process and its machine: joining other hosts, agreeing with them, caches, CPU settings."""
 
+import contextlib
 import ctypes
 import os
 import re
+import signal
 import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax.errors import UserError
+
+# After so long without a sign of life a process of a job is held for lost. The sign is given by a
+# thread of its own, so that no compilation is in the way.
+_HEARTBEAT_SECONDS = 30
+_FAREWELL_SECONDS = 2.0
 
 # From glibc's malloc.h: parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -71,6 +83,7 @@ def join_hosts(
       num_processes,
       process_id,
       cluster_detection_method="deactivate" if explicit else None,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
   except (ValueError, RuntimeError, OSError) as error:
     reason = str(error).split("\n")[0]
@@ -82,6 +95,58 @@ def join_hosts(
       f"--distributed: JAX does not find the other hosts ({reason.rstrip('.')}). Pass "
       "--coordinator=HOST:PORT --num_processes=N --process_id=I on each host."
     ) from error
+
+
+@contextlib.contextmanager
+def leaves_at_once() -> Iterator[None]:
+  """Lets one of several processes that fails end with a sentence, and without the others.
+
+  A program that ends by itself waits for the others of its job, for five minutes, while they wait
+  for it in a collective. What has to be saved is saved within this context.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if jax.process_count() == 1 or isinstance(error, SystemExit):  # All of them leave then.
+      raise
+    status = 1
+    if isinstance(error, UserError):
+      print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+      status = 128 + signal.SIGINT
+    else:
+      traceback.print_exception(error)
+    _leave(status)
+
+
+@contextlib.contextmanager
+def without_partner() -> Iterator[None]:
+  """Ends this process with a sentence when another of its job is lost.
+
+  Nothing is saved then: the checkpoint that is being written waits for the one that is lost.
+  """
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
+    lost = re.search(r"Gloo|NCCL|coordination|heartbeat|[Cc]onnection|[Ss]ocket closed", str(error))
+    if jax.process_count() == 1 or isinstance(error, UserError) or not lost:
+      raise
+    reason = str(error).split("\n")[0]
+    print(
+      f"error: process {jax.process_index()} of {jax.process_count()} has lost another, whose own "
+      f"log says why ({reason}). Run again to go on from the last checkpoint.",
+      file=sys.stderr,
+    )
+    _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if jax.process_index() == 0:
+    # jaxlib aborts the others when process 0 is gone; most have the same to say, and say it now.
+    time.sleep(_FAREWELL_SECONDS)
+  os._exit(status)
 
 
 def from_all_hosts(value: int) -> list[int]:

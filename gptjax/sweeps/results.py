@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import small_files
 from gptjax.config import flatten
 from gptjax.errors import UserError
 from gptjax.objectives.task import TASKS, find_task
-from gptjax.small_files import read_json
 from gptjax.sweeps import statistics
 from gptjax.sweeps.statistics import Comparison, Verdict
 from gptjax.training.checkpoints import lower_is_better
@@ -164,7 +164,7 @@ def _load_run(folder: Path, metric: str) -> Run:
 def read_json(path: Path, otherwise: str) -> Any:
   """Reads a file of a work directory; the UserError says what the folder is otherwise."""
   try:
-    return read_json(path)
+    return small_files.read_json(path)
   except UserError as error:
     raise UserError(f"{path.parent}: {otherwise} ({error})") from None
 

@@ -109,9 +109,12 @@ def run(
     return 0
   folder.mkdir(parents=True, exist_ok=True)
   study = Study(sweep, folder, storage, grace_seconds)
-  states = Worker(sweep, study, folder, slots).run(retry_failed=retry_failed)
+  worker = Worker(sweep, study, folder, slots)
+  states = worker.run(retry_failed=retry_failed)
   counts = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
   print(f"{folder}: {counts} of {len(states)} trials")
+  if worker.stopped_by is not None:
+    return 128 + worker.stopped_by
   return int(not {"done", "pruned"}.issuperset(states.values()))
 
 
@@ -168,8 +171,10 @@ class Job:
 class Worker:
   """Runs the trials of a sweep in WORKDIR, in each slot one at a time and in a thread.
 
-  command: makes the command line that trains in a folder.
+  command: makes the command line that trains in a folder. stopped_by: the signal that ended `run`.
   """
+
+  stopped_by: int | None = None
 
   def __init__(
     self,
@@ -219,6 +224,7 @@ class Worker:
         failed[0].result()
     if self._signals:
       self._console.print("stopped by a signal; run again to go on from there")
+      self.stopped_by = self._signals[0]
     return self._study.states()
 
   def _work(self, slot: Slot) -> None:

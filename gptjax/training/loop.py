@@ -1,6 +1,7 @@
 """The training loop: from a config and a work directory to a trained model."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from gptjax import config as config_lib
 from gptjax import wings
 from gptjax.config import RunLength
 from gptjax.data.pipeline import Dataset
-from gptjax.devices import chips, sharding
+from gptjax.devices import chips, hosts, sharding
 from gptjax.devices.hosts import from_all_hosts, keep_compiled_programs, prepare_cpu
 from gptjax.errors import UserError
 from gptjax.optim.optimizer import Optimizer
@@ -43,6 +44,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   Raises:
     UserError: something in the config, the data or the work directory cannot be used, more than
       `config.max_skipped_steps` updates were not finite, or the last loss is not.
+    Stopped: a signal asked for it; the run has saved.
   """
   prepare_cpu()
   keep_compiled_programs()
@@ -86,6 +88,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         process_index=jax.process_index(),
       ) as writer,
       Preemption() as preemption,
+      hosts.without_partner(),
     ):
       introduce(writer, setup, dataset, length, start, workdir)
       log = StepLog(
@@ -134,7 +137,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
           checkpoints.save(done, state)  # before the evaluation, which may fail
         if stop and not last:
           writer.message(f"stopped by a signal after step {done}; run again to go on from there")
-          return without_step(history.last)
+          raise preemption.stopped()
         if evaluates:
           log.interrupt()
           validate(done)

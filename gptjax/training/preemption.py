@@ -1,5 +1,6 @@
 """Asked to stop: by a signal on one host, by a notice to the cluster on many."""
 
+import os
 import signal
 import threading
 from typing import Any
@@ -10,17 +11,29 @@ from jax.experimental import multihost_utils
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class Stopped(SystemExit):
+  """Ends a run that a signal asked to stop, once it has saved.
+
+  Where nobody catches it, the program ends with 128 + the number of the signal, which is what
+  shells and schedulers take for a program that was stopped and not for one that is done.
+  """
+
+  def __init__(self, number: int):
+    super().__init__(128 + number)
+
+
 class Preemption:
-  """A context in which SIGTERM and, of a single process, SIGINT ask the loop to save and leave."""
+  """A context in which SIGTERM and SIGINT ask the loop to save and leave."""
 
   def __enter__(self) -> "Preemption":
-    self._requested = False
-    self._handlers = {}
+    self._signal: int | None = None
     # Of several processes JAX handles SIGTERM: one that gets it tells the others, and a handler of
     # ours would take its place. Python lets only the main thread handle signals; in another, the
     # caller has to.
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._handlers = {number: signal.signal(number, self._request) for number in SIGNALS}
+    handled = SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+    if threading.current_thread() is not threading.main_thread():
+      handled = ()
+    self._handlers = {number: signal.signal(number, self._request) for number in handled}
     return self
 
   def __exit__(self, *exception) -> None:
@@ -31,10 +44,16 @@ class Preemption:
     """Whether to stop after `step`; all hosts get the same answer."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._requested
+    return self._signal is not None
+
+  def stopped(self) -> Stopped:
+    """Returns what to raise when the run has saved; a host that was only told had SIGTERM."""
+    return Stopped(self._signal or signal.SIGTERM)
 
   def _request(self, number: int, frame: Any) -> None:
-    del number, frame
-    if self._requested:  # Whoever asks twice does not want to wait.
+    del frame
+    if self._signal is not None:  # Whoever asks twice does not want to wait.
       raise KeyboardInterrupt
-    self._requested = True
+    self._signal = number
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)  # Which JAX passes on.
