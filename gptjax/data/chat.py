@@ -12,10 +12,11 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.nodes
-import jinja2.sandbox
 
 from gptjax.data.chat_templates import TEMPLATES
+from gptjax.data.template_sandbox import ERRORS, BoundedEnvironment
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, did_you_mean
 
@@ -108,7 +109,7 @@ class ChatTemplate:
       raise UserError(
         f"the chat template of {self.tokenizer.spec!r} is wrong in line {error.lineno}: {error}"
       ) from error
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except ERRORS as error:
       raise UserError(
         f"the chat template of {self.tokenizer.spec!r} refuses these messages: {error}"
       ) from error
@@ -225,15 +226,16 @@ def _compile(template: str, marked: bool):
     """Where a template prints the content of a call of tools, which is null, not 'None'."""
     return "" if value is None else value
 
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+  def trim(value, *how, **named):
+    return jinja2.filters.do_trim(blank_if_null(value), *how, **named)
+
+  environment = BoundedEnvironment(
+    filters={"tojson": tojson, "trim": trim},
     trim_blocks=True,
     lstrip_blocks=True,
     extensions=[Generation, jinja2.ext.loopcontrols],
     finalize=blank_if_null,
   )
-  trim = environment.filters["trim"]
-  environment.filters["trim"] = lambda value, *how, **kw: trim(blank_if_null(value), *how, **kw)
-  environment.filters["tojson"] = tojson
   environment.globals["raise_exception"] = raise_exception
   return environment.from_string(template)
 
