@@ -101,9 +101,10 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
   def call(__self, __context: _Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
     __context.spend(_TURN)
     if not isinstance(__obj, jinja2.runtime.Macro):  # Which is charged for what it does.
+      given = [*args, *(value for name, value in kwargs.items() if name not in _JINJAS_OWN)]
       owner = getattr(__obj, "__self__", None)
-      given = [value for name, value in kwargs.items() if name not in _JINJAS_OWN]
-      __context.spend(_largest(owner, *args, *given))
+      # Of the functions that are nothing's methods, none makes more than it gets, or has its limit.
+      __context.spend(_size(given) if owner is None else _largest(owner, *given))
     return super().call(__context, __obj, *args, **kwargs)
 
   def call_binop(self, context: _Context, operator: str, left: Any, right: Any) -> Any:
