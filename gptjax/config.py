@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, check_number, did_you_mean
 from gptjax.small_files import read_json, write_atomically
 from gptjax.upgrades import upgrade
 
@@ -74,7 +74,13 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
       config = run_file(find_file(path)).get_config(arg or None)
     except UserError as error:
       raise UserError(f"{path}: {error}") from None
+  given: dict[str, str] = {}
   for key, value in (overrides or {}).items():
+    if found := DURATION.fullmatch(key.rpartition(".")[2]):
+      stem = key.removesuffix(found["unit"])
+      if stem in given:
+        raise UserError(f"--config.{key} and --config.{given[stem]} are one duration; give one.")
+      given[stem] = key
     override(config, key, value)
   return config.lock()
 
@@ -282,6 +288,7 @@ class RunLength:
         f"it has {', '.join(found) or 'none'}."
       )
     unit, value = DURATION.fullmatch(found[0])["unit"], section[found[0]]
+    check_number(f"config.{found[0]}", value)
     if value < 0:
       raise UserError(f"config.{found[0]}={value} is negative; 0 means never.")
     if value == 0:

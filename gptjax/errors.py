@@ -1,11 +1,31 @@
 """Errors that a user can act on: one sentence that names what is wrong and what would be right."""
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
   """Input that cannot be used. Entry points print the message alone, without a traceback."""
+
+
+def check_number(
+  key: str,
+  value: Any,
+  *,
+  at_least: float = -math.inf,
+  above: float = -math.inf,
+  at_most: float = math.inf,
+  below: float = math.inf,
+) -> None:
+  """Raises UserError, which names the key, for what is no finite number within the bounds."""
+  finite = isinstance(value, int | float) and math.isfinite(value)
+  if finite and at_least <= value <= at_most and above < value < below:
+    return
+  bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+  wanted = [f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound)]
+  raise UserError(f"{key} is {value!r}; it must be {' and '.join(wanted) or 'a finite number'}.")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, check_number, did_you_mean
 
 SOURCES = ("text", "jsonl", "parquet", "tfds", "hf", "stdlib")
 RECORD_SOURCES = ("jsonl", "parquet", "tfds", "hf")
@@ -67,10 +67,10 @@ def read_options(config: Any, *, row_multiple: int = 1) -> DataOptions:
     part = _read_part(data, "data")
     parts, weights = {part.source: part}, {part.source: 1.0}
   for name, weight in weights.items():
-    _check(weight > 0, f"data.mixture.{name}.weight", weight, "a number above 0")
-  _check(config.seed >= 0, "seed", config.seed, "0 or more")
-  _check(config.batch_size >= 1, "batch_size", config.batch_size, "1 or more")
-  _check(config.sequence_length >= 1, "sequence_length", config.sequence_length, "1 or more")
+    check_number(f"data.mixture.{name}.weight", weight, above=0)
+  check_number("seed", config.seed, at_least=0)
+  check_number("batch_size", config.batch_size, at_least=1)
+  check_number("sequence_length", config.sequence_length, at_least=1)
   return DataOptions(
     seed=config.seed,
     batch_size=config.batch_size,
@@ -116,8 +116,7 @@ def _read_part(part: Mapping[str, Any], key: str) -> PartOptions:
       f"{did_you_mean(options.undecodable, UNDECODABLE)}"
     )
   if not (options.validation_split or options.validation_path):
-    fraction = options.validation_fraction
-    _check(0 < fraction < 1, f"{key}.validation_fraction", fraction, "between 0 and 1")
+    check_number(f"{key}.validation_fraction", options.validation_fraction, above=0, below=1)
   return options
 
 
@@ -125,8 +124,3 @@ def _read(part: Mapping[str, Any], name: str, key: str) -> Any:
   if name not in part:
     raise UserError(f"{key}: no key {name!r}. Start the part from configs/parts/data.py.")
   return part[name]
-
-
-def _check(valid: bool, key: str, value: Any, right: str) -> None:
-  if not valid:
-    raise UserError(f"{key} is {value!r}; it must be {right}.")

@@ -13,7 +13,7 @@ from gptjax.data.cache import TokenCache
 from gptjax.data.options import DataOptions, PartOptions, check_records
 from gptjax.data.sources import Source
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import UserError, check_choice
+from gptjax.errors import UserError, check_choice, check_number
 from gptjax.finetuning import conversations, prompts
 from gptjax.finetuning.chat_encoding import ChatEncoder
 from gptjax.finetuning.conversations import Conversations
@@ -46,6 +46,7 @@ class AnswerTask(Task):
 
   def __post_init__(self):
     check_choice("task.overlong", self.overlong, OVERLONG)
+    check_number("task.z_loss", self.z_loss, at_least=0)
 
   def open_records(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
     """Opens a corpus as whole records: (training, validation)."""

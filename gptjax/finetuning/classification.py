@@ -112,6 +112,7 @@ class MultiLabel(_OfWholeTexts, NamedLabelTask):
   """Any number of labels of a text, each by itself."""
 
   name = "multi_label"
+  exclusive = False
   metrics = ("exact_match", "f1_micro", "f1_macro")
   best_metric = "val/f1_micro"
   transformers_head = ("SequenceClassification", "multi_label_classification")

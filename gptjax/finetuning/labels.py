@@ -6,7 +6,6 @@ Axes: B batch, T positions, K labels, N examples.
 import abc
 import collections
 import dataclasses
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from gptjax.data.batch import Batch
 from gptjax.data.options import DataOptions, PartOptions, check_records
 from gptjax.data.sources import Source
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import UserError, check_choice
+from gptjax.errors import UserError, check_choice, check_number
 from gptjax.finetuning import records
 from gptjax.finetuning.answers import OVERLONG
 from gptjax.finetuning.label_encoding import Example, Examples, LabelEncoder
@@ -65,8 +64,7 @@ class LabelTask(Task):
 
   def __post_init__(self):
     check_choice("task.overlong", self.overlong, OVERLONG)
-    if not (math.isfinite(self.r_drop) and self.r_drop >= 0):
-      raise UserError(f"task.r_drop={self.r_drop} must be 0 or more.")
+    check_number("task.r_drop", self.r_drop, at_least=0)
 
   # --- From records to examples -------------------------------------------------------------------
 
@@ -238,20 +236,26 @@ class NamedLabelTask(LabelTask):
     labels: all of them, in order; () is those of the training records.
     label_smoothing: share of the target that is spread evenly over the labels (Szegedy et al. 2016,
       section 7).
+    exclusive: whether one label excludes the others, so that there have to be two.
   """
 
   labels: tuple[str, ...] = ()
   label_smoothing: float = 0.0
 
   library: ClassVar[str] = "sklearn.metrics"
+  exclusive: ClassVar[bool] = True
 
   def __post_init__(self):
     super().__post_init__()
     object.__setattr__(self, "labels", tuple(self.labels))
     if len(set(self.labels)) < len(self.labels):
       raise UserError(f"task.labels has a label twice: {', '.join(self.labels)}.")
-    if not 0 <= self.label_smoothing < 1:
-      raise UserError(f"task.label_smoothing={self.label_smoothing} is not in [0, 1).")
+    if len(self.labels) == 1 and self.exclusive:
+      raise UserError(
+        f"task={self.name!r}: the only label is {self.labels[0]!r}, so that there is nothing to "
+        "tell apart. Is task.label_key the right one?"
+      )
+    check_number("task.label_smoothing", self.label_smoothing, at_least=0, below=1)
 
   @property
   def num_labels(self) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gptjax.errors import UserError
+from gptjax.errors import check_number
 
 EXCLUDED = -jnp.inf
 
@@ -29,16 +29,11 @@ class Sampling:
   repetition_penalty: float = 1.0
 
   def __post_init__(self):
-    checks = {
-      "temperature": (self.temperature >= 0, "0 or more"),
-      "top_k": (self.top_k >= 0, "0 or more"),
-      "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-      "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-      "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-    }
-    for name, (valid, right) in checks.items():
-      if not valid:
-        raise UserError(f"{name} is {getattr(self, name)}; it must be {right}.")
+    check_number("temperature", self.temperature, at_least=0)
+    check_number("top_k", self.top_k, at_least=0)
+    check_number("top_p", self.top_p, above=0, at_most=1)
+    check_number("min_p", self.min_p, at_least=0, at_most=1)
+    check_number("repetition_penalty", self.repetition_penalty, above=0)
 
 
 def penalise_repetition(

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, check_number, did_you_mean
 
 CHOICES = {
   "norm": ("layernorm", "rmsnorm"),
@@ -35,7 +35,8 @@ CHOICES = {
 }
 
 LAYER_KINDS = ("full", "local", "nope")
-
+# More layers or experts than any model has, each of which has names of its own.
+_MOST = 10_000
 DROPOUTS = ("embed_dropout", "attention_dropout", "residual_dropout", "label_dropout")
 
 LABEL_HEAD = ("num_labels", "label_pooling", "label_bias")
@@ -257,9 +258,13 @@ class ModelConfig:
       value = getattr(self, field)
       if value not in choices:
         raise UserError(f"model.{field}: no choice {value!r}. {did_you_mean(str(value), choices)}")
+    for name, value in vars(self).items():
+      if isinstance(value, float):
+        check_number(f"model.{name}", value)
     for field in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim"):
-      if getattr(self, field) < 1:
-        raise UserError(f"model.{field} is {getattr(self, field)}; it must be at least 1.")
+      check_number(f"model.{field}", getattr(self, field), at_least=1)
+    for field in ("num_layers", "encoder_layers", "num_experts"):
+      check_number(f"model.{field}", getattr(self, field), at_most=_MOST)
     bases = {"mup": ("base_embed_dim",), "completep": ("base_embed_dim", "base_num_layers")}
     for field in bases.get(self.parametrization, ()):
       if getattr(self, field) < 1:

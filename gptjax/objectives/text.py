@@ -15,7 +15,7 @@ from gptjax.data.fim import FillInTheMiddle
 from gptjax.data.options import DataOptions
 from gptjax.data.packing import Windows, pack
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import UserError
+from gptjax.errors import UserError, check_number
 from gptjax.model.config import ModelConfig
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
@@ -40,6 +40,9 @@ class TextTask(Task):
 
   visibility: ClassVar[str] = "causal"
   has_encoder: ClassVar[bool] = False
+
+  def __post_init__(self):
+    check_number("task.z_loss", self.z_loss, at_least=0)
 
   def rows(self, encoded: TokenCache, data: DataOptions, *, training: bool) -> Windows:
     return Windows(encoded, self.window_length(data), drop_remainder=training)
@@ -89,9 +92,9 @@ class NextToken(TextTask):
   predicts_all_text = True
 
   def __post_init__(self):
+    super().__post_init__()
     for key in ("fim_rate", "spm_rate"):
-      if not 0 <= getattr(self, key) <= 1:
-        raise UserError(f"task.{key}={getattr(self, key)} must be from 0 to 1.")
+      check_number(f"task.{key}", getattr(self, key), at_least=0, at_most=1)
 
   def row_maker(self, tokenizer: Tokenizer, data: DataOptions, *, training: bool) -> MakeRow:
     reorder = training and self.fim_rate > 0
@@ -135,6 +138,7 @@ class Masked(TextTask):
   writes_text = False
 
   def __post_init__(self):
+    super().__post_init__()
     check_mask_rate(self.mask_rate)
 
   def row_maker(self, tokenizer: Tokenizer, data: DataOptions, *, training: bool) -> MakeRow:
@@ -160,9 +164,9 @@ class SpanCorruption(TextTask):
   has_encoder = True
 
   def __post_init__(self):
+    super().__post_init__()
     check_mask_rate(self.mask_rate)
-    if not self.mean_span >= 1:
-      raise UserError(f"task.mean_span={self.mean_span} must be 1 or more.")
+    check_number("task.mean_span", self.mean_span, at_least=1)
 
   def row_maker(self, tokenizer: Tokenizer, data: DataOptions, *, training: bool) -> MakeRow:
     return denoising.SpanCorruption(
@@ -185,5 +189,4 @@ class SpanCorruption(TextTask):
 
 def check_mask_rate(rate: float) -> None:
   """Raises UserError for a `task.mask_rate` that leaves nothing to predict, or to predict from."""
-  if not 0 < rate < 1:
-    raise UserError(f"task.mask_rate={rate} must be between 0 and 1.")
+  check_number("task.mask_rate", rate, above=0, below=1)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax import tree
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, check_number, did_you_mean
 from gptjax.model.gpt import ParameterInfo
 from gptjax.optim import soap, transfer
 from gptjax.optim.layerwise import Depths
@@ -84,6 +84,17 @@ class Optimizer:
 
   def _frozen(self, name: str) -> bool:
     return self.groups[name].frozen
+
+
+def check_numbers(config: Any) -> None:
+  """Raises UserError for a number in `config.optim` that no optimizer can use."""
+  for key in ("learning_rate", "final_fraction", "weight_decay", "eps", "clip_norm"):
+    check_number(f"optim.{key}", config[key], at_least=0)
+  for key in ("b1", "b2", "momentum", "ema_decay"):
+    check_number(f"optim.{key}", config[key], at_least=0, below=1)
+  check_number("optim.layer_decay", config.layer_decay, above=0)
+  check_number("optim.freeze_layers", config.freeze_layers, at_least=0)
+  check_number("optim.preconditioner_interval", config.preconditioner_interval, at_least=1)
 
 
 def make_optimizer(

@@ -15,11 +15,11 @@ from gptjax.config import RunLength
 from gptjax.data.batch import Batch
 from gptjax.data.options import DataOptions, read_options
 from gptjax.devices import chips, sharding
-from gptjax.errors import UserError
+from gptjax.errors import UserError, check_number
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
 from gptjax.objectives.task import Task, find_task, make_task
-from gptjax.optim.optimizer import Optimizer, make_optimizer, make_schedule
+from gptjax.optim.optimizer import Optimizer, check_numbers, make_optimizer, make_schedule
 from gptjax.training import flops, step
 from gptjax.training.adaptation import WholeModel, make_adaptation
 from gptjax.training.step import TrainState
@@ -186,6 +186,17 @@ def length_without_data(config: Any) -> RunLength | None:
   )
 
 
+def _check_numbers(config: Any) -> None:
+  """Raises UserError, by its key, for a number that no run can use."""
+  check_number("grad_accumulation", config.grad_accumulation, at_least=1)
+  for key in ("max_skipped_steps", "router_balance_loss", "router_z_loss"):
+    check_number(key, config[key], at_least=0)
+  check_number("sample.max_tokens", config.sample.max_tokens, at_least=1)
+  check_number("sample.temperature", config.sample.temperature, at_least=0)
+  check_number("sample.top_p", config.sample.top_p, above=0, at_most=1)
+  check_numbers(config.optim)
+
+
 def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setup:
   """Checks the model, the task, the mesh and the batch of a config; reads no file.
 
@@ -202,8 +213,9 @@ def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setu
       f"sequence_length={config.sequence_length} exceeds model.max_positions="
       f"{model.max_positions}; raise the latter or choose model.position=rope."
     )
-  task = make_task(config.task)
+  task, data = make_task(config.task), read_options(config)
   task.check_model(model)
+  _check_numbers(config)
   mesh = sharding.make_mesh(config.mesh, devices)
   rows = None if task.packs_batches else config.batch_size
   sharding.check_batch(rows, config.sequence_length, config.grad_accumulation, mesh)
@@ -222,7 +234,7 @@ def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setu
   return Setup(
     config,
     task,
-    read_options(config),
+    data,
     model,
     describe_parameters(model),
     nnx.graphdef(adaptation.abstract_model(model)),

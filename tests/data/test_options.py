@@ -12,10 +12,13 @@ from gptjax.presets.parts import data as presets
   [
     ({"source": "txt"}, "data.source: no source 'txt'. Did you mean 'text'"),
     ({"undecodable": "skp"}, "data.undecodable: no policy 'skp'. Did you mean 'skip'"),
-    ({"validation_fraction": 0.0}, "data.validation_fraction is 0.0; it must be between 0 and 1"),
-    ({"seed": -1}, "seed is -1; it must be 0 or more"),
-    ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
-    ({"sequence_length": 0}, "sequence_length is 0; it must be 1 or more"),
+    (
+      {"validation_fraction": 0.0},
+      "data.validation_fraction is 0.0; it must be above 0 and below 1",
+    ),
+    ({"seed": -1}, "seed is -1; it must be at least 0"),
+    ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+    ({"sequence_length": 0}, "sequence_length is 0; it must be at least 1"),
   ],
 )
 def test_a_bad_value_is_named_with_the_right_ones(make_config, changes, problem):
@@ -33,15 +36,20 @@ def test_a_corpus_needs_a_path_when_it_is_opened(make_config):
 @pytest.mark.parametrize(
   ("task", "key", "value", "problem"),
   [
-    ("next_token", "fim_rate", 1.5, "task.fim_rate=1.5 must be from 0 to 1"),
-    ("next_token", "spm_rate", -1, "task.spm_rate=-1 must be from 0 to 1"),
-    ("masked", "mask_rate", 0.0, "task.mask_rate=0.0 must be between 0 and 1"),
-    ("span_corruption", "mean_span", 0.5, "task.mean_span=0.5 must be 1 or more"),
+    ("next_token", "fim_rate", 1.5, "task.fim_rate is 1.5; it must be at least 0 and at most 1"),
+    ("next_token", "spm_rate", -1, "task.spm_rate is -1; it must be at least 0 and at most 1"),
+    ("masked", "mask_rate", 0.0, "task.mask_rate is 0.0; it must be above 0 and below 1"),
+    ("span_corruption", "mean_span", 0.5, "task.mean_span is 0.5; it must be at least 1"),
     ("chat", "train_on", "al", "task.train_on: no choice 'al'. Did you mean 'all'"),
     ("prompt", "overlong", "cut", "task.overlong: no choice 'cut'. Choose one of: drop, truncate"),
     ("classification", "class_weights", "x", "task.class_weights: no choice 'x'"),
-    ("classification", "label_smoothing", 1.0, "task.label_smoothing=1.0 is not in [0, 1)"),
-    ("regression", "r_drop", -1.0, "task.r_drop=-1.0 must be 0 or more"),
+    (
+      "classification",
+      "label_smoothing",
+      1.0,
+      "task.label_smoothing is 1.0; it must be at least 0 and below 1",
+    ),
+    ("regression", "r_drop", -1.0, "task.r_drop is -1.0; it must be at least 0"),
     ("prefix", "fim_rate", 0.5, "task.fim_rate is no option of task='prefix'. Choose one of: z_l"),
     ("chat", "mask_rate", 0.5, "task.mask_rate is no option of task='chat'"),
     ("maskd", "z_loss", 0.0, "task: no task 'maskd'. Did you mean 'masked'"),

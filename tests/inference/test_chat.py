@@ -153,7 +153,7 @@ def test_what_was_said_before_ctrl_c_is_remembered(make):
     ("/temperature 0.5", "the temperature is 0.5"),
     ("/temperature", "'' is no number"),
     ("/temperature warm", "'warm' is no number"),
-    ("/temperature -1", "temperature is -1.0; it must be 0 or more."),
+    ("/temperature -1", "temperature is -1.0; it must be at least 0."),
     ("/rest", "no command '/rest'. Did you mean '/reset'?"),
   ],
 )
