@@ -27,6 +27,8 @@ from gptjax.small_files import parse_json
 
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _BLOCK_BYTES = 1 << 24
+# How much larger than its file a decompressed text may be; real ones are 3 to 30 times as large.
+_MAX_EXPANSION = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +56,25 @@ def find_files(path: str, suffixes: Sequence[str] = ()) -> FileSet:
     return FileSet(place.parent, (place,))
   if place.is_dir():
     found = sorted(f for f in _walk(place) if not suffixes or f.name.endswith(tuple(suffixes)))
+    for file in found:
+      _require_file(file)
     if not found:
       raise UserError(f"{path}: no {' or '.join(suffixes) or 'visible'} file in this folder.")
     return FileSet(place, tuple(found))
+  if place.exists():
+    _require_file(place)
   found = sorted(Path(file) for file in glob.glob(str(place), recursive=True))
   found = [file for file in found if file.is_file()]
   if not found:
     raise UserError(f"{path}: no such file or folder, and no file matches it as a pattern.")
   return FileSet(Path(os.path.commonpath([file.parent for file in found])), tuple(found))
+
+
+def _require_file(file: Path) -> None:
+  """Refuses a pipe, whose reader would wait for ever, a device, and a link to nothing."""
+  if not file.is_file():
+    kind = "neither a file nor a folder" if file.exists() else "a link to what is not there"
+    raise UserError(f"{file} is {kind}; move it away, or name the files by a pattern.")
 
 
 def _walk(root: Path, excluded: Collection[str] = ()) -> Iterator[Path]:
@@ -180,10 +193,15 @@ def _open_binary(file: Path) -> BinaryIO:
 
 def _find_lines(file: Path) -> tuple[np.ndarray, np.ndarray]:
   """Returns the start and the length of each line, in bytes of the decompressed file."""
-  ends, size = [], 0
+  ends, size, packed = [], 0, file.stat().st_size
   try:
     with _open_binary(file) as stream:
       while block := stream.read(_BLOCK_BYTES):
+        if size > _MAX_EXPANSION * max(packed, _BLOCK_BYTES):
+          raise UserError(
+            f"{file}: expands to more than {_MAX_EXPANSION} times its {packed:,} bytes, as no text "
+            "does; if it is to be read, decompress it first."
+          )
         ends.append(size + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))
         size += len(block)
   except (OSError, EOFError, zstandard.ZstdError) as error:

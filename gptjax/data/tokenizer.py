@@ -34,7 +34,6 @@ from gptjax.small_files import plain_name, read_json, write_atomically
 
 _META = "gptjax_tokenizer.json"
 _BPE = "bpe:"
-_MAX_VOCAB = 1 << 24
 # Tokens that end a turn of a chat, of the templates in use.
 _ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>")
 
@@ -241,7 +240,7 @@ def open_saved(folder: epath.PathLike) -> Tokenizer | None:
   try:
     files = {name: (path.parent / plain_name(name, path)).read_bytes() for name in meta["files"]}
     spec, kind, vocab_size = str(meta["spec"]), meta["kind"], int(meta["vocab_size"])
-    if kind not in formats.READERS or not 0 < vocab_size <= _MAX_VOCAB:
+    if kind not in formats.READERS or not 0 < vocab_size <= formats.MAX_VOCAB:
       raise UserError(f"{path}: kind={kind!r} and vocab_size={vocab_size} are of no tokenizer.")
   except OSError as error:
     raise UserError(f"{path}: a file that it names cannot be read ({error}).") from error
@@ -369,6 +368,9 @@ def _make(
     made = formats.READERS[kind](own, settings)
   except UserError as error:
     raise UserError(f"tokenizer {spec!r}: {error}") from error
+  except Exception as error:
+    reason = f"{type(error).__name__}: {error}".split("\n")[0]
+    raise UserError(f"tokenizer {spec!r} ({', '.join(files)}) is damaged ({reason}).") from error
   if vocab_size is not None:  # A small text gives fewer merges than were asked for.
     unused = (b"",) * (vocab_size - len(made.token_bytes))
     made = dataclasses.replace(made, token_bytes=made.token_bytes + unused)

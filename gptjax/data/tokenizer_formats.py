@@ -16,11 +16,13 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from gptjax.data.pattern_trial import patterns_that_give_up, try_patterns
 from gptjax.data.tokenizer_settings import Settings
 from gptjax.errors import UserError, did_you_mean
 from gptjax.small_files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB = 1 << 24
 SPECIALS = (END_OF_TEXT, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 # What a spec asks for after a '+', for masked language models and for span corruption.
 SUFFIXES = {
@@ -259,10 +261,10 @@ def _read_tokenizer_json(files: Mapping[str, bytes], settings: Settings) -> Form
   # How long a text may be, and with what it is filled up, is the caller's choice.
   description |= {"truncation": None, "padding": None}
   plain = description if model == "BPE" else _with_unspellable_specials(description, specials)
+  vocab = _vocab(description)
+  table = [b""] * _count(vocab.values(), name)
   tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
   tokenizer.encode_special_tokens = True
-  vocab = _vocab(description)
-  table = [b""] * (max(vocab.values()) + 1)
   # Added tokens are written as they are, but for the blanks of pieces (Gemma's '▁▁▁▁').
   as_written = () if to_bytes is _piece_bytes else added
   for text, token in vocab.items():
@@ -270,13 +272,16 @@ def _read_tokenizer_json(files: Mapping[str, bytes], settings: Settings) -> Form
       table[token] = text.encode() if text in as_written else to_bytes(text)
 
   def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    with patterns_that_give_up(name):
+      encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
   @functools.cache
   def parsing() -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(description))
 
+  with patterns_that_give_up(name):
+    try_patterns(description, tokenizer.encode, name)
   letter = b"".join(table[token] for token in encode_batch(["a"])[0])
   return Format(
     "tokenizer.json",
@@ -289,6 +294,14 @@ def _read_tokenizer_json(files: Mapping[str, bytes], settings: Settings) -> Form
     adds_space=letter.startswith(b" "),
     ends_with_space=letter.endswith(b" ") and not letter.startswith(b" "),
   )
+
+
+def _count(ids: Iterable[int], name: str) -> int:
+  """Returns how many ids a vocabulary has; UserError if they cannot be those of one."""
+  largest = max(ids)
+  if not 0 <= largest < MAX_VOCAB:
+    raise UserError(f"{name} has the id {largest}; no vocabulary is as large.")
+  return largest + 1
 
 
 def _vocab(description: Mapping[str, Any]) -> dict[str, int]:
@@ -444,10 +457,10 @@ def _read_sentencepiece(files: Mapping[str, bytes], settings: Settings) -> Forma
   silent = {*specials.values(), processor.unk_id()}
   table = {i: _piece_bytes(processor.id_to_piece(i)) for i in range(size) if i not in silent}
   # T5's sentinels count down to the end of the vocabulary.
-  last = size + settings.extra_ids - 1
+  last = _count([size + settings.extra_ids - 1], "tokenizer_config.json") - 1
   specials |= {SENTINELS[1].format(number): last - number for number in range(settings.extra_ids)}
   specials |= {text: i for i, (text, special) in settings.added.items() if special and i >= size}
-  total = max([size - 1, *specials.values()]) + 1
+  total = _count([size - 1, *specials.values()], name)
 
   def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
     encoded = processor.encode(list(texts), num_threads=-1)

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from gptjax.data import tokenizer_settings
+from gptjax.data.gguf_files import open_gguf
 from gptjax.data.tokenizer_formats import GPT2_PATTERN, GPT4_PATTERN, GPT4O_PATTERN
 from gptjax.errors import UserError, did_you_mean
 
@@ -50,14 +51,7 @@ def read(path: Path) -> tuple[str, dict[str, bytes]]:
 
 def _values(path: Path) -> dict[str, Any]:
   """Returns the file's values of the tokenizer, by their name without the prefix."""
-  try:
-    import gguf  # An extra: few need it.
-  except ImportError as error:
-    raise UserError(f"{path} needs the package gguf: pip install gguf.") from error
-  try:
-    fields = gguf.GGUFReader(path).fields
-  except (ValueError, IndexError) as error:
-    raise UserError(f"{path} is not a GGUF file ({error}).") from error
+  fields = open_gguf(path).fields
   values = {
     name.removeprefix(_PREFIX): field.contents()
     for name, field in fields.items()

@@ -1,6 +1,7 @@
 """The fields of another library's config, each mapped to ours by a rule that reads and writes."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,8 @@ class Fields:
     if kind is not None and value is not default and not of_kind:
       wanted = getattr(kind, "__name__", str(kind))
       raise UserError(f"{self.source}: field {name!r} is {value!r}, not a value of type {wanted}.")
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"{self.source}: field {name!r} is {value!r}, which is no finite number.")
     return value
 
   def take_mapping(self, name: str) -> Mapping[str, Any] | None:

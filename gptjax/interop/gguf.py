@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptjax.data.gguf_files import open_gguf
 from gptjax.errors import UserError, did_you_mean
 from gptjax.interop.fields import Fields, Rule, always, copied, ignored, same
 from gptjax.interop.load import Importer
@@ -178,20 +179,13 @@ class GGUFModel:
 
 
 def _open(path: Path) -> tuple[dict[str, Any], _GGUFTensors]:
-  try:
-    import gguf  # An extra: few need it.
-  except ImportError as error:
-    raise UserError(f"{path} needs the package gguf: pip install gguf.") from error
-  if not path.is_file():
-    raise UserError(f"{path}: no such file.")
-  try:
-    reader = gguf.GGUFReader(path)
-  except (ValueError, IndexError, KeyError) as error:
-    raise UserError(f"{path}: not a GGUF file, or cut short ({error}).") from error
+  reader = open_gguf(path)
+  from gguf.quants import dequantize  # There, since the file is open.
+
   # Lists of tokens and merges take seconds to decode, and are none of the model's fields.
   fields = {
     name: field.contents()
     for name, field in reader.fields.items()
     if not name.startswith("tokenizer.")
   }
-  return fields, _GGUFTensors(path, reader.tensors, gguf.quants.dequantize)
+  return fields, _GGUFTensors(path, reader.tensors, dequantize)

@@ -118,6 +118,8 @@ class Importer:
       if not having:
         continue
       tensor = self._tensors.read(self._find(written))
+      if not np.isfinite(tensor).all():
+        raise UserError(f"{self._source}: tensor {written!r} has a value that is not finite.")
       whole = entry.split(tensor, self._parameters, self._config)[own]
       for part in having:
         at = tuple(i - start for i, (start, _) in zip(place, part, strict=False))

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -155,3 +156,43 @@ def test_stdlib_is_hand_written_python_without_tests():
   for foreign in ("site-packages", "/test/", "/tests/", "pydoc_data", "encodings/cp1252.py"):
     assert not any(foreign in name for name in names)
   assert "def " in source[names.index(next(n for n in names if n.endswith("argparse.py")))]
+
+
+def test_a_pipe_is_refused_before_anybody_waits_for_it(tmp_path):
+  (tmp_path / "a.txt").write_text("text")
+  os.mkfifo(tmp_path / "pipe.txt")
+  for path in (tmp_path, tmp_path / "pipe.txt"):
+    with pytest.raises(UserError, match=r"pipe\.txt is neither a file nor a folder"):
+      files.find_files(str(path))
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+  (tmp_path / "link.txt").symlink_to(tmp_path / "gone")
+  with pytest.raises(UserError, match=r"link\.txt is a link to what is not there"):
+    files.find_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
+def test_a_small_file_that_expands_without_end_is_refused(tmp_path, monkeypatch, suffix):
+  monkeypatch.setattr(files, "_BLOCK_BYTES", 1 << 16)
+  path = tmp_path / f"bomb.{suffix}"
+  with OPENERS[suffix](path, "wb") as stream:
+    for _ in range(64):
+      stream.write(b" " * (1 << 20))
+  assert path.stat().st_size < 1 << 17
+  with pytest.raises(UserError, match=rf"bomb\.{suffix}: expands to more than 200 times its"):
+    files.open_jsonl(str(path), "text", "error")
+
+
+@pytest.mark.parametrize(
+  ("line", "reason"),
+  [
+    ('{"text": ' + "1" * 5000 + "}", "an integer of 5000 digits"),
+    ('{"text": ' + "[" * 100_000 + "}", "nested too deep"),
+  ],
+)
+def test_json_that_no_record_needs_is_refused_by_its_line(tmp_path, line, reason):
+  (tmp_path / "a.jsonl").write_text('{"text": "first"}\n' + line + "\n")
+  source = files.open_jsonl(str(tmp_path), "text", "error")
+  with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{reason}"):
+    source[1]

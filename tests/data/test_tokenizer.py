@@ -3,6 +3,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,37 @@ def test_a_bad_file_gets_one_sentence(tmp_path, name, content, problem):
   (tmp_path / name).write_text(content)
   with pytest.raises(UserError, match=problem):
     tokenizers.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(?:a|aa)+$", "(e|e)*!", "(?=(a*a*a*a*a*)[^a]$)a"])
+def test_a_pattern_that_takes_for_ever_is_refused_when_it_is_read(tmp_path, pattern):
+  tokenizers.train("bpe:300", DOCUMENTS).save(tmp_path)
+  path = tmp_path / "tokenizer.json"
+  description = json.loads(path.read_text())
+  description["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+  path.write_text(json.dumps(description))
+  started = time.monotonic()
+  with pytest.raises(UserError, match=r"tokenizer\.json: one of its patterns takes too long"):
+    tokenizers.load(str(path))
+  assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"model": {"type": "BPE", "vocab": 3}}', "null"])
+def test_a_tokenizer_of_another_shape_is_refused(tmp_path, content):
+  (tmp_path / "tokenizer.json").write_text(content)
+  with pytest.raises(UserError, match=r"tokenizer\.json"):
+    tokenizers.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("token", [10**12, -1])
+def test_an_id_that_no_vocabulary_has_is_refused(tmp_path, token):
+  tokenizers.train("bpe:300", DOCUMENTS).save(tmp_path)
+  path = tmp_path / "tokenizer.json"
+  description = json.loads(path.read_text())
+  description["model"]["vocab"]["a"] = token
+  path.write_text(json.dumps(description))
+  with pytest.raises(UserError, match=r"tokenizer\.json"):
+    tokenizers.load(str(path))
 
 
 def test_batches_are_encoded_as_single_texts_are(tokenizer):

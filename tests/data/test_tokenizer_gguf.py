@@ -178,7 +178,7 @@ def test_a_file_that_is_no_gguf_gets_one_sentence(tmp_path):
   path = tmp_path / "x.gguf"
   for content in (b"", b"rubbish, and more of it", b"GGUF"):
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.gguf is not a GGUF file"):
+    with pytest.raises(UserError, match=r"x\.gguf: not a GGUF file"):
       tokenizer_lib.load(str(path))
 
 

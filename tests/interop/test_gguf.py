@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import sys
 
 import gguf
@@ -11,6 +12,7 @@ import safetensors.numpy
 from gguf import GGMLQuantizationType as Type
 
 from gptjax import tree
+from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.interop.gguf import GGUFModel
 from gptjax.interop.huggingface import HuggingFaceModel
@@ -233,6 +235,51 @@ def test_a_file_that_was_cut_short_anywhere_is_refused(llama, tmp_path):
     os.truncate(path, cut)
     with pytest.raises(UserError, match=r"model\.gguf: not a GGUF file, or cut short"):
       GGUFModel(path)
+
+
+def string(text):
+  return struct.pack("<Q", len(text)) + text
+
+
+HEADERS = {
+  "2**60 fields": struct.pack("<4sIQQ", b"GGUF", 3, 0, 2**60),
+  "2**60 tensors": struct.pack("<4sIQQ", b"GGUF", 3, 2**60, 0),
+  "an array of 2**60 numbers": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+  + string(b"a")
+  + struct.pack("<IIQ", 9, 4, 2**60),
+  "an array of 2**60 texts": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+  + string(b"a")
+  + struct.pack("<IIQ", 9, 8, 2**60),
+  "arrays of arrays": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+  + string(b"a")
+  + struct.pack("<I", 9)
+  + struct.pack("<IQ", 9, 1) * 2000,
+  "a text of 2**60": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 2**60),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_header_that_the_file_cannot_keep_is_refused_at_once(tmp_path, header):
+  path = tmp_path / "model.gguf"
+  path.write_bytes(header + bytes(100))
+  for read in (GGUFModel, tokenizers.load):
+    with pytest.raises(UserError, match=r"model\.gguf: not a GGUF file, or cut short \("):
+      read(str(path))
+
+
+def test_more_blocks_than_any_model_has_are_refused(llama, tmp_path):
+  with pytest.raises(UserError, match=r"model\.gguf: model\.num_layers is 4294967295"):
+    GGUFModel(write(tmp_path / "model.gguf", llama[0], block_count=2**32 - 1))
+
+
+def test_numbers_that_are_none_are_refused(llama, load_params, tmp_path):
+  with pytest.raises(UserError, match=r"model\.gguf: field 'rope\.freq_base' is nan"):
+    GGUFModel(write(tmp_path / "model.gguf", llama[0], **{"rope.freq_base": float("nan")}))
+  weights = np.ones(D, np.float32)
+  weights[7] = np.nan
+  tensors = llama[0] | {"output_norm.weight": (weights, Type.F32)}
+  with pytest.raises(UserError, match=r"tensor 'output_norm\.weight' has a value that is not fini"):
+    load_params(GGUFModel(write(tmp_path / "model.gguf", tensors)))
 
 
 def test_what_is_no_gguf_file_is_refused(tmp_path):
