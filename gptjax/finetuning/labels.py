@@ -250,16 +250,19 @@ class NamedLabelTask(LabelTask):
     object.__setattr__(self, "labels", tuple(self.labels))
     if len(set(self.labels)) < len(self.labels):
       raise UserError(f"task.labels has a label twice: {', '.join(self.labels)}.")
-    if len(self.labels) == 1 and self.exclusive:
-      raise UserError(
-        f"task={self.name!r}: the only label is {self.labels[0]!r}, so that there is nothing to "
-        "tell apart. Is task.label_key the right one?"
-      )
     check_number("task.label_smoothing", self.label_smoothing, at_least=0, below=1)
 
   @property
   def num_labels(self) -> int:
     return len(self.labels)
+
+  def check_model(self, model: ModelConfig) -> None:
+    super().check_model(model)
+    if len(self.labels) == 1 and self.exclusive:
+      raise UserError(
+        f"task={self.name!r}: the only label is {self.labels[0]!r}, so that there is nothing to "
+        "tell apart. Is task.label_key the right one?"
+      )
 
   @property
   def smoothing(self) -> float:

@@ -11,7 +11,7 @@ from gptjax.data.packing import Windows, pack
 def windows(name, rows):
   """Returns rows that tell their part by the hundreds and their index by the rest."""
   tokens = np.repeat(100 * name + np.arange(rows), 4)
-  return Windows(TokenCache(np.append(tokens, 0), np.zeros(1), 0), 4, drop_remainder=True)
+  return Windows(TokenCache(np.append(tokens, 0), np.zeros(1), 0, 0), 4, drop_remainder=True)
 
 
 def training_rows(parts, weights, seed=0):

@@ -14,7 +14,7 @@ def cache_of(*lengths):
   for length in lengths:
     boundaries.append(len(tokens))
     tokens += [END, *range(101 + len(tokens), 101 + len(tokens) + length)]
-  return TokenCache(np.array([*tokens, END], np.uint16), np.array(boundaries), 0)
+  return TokenCache(np.array([*tokens, END], np.uint16), np.array(boundaries), 0, 0)
 
 
 @pytest.mark.parametrize("sequence_length", [1, 3, 4, 7, 100])

@@ -23,7 +23,7 @@ def cache_of(*conversations):
     tokens = [1 + ord(letter.lower()) - ord("a") for letter in text]
     flags = [letter.isupper() for letter in text]
     stored += [SEPARATOR, *(2 * t + f for t, f in zip(tokens, flags, strict=True))]
-  return TokenCache(np.array([*stored, SEPARATOR], np.uint16), np.array(boundaries), 0)
+  return TokenCache(np.array([*stored, SEPARATOR], np.uint16), np.array(boundaries), 0, 0)
 
 
 def letters(tokens):
