@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What a newcomer reads in a day to know how a model is trained.
 SPINE = (
-  *("config.py", "errors.py", "tree.py", "upgrades.py", "wings.py"),
+  *("config.py", "errors.py", "tree.py", "small_files.py", "upgrades.py", "wings.py"),
   *("data", "devices", "model", "objectives", "optim", "training"),
 )
 # A capability each; who may import whom is in pyproject.toml, and `make lint` checks it.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.sandbox
 
 from gptjax.config import PRESETS
+from gptjax.data.template_sandbox import ERRORS, BoundedEnvironment
 from gptjax.errors import UserError, did_you_mean
 
 PROMPTS = PRESETS / "prompts"
@@ -45,7 +45,7 @@ class Template:
       return _compile(self.source).render(variables)
     except jinja2.TemplateSyntaxError as error:
       raise UserError(f"{self.place}: line {error.lineno}: {error.message}.") from error
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+    except ERRORS as error:
       found = ", ".join(map(repr, variables))
       raise UserError(
         f"{self.place}: cannot be rendered for {example.place}: {error} (found: {found})."
@@ -54,7 +54,7 @@ class Template:
 
 @functools.lru_cache
 def _compile(source: str) -> jinja2.Template:
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+  environment = BoundedEnvironment(
     undefined=jinja2.StrictUndefined,
     finalize=_not_null,
     trim_blocks=True,

@@ -5,8 +5,8 @@ import time
 import jinja2
 import pytest
 
-from gptjax.data.prompts import Example, Template
 from gptjax.data.template_sandbox import BoundedEnvironment
+from gptjax.data.templates import Example, Template
 from gptjax.errors import UserError
 
 # Starts with a text of two characters, and makes more of it 99 times.
