@@ -50,7 +50,7 @@ def test_a_number_that_no_run_can_use_is_refused_in_a_dry_run(key, value):
   with pytest.raises(UserError, match=key.rpartition(".")[2]):
     dry_run(
       config_lib.load(
-        f"{ROOT}/configs/pretrain.py:model=debug,data=text",
+        "pretrain.py:model=debug,data=text",
         {"tokenizer": "bytes", "data.path": str(ROOT), key: value},
       )
     )
@@ -64,13 +64,13 @@ def test_a_single_label_is_refused(tmp_path):
     "task.label_key": "label",
     "data.path": str(tmp_path / "data.jsonl"),
   }
-  spec = f"{ROOT}/configs/pretrain.py:model=debug,data=jsonl,task=classification"
+  spec = "pretrain.py:model=debug,data=jsonl,task=classification"
   with pytest.raises(UserError, match=r"the only label is 'good'.*label_key"):
     dry_run(config_lib.load(spec, overrides))
 
 
 def test_two_lengths_of_a_run_are_refused():
-  spec = f"{ROOT}/configs/pretrain.py:model=debug,data=text"
+  spec = "pretrain.py:model=debug,data=text"
   with pytest.raises(UserError, match=r"--config\.total_tokens and --config\.total_steps"):
     config_lib.load(spec, {"total_steps": "10", "total_tokens": "1e6"})
   with pytest.raises(UserError, match=r"--config\.eval\.every_"):
