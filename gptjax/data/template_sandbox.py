@@ -159,16 +159,9 @@ def _bound_filter(name: str, function: Callable) -> Callable:
     if name == "format":
       _check_format(value)
     context.spend(_TURN + _largest(value, *args, *kwargs.values()))
-    match passed and passed.name:
-      case "context":
-        args = (context, value, *args)
-      case "eval_context":
-        args = (context.eval_ctx, value, *args)
-      case "environment":
-        args = (context.environment, value, *args)
-      case _:
-        args = (value, *args)
-    made = function(*args, **kwargs)
+    contexts = {"environment": context.environment, "eval_context": context.eval_ctx}
+    before = (contexts.get(passed.name, context),) if passed else ()
+    made = function(*before, value, *args, **kwargs)
     return list(made) if isinstance(made, Generator) else made
 
   return bounded
