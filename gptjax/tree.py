@@ -9,6 +9,9 @@ from flax import traverse_util
 
 from gptjax.errors import UserError
 
+# What a pattern starts with that is for the roles of parameters, not for their names.
+_ROLE = "role:"
+
 
 def key_name(path: Sequence[Any]) -> str:
   """'blocks/attention/query/kernel' for the key path that JAX gives a leaf."""
@@ -32,6 +35,24 @@ def without(params: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
   flat = traverse_util.flatten_dict(params, sep="/")
   kept = {name: x for name, x in flat.items() if name not in names}
   return traverse_util.unflatten_dict(kept, sep="/")
+
+
+def name_roles(rules: Sequence[tuple[str, Any]], roles: Mapping[str, str]) -> list[tuple[str, Any]]:
+  """Rules in which 'role:PATTERN' stands for the names of the parameters of such a role.
+
+  Args:
+    rules: (pattern, value) pairs, as of `match_rules`.
+    roles: {name: role}.
+  """
+  named = []
+  for pattern, value in rules:
+    if pattern.startswith(_ROLE):
+      wanted = re.compile(pattern.removeprefix(_ROLE))
+      names = [re.escape(name) for name, role in roles.items() if wanted.fullmatch(role)]
+      # Where there are none, a pattern that is found nowhere.
+      pattern = f"^({'|'.join(names)})$" if names else "(?!)"
+    named.append((pattern, value))
+  return named
 
 
 def match_rules(

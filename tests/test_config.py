@@ -202,7 +202,7 @@ def test_a_duration_that_says_nothing_is_refused(section, run, sentence):
 )
 def test_the_length_of_a_run(total, steps):
   config = ConfigDict({"batch_size": 8, "sequence_length": 8, **total})
-  run = RunLength.from_config(config, steps_per_epoch=50)
+  run = RunLength.from_config(config, 64, steps_per_epoch=50)
   assert run.total_steps == steps
   assert run.tokens_per_step == 64
 
@@ -210,7 +210,7 @@ def test_the_length_of_a_run(total, steps):
 def test_a_run_of_no_steps_is_refused():
   config = ConfigDict({"batch_size": 8, "sequence_length": 8, "total_steps": 0})
   with pytest.raises(UserError, match="at least one step"):
-    RunLength.from_config(config, 1.0)
+    RunLength.from_config(config, 64, 1.0)
 
 
 # --- Saving ------------------------------------------------------------------------------------

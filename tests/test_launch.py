@@ -17,10 +17,10 @@ from absl import flags
 
 from gptjax import config as config_lib
 from gptjax import train
-from gptjax.config import RunLength
 from gptjax.devices import sharding
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import describe_parameters
+from gptjax.training.setup import length_without_data
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "launch"
@@ -121,7 +121,7 @@ def test_training_command_is_accepted(path, monkeypatch):
   config = config_lib.load(known.config, overrides(path))
   model = ModelConfig.from_config(config.model)
   assert config.sequence_length <= model.max_positions
-  assert RunLength.from_config(config, steps_per_epoch=None).total_steps > 1000
+  assert length_without_data(config).total_steps > 1000
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)

@@ -1,18 +1,19 @@
 """Optimizer presets: the keys of `config.optim`.
 
 `rules` gives each parameter, by the first pattern found in its name, multipliers of the learning
-rate (`lr`) and of the weight decay (`decay`), another `algorithm`, or `frozen=True`.
+rate (`lr`) and of the weight decay (`decay`), another `algorithm`, or `frozen=True`. A pattern
+'role:norm|bias' is for what parameters are, whatever their names (gptjax/model/layers.py: ROLES).
 """
 
 # Norm scales, biases, sinks and the weights of mixtures are not decayed: pulling them to zero is no
 # regularisation.
-_VECTORS = r"norm|bias$|ia3_scale$|magnitude$|singular_values$|mix|sinks"
+_VECTORS = "role:norm|bias|scalar"
 _DECAY_MATRICES = ((_VECTORS, {"decay": 0.0}), (r".*", {}))
 
 # Muon and SOAP are for matrices inside the network; the rest trains with AdamW.
 _HIDDEN_MATRICES = (
   (_VECTORS, {"algorithm": "adamw", "decay": 0.0}),
-  (r"^embed|^position|^token_type|^head|^pooler|relative", {"algorithm": "adamw"}),
+  ("role:embedding|head", {"algorithm": "adamw"}),
   (r".*", {}),
 )
 

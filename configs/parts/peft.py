@@ -22,7 +22,7 @@ DEFAULTS = {
 # Hu et al. 2021, section 4.2.
 _QUERY_AND_VALUE = ((r"attention/(query|value)/kernel$", {}),)
 # Zhang et al. 2023, section 4.
-_ALL_MATRICES = ((r"attention/(query|key|value|out)/kernel$|mlp/(gate|up|down)/kernel$", {}),)
+_ALL_MATRICES = (("role:hidden", {}),)
 # Houlsby et al. 2019, figure 2: behind both branches of each layer.
 _BRANCHES = ((r"attention/out/kernel$|mlp/down/kernel$", {}),)
 
@@ -41,7 +41,7 @@ PEFT = {
       (r"mlp/down/kernel$", {"scale_input": True}),
     ),
   },
-  "bitfit": {"method": "bitfit", "targets": ((r"bias$", {}),)},
+  "bitfit": {"method": "bitfit", "targets": (("role:bias", {}),)},
   "houlsby": {"method": "houlsby", "targets": _BRANCHES, "rank": 64},
   # A factor of 4, as of He et al. 2022, section 4.6.
   "parallel": {

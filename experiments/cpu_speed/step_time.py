@@ -60,7 +60,7 @@ def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarr
     host.keep_freed_memory = lambda: None
   host.prepare_cpu()
   setup = make_setup(resolve(config))
-  optimizer = setup.make_optimizer(config_lib.RunLength.from_config(config, steps_per_epoch=None))
+  optimizer = setup.make_optimizer(setup.run_length)
   train_step = setup.make_train_step(optimizer)
   with jax.set_mesh(setup.mesh):
     state = init_state(setup.model, optimizer, 0, setup.abstract_state(optimizer))

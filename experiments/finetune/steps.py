@@ -39,7 +39,8 @@ def make_step(method: str, workdir: Path) -> Callable[[], float]:
   config = config_lib.load(spec, {name: str(value) for name, value in overrides.items()})
   setup = make_setup(resolve(config))
   dataset = open_data(setup, workdir)
-  optimizer = setup.make_optimizer(RunLength.from_config(config, dataset.steps_per_epoch))
+  length = RunLength.from_config(config, dataset.tokens_per_step, dataset.steps_per_epoch)
+  optimizer = setup.make_optimizer(length)
   train_step = setup.make_train_step(optimizer)
   with jax.set_mesh(setup.mesh), Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
     state, frozen = init_or_restore(setup, optimizer, checkpoints)

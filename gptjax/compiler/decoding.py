@@ -112,8 +112,8 @@ def _unstacked(setup: Setup, path: tuple[Any, ...]) -> ParameterInfo:
   info = setup.parameters["/".join(str(part) for part in path if not isinstance(part, int))]
   if info.axes[0] != "layers":
     return info
-  inputs = info.fan_in_axes
-  return ParameterInfo(info.shape[1:], info.axes[1:], inputs and tuple(i - 1 for i in inputs))
+  inputs = info.fan_in_axes and tuple(i - 1 for i in info.fan_in_axes)
+  return ParameterInfo(info.shape[1:], info.axes[1:], inputs, info.role)
 
 
 def abstract_decoding(setup: Setup) -> Decoding:

@@ -286,7 +286,9 @@ class Attention(nnx.Module):
       return RMSNorm(width, **options) if config.qk_norm else None
 
     self.query_norm, self.key_norm = norm(N), norm(K)
-    self.sinks = nnx.Param(jnp.zeros(N), axes=("heads",)) if config.attention_sinks else None
+    self.sinks = (
+      nnx.Param(jnp.zeros(N), axes=("heads",), role="scalar") if config.attention_sinks else None
+    )
     self.value_mix = Mix(0.5, 0.5) if config.value_residual and not cross else None
 
   def __call__(

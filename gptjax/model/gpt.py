@@ -59,12 +59,13 @@ class GPT(Stack):
 
     def head(size: int, axis: str, bias: bool, dtype: str) -> Linear:
       axes = ("embed", axis)
-      return Linear((D,), (size,), axes=axes, bias=bias, std=std, dtype=dtype, rngs=rngs)
+      options = {"bias": bias, "std": std, "dtype": dtype, "role": "head"}
+      return Linear((D,), (size,), axes=axes, rngs=rngs, **options)
 
     self.head_transform = HeadTransform(config, rngs) if config.head_transform and not K else None
     self.head = None if config.tied_head or K else head(V, "vocab", False, config.dtype)
     has_bias = config.head_bias and not K
-    self.head_bias = nnx.Param(jnp.zeros(V), axes=("vocab",)) if has_bias else None
+    self.head_bias = nnx.Param(jnp.zeros(V), axes=("vocab",), role="bias") if has_bias else None
     self.pooler = _square(config, rngs) if config.pooler else None
     next_sentence = config.next_sentence and not K
     self.next_sentence = head(2, "labels", True, "float32") if next_sentence else None
@@ -227,6 +228,8 @@ class GPT(Stack):
         segment_ids_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
       same_BTS = same_segment(segment_ids_BT, segment_ids_BT).astype(jnp.float32)
       x_BTD = (same_BTS @ x_BTD) / same_BTS.sum(-1, keepdims=True)
+    # As logits are: the output's side of muP.
+    x_BTD = x_BTD / self.config.width_ratio
     return self.label_head(dropout(x_BTD, self.config.label_dropout, key))
 
   def pooled(self, x_BTD: jax.Array) -> jax.Array:
@@ -237,7 +240,8 @@ class GPT(Stack):
 
 def _square(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
   D, std = config.embed_dim, config.init_std
-  return Linear((D,), (D,), axes=("embed", None), bias=True, std=std, dtype=config.dtype, rngs=rngs)
+  options = {"bias": True, "std": std, "dtype": config.dtype, "role": "head"}
+  return Linear((D,), (D,), axes=("embed", None), rngs=rngs, **options)
 
 
 def _count(tokens_BT: jax.Array) -> jax.Array:
@@ -248,6 +252,7 @@ def _count(tokens_BT: jax.Array) -> jax.Array:
 class ParameterInfo:
   """What the rest of the code needs to know of a parameter without holding it.
 
+  role: what kind of parameter it is, one of `layers.ROLES`.
   axes: logical name of each axis, 'layers' first in a stack, then 'experts'.
   fan_in_axes: which axes a projection contracts; None for what is not a projection's kernel.
   """
@@ -255,6 +260,7 @@ class ParameterInfo:
   shape: tuple[int, ...]
   axes: tuple[str, ...]
   fan_in_axes: tuple[int, ...] | None
+  role: str
 
   @property
   def fan_in(self) -> int:
@@ -298,6 +304,7 @@ def describe(model: GPT, kind: type = nnx.Param) -> dict[str, ParameterInfo]:
       shape=shape,
       axes=("layers",) * stacked + axes,
       fan_in_axes=None if inputs is None else tuple(first + i for i in range(inputs)),
+      role=parameter.role,
     )
   return described
 

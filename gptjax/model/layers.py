@@ -1,4 +1,8 @@
-"""The leaves of the model: projections, norms, dropout. Parameters name their logical axes."""
+"""The leaves of the model: projections, norms, dropout.
+
+Parameters name their logical axes and their role, where they are made; what treats parameters apart
+(optimizers, muP, adapters, quantisation) reads it there, through `ParameterInfo`.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -8,6 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.devices import sharding
+
+# 'embedding': a table that is looked up. 'hidden': a matrix between two widths of the network.
+# 'head': a matrix above the layers, onto logits or scores. 'router': onto the experts' logits. 'norm': the scale of
+# one. 'bias'. 'scalar': a learnt factor or logit that no width multiplies.
+ROLES = ("embedding", "hidden", "head", "router", "norm", "bias", "scalar")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -58,6 +67,7 @@ class Linear(nnx.Module):
     bias: whether to add a bias of `out_shape`.
     std: standard deviation of the normal initialisation.
     dtype: of the product.
+    role: of the kernel, one of `ROLES`.
   """
 
   def __init__(
@@ -70,12 +80,12 @@ class Linear(nnx.Module):
     std: float,
     dtype: str,
     rngs: nnx.Rngs,
+    role: str = "hidden",
   ):
     kernel = std * jax.random.normal(rngs.params(), (*in_shape, *out_shape))
-    self.kernel = nnx.Param(kernel, axes=tuple(axes), fan_in_axes=len(in_shape))
-    self.bias = (
-      nnx.Param(jnp.zeros(tuple(out_shape)), axes=tuple(axes[len(in_shape) :])) if bias else None
-    )
+    self.kernel = nnx.Param(kernel, axes=tuple(axes), fan_in_axes=len(in_shape), role=role)
+    out_axes = tuple(axes[len(in_shape) :])
+    self.bias = nnx.Param(jnp.zeros(tuple(out_shape)), axes=out_axes, role="bias") if bias else None
     self.contracted_axes = len(in_shape)
     self.axes = tuple(axes)
     self.dtype = dtype
@@ -104,7 +114,7 @@ class Embedding(nnx.Module):
 
   def __init__(self, rows: int, width: int, *, axes: Sequence[str], std: float, rngs: nnx.Rngs):
     table = std * jax.random.normal(rngs.params(), (rows, width))
-    self.embedding = nnx.Param(table, axes=tuple(axes))
+    self.embedding = nnx.Param(table, axes=tuple(axes), role="embedding")
 
   def __call__(self, indices: jax.Array) -> jax.Array:
     return jnp.take(self.embedding[...], indices, axis=0, mode="clip")
@@ -118,8 +128,8 @@ class LayerNorm(nnx.Module):
   """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32."""
 
   def __init__(self, width: int, *, eps: float, bias: bool, axis: str = "embed"):
-    self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
-    self.bias = nnx.Param(jnp.zeros(width), axes=(axis,)) if bias else None
+    self.scale = nnx.Param(jnp.ones(width), axes=(axis,), role="norm")
+    self.bias = nnx.Param(jnp.zeros(width), axes=(axis,), role="bias") if bias else None
     self.eps = eps
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -138,7 +148,7 @@ class RMSNorm(nnx.Module):
   """x / sqrt(mean(x^2) + eps) * (scale + offset) over the last axis, in float32."""
 
   def __init__(self, width: int, *, eps: float, offset: float = 0.0, axis: str = "embed"):
-    self.scale = nnx.Param(jnp.full(width, 1 - offset), axes=(axis,))
+    self.scale = nnx.Param(jnp.full(width, 1 - offset), axes=(axis,), role="norm")
     self.eps = eps
     self.offset = offset
 
@@ -152,7 +162,7 @@ class Mix(nnx.Module):
   """a x + b y with two learnt scalars. Shapes: x and y alike -> the same; weights [2], float32."""
 
   def __init__(self, a: float, b: float):
-    self.weights = nnx.Param(jnp.array([a, b]), axes=("terms",))
+    self.weights = nnx.Param(jnp.array([a, b]), axes=("terms",), role="scalar")
 
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
     a, b = self.weights[...].astype(x.dtype)

@@ -32,9 +32,10 @@ class ExpertLinear(nnx.Module):
   """The same projection of every expert: kernel [E, in, out] and bias [E, out], float32."""
 
   def __init__(self, sizes, *, axes: tuple[str, str, str], bias: bool, std: float, rngs: nnx.Rngs):
-    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), sizes), axes=axes, fan_in_axes=1)
-    shape = (sizes[0], sizes[2])
-    self.bias = nnx.Param(jnp.zeros(shape), axes=(axes[0], axes[2])) if bias else None
+    kernel = std * jax.random.normal(rngs.params(), sizes)
+    self.kernel = nnx.Param(kernel, axes=axes, fan_in_axes=1, role="hidden")
+    zeros, out_axes = jnp.zeros((sizes[0], sizes[2])), (axes[0], axes[2])
+    self.bias = nnx.Param(zeros, axes=out_axes, role="bias") if bias else None
 
 
 class MixtureOfExperts(nnx.Module):
@@ -56,6 +57,7 @@ class MixtureOfExperts(nnx.Module):
       std=config.hidden_std,
       dtype="float32",
       rngs=rngs,
+      role="router",
     )
 
     def make(name: str, widths: tuple[int, int], std: float) -> ExpertLinear:

@@ -113,10 +113,13 @@ def make_optimizer(
   Raises:
     UserError: an unknown algorithm or rule key, or a parameter that no rule matches.
   """
-  matched = tree.match_rules(parameters, config.rules, "optim.rules")
+  roles = {name: info.role for name, info in parameters.items()}
+  rules = tree.name_roles(config.rules, roles)
+  matched = tree.match_rules(parameters, rules, "optim.rules")
   groups = {name: _group(values, config.name) for name, values in matched.items()}
   if config.freeze:
-    frozen = tree.match_rules(groups, [(config.freeze, True), ("", False)], "optim.freeze")
+    rules = tree.name_roles([(config.freeze, True), ("", False)], roles)
+    frozen = tree.match_rules(groups, rules, "optim.freeze")
     if not 0 < sum(frozen.values()) < len(frozen):
       found = "all parameters" if any(frozen.values()) else "none of the parameters"
       raise UserError(

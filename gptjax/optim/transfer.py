@@ -18,16 +18,13 @@ takes away, is the same at any width (Dey et al. 2025, arXiv:2505.01618, table 1
 other rate: CompleteP's residual branches are divided by the depth.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
-from gptjax import tree
 from gptjax.errors import UserError
+from gptjax.model.gpt import ParameterInfo
 
-_ROLES = (
-  (r"norm|bias$|mix", "vector"),
-  (r"^embed|^position|^head|relative", "outer"),
-  (r".*", "hidden"),
-)
+# The roles of matrices whose fan-in grows with the width.
+_HIDDEN = ("hidden", "router")
 _POWER = {
   "adamw": -1.0,
   "adam": -1.0,
@@ -38,10 +35,9 @@ _POWER = {
 }
 
 
-def hidden_parameters(names: Iterable[str]) -> set[str]:
-  """The matrices between two widths that grow; all other parameters keep their learning rate."""
-  roles = tree.match_rules(names, _ROLES, "parametrization")
-  return {name for name, role in roles.items() if role == "hidden"}
+def hidden_parameters(parameters: Mapping[str, ParameterInfo]) -> set[str]:
+  """The matrices that read a width; all other parameters keep their learning rate."""
+  return {name for name, info in parameters.items() if info.role in _HIDDEN}
 
 
 def learning_rate_multiplier(algorithm: str, width_ratio: float) -> float:

@@ -24,11 +24,11 @@ from gptjax import tree
 from gptjax.errors import UserError
 from gptjax.interop.family import Family
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import GPT
+from gptjax.model.gpt import GPT, describe_parameters
 from gptjax.peft import whole
 from gptjax.peft.config import VIRTUAL_METHODS, PeftConfig
 from gptjax.peft.projections import Projection, find_entries, find_projections, is_target
-from gptjax.peft.surgery import abstract_model, describe_adapters, merge, put_on
+from gptjax.peft.surgery import abstract_model, by_name, describe_adapters, merge, put_on
 from gptjax.small_files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -164,6 +164,7 @@ def write(
   }
   entries = find_entries(model_config, family)
   projections = find_projections(entries, model_config)
+  config = by_name(config, describe_parameters(model_config))
   match config.method:
     case "lora" | "adalora" | "dora":
       own, tensors = _write_lora(config, flat, projections)

@@ -62,9 +62,13 @@ class LoRALinear(AdaptedLinear):
       jax.random.uniform(rngs.params(), (*stack, *ins, rank), minval=-bound, maxval=bound),
       axes=(*self._in_axes, "rank"),
       fan_in_axes=len(ins),
+      role="hidden",
     )
     self.lora_b = Adapter(
-      jnp.zeros((*stack, rank, *outs)), axes=("rank", *self._out_axes), fan_in_axes=1
+      jnp.zeros((*stack, rank, *outs)),
+      axes=("rank", *self._out_axes),
+      fan_in_axes=1,
+      role="hidden",
     )
     self.scale = scale
 
@@ -107,7 +111,7 @@ class AdaLoRALinear(LoRALinear):
     for factor in (self.lora_a, self.lora_b):
       factor[...] = 0.02 * jax.random.normal(rngs.params(), factor.shape)
     stack, _, _ = split_shape(base)
-    self.singular_values = Adapter(jnp.zeros((*stack, rank)), axes=("rank",))
+    self.singular_values = Adapter(jnp.zeros((*stack, rank)), axes=("rank",), role="scalar")
 
   def _inward(self) -> jax.Array:
     stack, ins, _ = split_shape(self)
@@ -124,7 +128,7 @@ class DoRALinear(LoRALinear):
 
   def __init__(self, base: Linear, *, rank: int, scale: float, rngs: nnx.Rngs):
     super().__init__(base, rank=rank, scale=scale, rngs=rngs)
-    self.magnitude = Adapter(self._norms(), axes=self._out_axes)
+    self.magnitude = Adapter(self._norms(), axes=self._out_axes, role="scalar")
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = self.product(x) + self._low_rank(x)
@@ -158,7 +162,7 @@ class IA3Linear(AdaptedLinear):
     super().__init__(base)
     stack, ins, outs = split_shape(base)
     shape, axes = (ins, self._in_axes) if scale_input else (outs, self._out_axes)
-    self.ia3_scale = Adapter(jnp.ones((*stack, *shape)), axes=axes)
+    self.ia3_scale = Adapter(jnp.ones((*stack, *shape)), axes=axes, role="scalar")
     self.scale_input = scale_input
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -196,10 +200,13 @@ class Bottleneck(nnx.Module):
       std * jax.random.normal(rngs.params(), (*stack, *shape, rank)),
       axes=(*axes, "rank"),
       fan_in_axes=len(shape),
+      role="hidden",
     )
-    self.down_bias = Adapter(jnp.zeros((*stack, rank)), axes=("rank",))
-    self.up = Adapter(jnp.zeros((*stack, rank, *shape)), axes=("rank", *axes), fan_in_axes=1)
-    self.up_bias = Adapter(jnp.zeros((*stack, *shape)), axes=tuple(axes))
+    self.down_bias = Adapter(jnp.zeros((*stack, rank)), axes=("rank",), role="bias")
+    self.up = Adapter(
+      jnp.zeros((*stack, rank, *shape)), axes=("rank", *axes), fan_in_axes=1, role="hidden"
+    )
+    self.up_bias = Adapter(jnp.zeros((*stack, *shape)), axes=tuple(axes), role="bias")
     self.axes = tuple(axes)
     self.activation = activation
     self.dtype = dtype

@@ -92,7 +92,7 @@ class Projection:
     for name, info in self._infos.items():
       shape = (self.layers, *middle, *self.out_shape(name))
       axes = ("layers", *("rank",) * len(middle), *info.axes[1 + len(self.in_shape) :])
-      infos[name] = ParameterInfo(shape, axes, inputs)
+      infos[name] = ParameterInfo(shape, axes, inputs, "hidden")
     entry = self._entry
     return Entry(entry.theirs, self.names, True, entry.groups, entry.rotary_pairs), infos
 

@@ -176,9 +176,7 @@ def quantized_names(parameters: Mapping[str, ParameterInfo], base: str) -> list[
   if base == "float32":
     return []
   names = [
-    name
-    for name, info in parameters.items()
-    if info.fan_in_axes is not None and info.axes[0] == "layers" and "/router/" not in name
+    name for name, info in parameters.items() if info.role == "hidden" and info.axes[0] == "layers"
   ]
   for name in names:
     size = parameters[name].shape[parameters[name].fan_in_axes[-1]]

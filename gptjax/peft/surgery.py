@@ -115,7 +115,8 @@ def _train(module: nnx.Module, name: str) -> None:
   """Makes an adapter of one of a module's own parameters."""
   parameter = getattr(module, name)
   told = {"fan_in_axes": parameter.fan_in_axes} if hasattr(parameter, "fan_in_axes") else {}
-  setattr(module, name, Adapter(parameter[...], axes=parameter.axes, **told))
+  adapter = Adapter(parameter[...], axes=parameter.axes, role=parameter.role, **told)
+  setattr(module, name, adapter)
 
 
 def find_targets(model: GPT, config: PeftConfig) -> dict[str, Mapping[str, Any]]:
@@ -125,21 +126,28 @@ def find_targets(model: GPT, config: PeftConfig) -> dict[str, Mapping[str, Any]]
     UserError: a rule names nothing.
   """
   kind, candidates = _candidates(model, config.method)
-  for pattern, _ in config.rules:
-    found = tree.match_rules(candidates, [(pattern, True), ("", False)], "peft.targets")
+  named = by_name(config, describe(model)).rules
+  for (pattern, _), (named_pattern, _) in zip(config.rules, named, strict=True):
+    found = tree.match_rules(candidates, [(named_pattern, True), ("", False)], "peft.targets")
     if not any(found.values()):
       raise UserError(
         f"peft.targets: {pattern!r} is found in the name of no {kind} of the model. "
         f"{did_you_mean(pattern, candidates) if candidates else 'It has none.'}"
       )
-  matched = tree.match_rules(candidates, [*config.rules, ("", None)], "peft.targets")
+  matched = tree.match_rules(candidates, [*named, ("", None)], "peft.targets")
   return {name: options for name, options in matched.items() if options is not None}
+
+
+def by_name(config: PeftConfig, parameters: Mapping[str, ParameterInfo]) -> PeftConfig:
+  """The config with the names of parameters in the place of their roles."""
+  roles = {name: info.role for name, info in parameters.items()}
+  return dataclasses.replace(config, targets=tuple(tree.name_roles(config.rules, roles)))
 
 
 def _candidates(model: GPT, method: str) -> tuple[str, list[str]]:
   """What a method can adapt: a word for it, and names."""
   if method == "bitfit":
-    biases = [name for name in _parameters(model) if name.endswith("bias")]
+    biases = [name for name, info in describe(model).items() if info.role == "bias"]
     return "bias", [name for name in biases if name not in LABEL_HEAD]
   wanted = FeedForward if method == "parallel" else Linear
   paths = [

@@ -149,8 +149,8 @@ class PromptProjection(nnx.Module):
       return jax.random.uniform(rngs.params(), shape, minval=-(width**-0.5), maxval=width**-0.5)
 
     # Without fan_in_axes, since it is not run for every token, and no FLOPs of each.
-    self.kernel = Adapter(uniform(width, width), axes=("embed", None))
-    self.bias = Adapter(uniform(width), axes=(None,))
+    self.kernel = Adapter(uniform(width, width), axes=("embed", None), role="hidden")
+    self.bias = Adapter(uniform(width), axes=(None,), role="bias")
 
   def __call__(self, x_PD: jax.Array) -> jax.Array:
     return x_PD @ self.kernel[...] + self.bias[...][None]
@@ -163,7 +163,8 @@ def add_prefix(model: GPT, tokens: int, rngs: nnx.Rngs) -> PrefixGPT:
   axes = ("positions", "kv_heads", "head_dim")
 
   def normal() -> Adapter:
-    return Adapter(config.init_std * jax.random.normal(rngs.params(), shape), axes=axes)
+    values = config.init_std * jax.random.normal(rngs.params(), shape)
+    return Adapter(values, axes=axes, role="embedding")
 
   return PrefixGPT(model, normal(), normal())
 
@@ -174,14 +175,14 @@ def add_prompt(model: GPT, tokens: int, rngs: nnx.Rngs) -> PromptGPT:
   config = _check(model, tokens)
   ids = jax.random.randint(rngs.params(), (tokens,), 0, config.vocab_size)
   prompt = model.embed(ids) * config.embed_scale
-  return PromptGPT(model, Adapter(prompt, axes=("positions", "embed")))
+  return PromptGPT(model, Adapter(prompt, axes=("positions", "embed"), role="embedding"))
 
 
 def add_encoded_prompt(model: GPT, tokens: int, rngs: nnx.Rngs) -> PTuningGPT:
   """A prompt that a network makes of vectors, normal of standard deviation 1 at first."""
   config = _check(model, tokens)
   vectors = jax.random.normal(rngs.params(), (tokens, config.embed_dim))
-  return PTuningGPT(model, Adapter(vectors, axes=("positions", "embed")), rngs)
+  return PTuningGPT(model, Adapter(vectors, axes=("positions", "embed"), role="embedding"), rngs)
 
 
 def _check(model: GPT, tokens: int):

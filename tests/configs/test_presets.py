@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from gptjax import config as config_lib
-from gptjax.config import RunLength
 from gptjax.devices import sharding
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import count_parameters, describe_parameters
@@ -115,7 +114,7 @@ def test_pretrain_composes_every_preset(part, name):
   config = config_lib.load(f"configs/pretrain.py:{part}={name}")
   setup = make_setup(resolve(config))
   # The rules of the optimizer cover every parameter, or this raises.
-  optimizer = setup.make_optimizer(RunLength.from_config(config, steps_per_epoch=None))
+  optimizer = setup.make_optimizer(setup.run_length)
   assert set(optimizer.groups) == set(setup.parameters)
 
 

@@ -108,7 +108,7 @@ def test_a_size_that_does_not_divide_is_refused_by_name(tiny_config):
 
 
 def test_an_axis_without_a_rule_is_refused_by_name():
-  parameters = {"a/b": ParameterInfo((4,), ("widht",), None)}
+  parameters = {"a/b": ParameterInfo((4,), ("widht",), None, "norm")}
   with pytest.raises(UserError, match=r"axis 'widht' of parameter 'a/b' is not in RULES"):
     sharding.parameter_shardings(parameters, make_mesh(data=-1))
 

@@ -9,12 +9,12 @@ from gptjax.model.gpt import ParameterInfo
 from gptjax.optim.layerwise import Depths
 
 PARAMETERS = {
-  "blocks/mlp/up/kernel": ParameterInfo((3, 8, 16), ("layers", "embed", "mlp"), (1,)),
-  "blocks/norm/scale": ParameterInfo((3, 8), ("layers", "embed"), None),
-  "embed/embedding": ParameterInfo((16, 8), ("vocab", "embed"), None),
-  "position/embedding": ParameterInfo((4, 8), ("positions", "embed"), None),
-  "final_norm/scale": ParameterInfo((8,), ("embed",), None),
-  "label_head/kernel": ParameterInfo((8, 2), ("embed", "labels"), (0,)),
+  "blocks/mlp/up/kernel": ParameterInfo((3, 8, 16), ("layers", "embed", "mlp"), (1,), "hidden"),
+  "blocks/norm/scale": ParameterInfo((3, 8), ("layers", "embed"), None, "norm"),
+  "embed/embedding": ParameterInfo((16, 8), ("vocab", "embed"), None, "embedding"),
+  "position/embedding": ParameterInfo((4, 8), ("positions", "embed"), None, "embedding"),
+  "final_norm/scale": ParameterInfo((8,), ("embed",), None, "norm"),
+  "label_head/kernel": ParameterInfo((8, 2), ("embed", "labels"), (0,), "head"),
 }
 
 

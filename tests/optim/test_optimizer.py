@@ -14,12 +14,12 @@ from gptjax.presets.parts import optim as presets
 
 # A residual network of two stacked layers, that learns which token follows which.
 PARAMETERS = {
-  "blocks/mlp/down/kernel": ParameterInfo((2, 16, 8), ("layers", "mlp", "embed"), (1,)),
-  "blocks/mlp/up/bias": ParameterInfo((2, 16), ("layers", "mlp"), None),
-  "blocks/mlp/up/kernel": ParameterInfo((2, 8, 16), ("layers", "embed", "mlp"), (1,)),
-  "blocks/norm/scale": ParameterInfo((2, 8), ("layers", "embed"), None),
-  "embed/embedding": ParameterInfo((16, 8), ("vocab", "embed"), None),
-  "head/kernel": ParameterInfo((8, 16), ("embed", "vocab"), (0,)),
+  "blocks/mlp/down/kernel": ParameterInfo((2, 16, 8), ("layers", "mlp", "embed"), (1,), "hidden"),
+  "blocks/mlp/up/bias": ParameterInfo((2, 16), ("layers", "mlp"), None, "bias"),
+  "blocks/mlp/up/kernel": ParameterInfo((2, 8, 16), ("layers", "embed", "mlp"), (1,), "hidden"),
+  "blocks/norm/scale": ParameterInfo((2, 8), ("layers", "embed"), None, "norm"),
+  "embed/embedding": ParameterInfo((16, 8), ("vocab", "embed"), None, "embedding"),
+  "head/kernel": ParameterInfo((8, 16), ("embed", "vocab"), (0,), "head"),
 }
 ALGORITHMS = ("adamw", "adam", "sgd", "lion", "adafactor", "muon", "soap")
 
@@ -149,7 +149,7 @@ def test_muon_orthogonalises_each_matrix_and_scales_it_like_adam():
 
 
 def test_muon_contracts_all_the_input_axes_of_a_kernel():
-  info = ParameterInfo((2, 4, 4, 8), ("layers", "heads", "head_dim", "embed"), (1, 2))
+  info = ParameterInfo((2, 4, 4, 8), ("layers", "heads", "head_dim", "embed"), (1, 2), "hidden")
   config = types.SimpleNamespace(
     **presets.DEFAULTS
     | {"name": "muon", "weight_decay": 0.0, "clip_norm": 0.0, "rules": ((".*", {}),)}
