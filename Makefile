@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all lint docs
 
 demo: $(VENV)/.installed
 	$(RUN) -m gptjax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -18,6 +18,10 @@ test-all: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The theme announces its successor at every build; that is no warning of ours.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet -f docs/site/mkdocs.yml
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer, please"'

@@ -1,6 +1,7 @@
-"""What the documents tell to run is accepted: every command of READMEs and docstrings, and the
-Python of the README."""
+"""What the documents tell to run is accepted: every command of READMEs, docs/ and docstrings, and
+the Python of docs/."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,14 +10,17 @@ import jax
 import pytest
 
 from gptjax import config as config_lib
+from gptjax import diagnose, sweep
 from gptjax.compiler import gpu, topology
 from gptjax.data import tokenizer as tokenizers
 from gptjax.interop import huggingface
+from gptjax.sweeps import definition
 from gptjax.training.dry_run import dry_run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
   ROOT / "README.md",
+  *sorted(ROOT.glob("docs/**/*.md")),
   ROOT / "colab/README.md",
   *sorted(ROOT.glob("experiments/**/README.md")),
   *sorted(ROOT.glob("experiments/*/*.py")),
@@ -28,14 +32,14 @@ PLACEHOLDERS = {"BUCKET": "bucket", "DIR": "runs/x"}
 
 
 def commands(module: str) -> list:
-  """Every `python -m gptjax.MODULE ...` in the documents, its continuation lines joined."""
-  found = []
+  """Every `python -m gptjax.MODULE ...` in the documents, once, its continuation lines joined."""
+  found = {}
   for document in DOCUMENTS:
     text = re.sub(r"\\\\?\n\s*", "", document.read_text())
-    for line in re.findall(rf"python -m gptjax\.{module} (--[^\n`]*)", text):
-      line = re.sub(r"\[[^\]]*\]", "", line)
-      found.append(pytest.param(line.strip(), id=f"{document.parent.name}-{document.stem}"))
-  return found
+    for line in re.findall(rf"python -m gptjax\.{module} ([^\n`]*)", text):
+      line = re.sub(r"\[[^\]]*\]| {3,}#.*", "", line).strip()
+      found.setdefault(line, f"{document.parent.name}-{document.stem}")
+  return [pytest.param(line, id=name) for line, name in found.items()]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +56,11 @@ def foreign_model(tmp_path_factory, tiny_config, random_params):
 def data(tmp_path_factory):
   """A folder of what is read before any training: labels and a vocabulary."""
   folder = tmp_path_factory.mktemp("data")
-  for name in ("train", "validation"):
-    (folder / f"{name}.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+  labelled = [{"text": text, "hypothesis": "c", "label": label} for label, text in enumerate("ab")]
+  tagged = [{"tokens": ["a", "b"], "tags": ["B-PER", "O"]}]
+  records = {"train": labelled, "validation": labelled, "pairs": 20 * labelled, "tags": 20 * tagged}
+  for name, found in records.items():
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)))
   (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n")
   return folder
 
@@ -96,31 +103,48 @@ def test_compile_command_is_accepted(arguments):
 
 # Where the flags of a program are defined.
 FLAGS_OF = {
-  "generate": ("generate",),
-  "chat": ("chat", "generate"),
+  "generate": ("generate", "inference/flags"),
+  "chat": ("chat", "inference/flags"),
   "evaluate": ("evaluate",),
   "convert": ("convert",),
+  "diagnose": ("diagnose",),
   "show": ("show",),
   "sweep": ("sweep",),
+}
+# The words that may come first, and how many more follow.
+WORDS_OF = {
+  "diagnose": dict.fromkeys(diagnose.WORDS, 0) | {"spikes": 1},
+  "sweep": {name: len(expected) for name, (_, expected) in sweep.COMMANDS.items()},
 }
 
 
 @pytest.mark.parametrize("program", FLAGS_OF)
-def test_commands_have_flags_that_exist(program):
+def test_commands_have_words_flags_and_keys_that_exist(program):
   sources = [(ROOT / f"gptjax/{name}.py").read_text() for name in FLAGS_OF[program]]
   known = [flag for text in sources for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)]
   for parameters in commands(program):
+    words, flags, overrides = [], {}, {}
     for argument in shlex.split(parameters.values[0]):
-      if argument.startswith("--config."):
-        continue
-      assert re.fullmatch(rf"--({'|'.join(known)})(=.*)?", argument), argument
-      if argument.startswith("--sweep=") and "NAME" not in argument:
-        assert (ROOT / argument.removeprefix("--sweep=")).exists()
+      if match := re.fullmatch(r"--config\.([\w.]+)=(.*)", argument):
+        overrides[match[1]] = match[2]
+      elif argument.startswith("--"):
+        name, _, value = argument.removeprefix("--").partition("=")
+        assert name in (*known, "help"), argument
+        flags[name] = value
+      else:
+        words.append(argument)
+    if words:
+      first, *others = words
+      assert len(others) == WORDS_OF[program][first], parameters.values[0]
+    if "config" in flags:
+      config_lib.load(flags["config"], overrides)
+    if "NAME" not in flags.get("sweep", "NAME"):
+      assert (ROOT / flags["sweep"]).exists()
 
 
 def test_documents_have_commands():
   assert len(commands("sweep")) >= 4
-  assert len(commands("train")) >= 4
+  assert len(commands("train")) >= 20
   assert len(commands("compile")) >= 4
   assert len(commands("generate")) >= 2
   assert len(commands("convert")) >= 2
@@ -130,8 +154,10 @@ def test_documents_have_commands():
 
 def test_make_targets_exist():
   targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-  named = re.findall(r"^    make ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE)
-  assert named
+  documents = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+  text = "\n".join(path.read_text() for path in documents)
+  named = re.findall(r"(?:^    |`)make ([\w-]+)", text, re.MULTILINE)
+  assert {"demo", "test", "docs"} <= set(named)
   assert set(named) <= set(targets)
 
 
@@ -142,8 +168,35 @@ def test_links_of_the_documents_exist():
         assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_python_of_the_readme_runs(monkeypatch, tmp_path, capsys):
-  (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_readme_is_a_front_page():
+  assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_page_is_in_the_navigation_and_the_table_of_capabilities():
+  pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+  front_page = (ROOT / "README.md").read_text()
+  assert set(re.findall(r"\(docs/(\w+\.md)\)", front_page)) == pages
+  navigation = (ROOT / "docs/site/mkdocs.yml").read_text()
+  assert {*re.findall(r"docs/(\w+\.md)", navigation), "reference.md"} == pages
+
+
+def python_of(page: str) -> str:
+  """The one block of Python in a page."""
+  (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+  return block
+
+
+def test_sweep_of_the_documents_is_accepted(monkeypatch, tmp_path):
+  path = tmp_path / "sweep.py"
+  path.write_text(python_of("docs/sweeps.md"))
+  monkeypatch.chdir(ROOT)
+  found = definition.load(str(path), {}, sample=lambda: None)
+  assert found.baseline == "adamw"
+  assert len(found.trials) == 6
+
+
+def test_python_of_the_documents_runs(monkeypatch, tmp_path, capsys):
+  block = python_of("docs/training.md")
   small = {
     "total_steps": 2,
     "batch_size": jax.device_count(),
@@ -158,5 +211,5 @@ def test_python_of_the_readme_runs(monkeypatch, tmp_path, capsys):
   load = config_lib.load
   monkeypatch.setattr(config_lib, "load", lambda spec, overrides: load(spec, overrides | small))
   monkeypatch.chdir(ROOT)
-  exec(compile(block.replace("runs/notebook", str(tmp_path / "run")), "README.md", "exec"), {})
+  exec(compile(block.replace("runs/notebook", str(tmp_path / "run")), "training.md", "exec"), {})
   assert "validation bits per byte" in capsys.readouterr().out
