@@ -36,9 +36,10 @@ def on_files(files: Files, config) -> Files:
   ]
   reference = dict(_reference())
   generated = [File.generated(config, path, content=text) for path, text in reference.items()]
+  reports = [_name(page) for page in pages if "experiments" in page.parts]
   config.nav += [
-    {"Experiments": [_name(page) for page in pages if "experiments" in page.parts]},
-    {"Reference": ["docs/reference.md", *reference]},
+    {"Experiments": [{_title(report): report} for report in reports]},
+    {"Reference": [{"Overview": "docs/reference.md"}, *reference]},
   ]
   return Files([*theirs, *ours, *generated])
 
@@ -61,6 +62,13 @@ def _name(path: Path) -> str:
   return path.relative_to(ROOT).as_posix()
 
 
+def _title(report: str) -> str:
+  """The folder of a report, and its file's name where that is not README."""
+  path = Path(report)
+  folder = path.parent.name.replace("_", " ")
+  return folder if path.stem == "README" else f"{folder}: {path.stem}"
+
+
 def _linked_files(pages: list[Path]) -> Iterator[Path]:
   """What pages link to, beside each other and the package."""
   for page in pages:
@@ -74,7 +82,7 @@ def _reference() -> Iterator[tuple[str, str]]:
   """Yields the path and the text of each page of the reference."""
   folders = [path.parent for path in sorted(PACKAGE.glob("*/__init__.py"))]
   wings = [path.name for path in folders if path.name not in SPINE]
-  yield "reference/index.md", "# Commands and the config\n\n" + _sections(PACKAGE.glob("*.py"))
+  yield "reference/commands.md", "# Commands and the config\n\n" + _sections(PACKAGE.glob("*.py"))
   for folder in (*SPINE, *wings):
     kind = "spine" if folder in SPINE else "wing"
     modules = (PACKAGE / folder).rglob("*.py")
