@@ -1,6 +1,7 @@
 """What the documents tell to run is accepted: every command of READMEs, docs/ and docstrings, and
 the Python of docs/."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from gptjax import diagnose, sweep
 from gptjax.compiler import gpu, topology
 from gptjax.data import tokenizer as tokenizers
 from gptjax.interop import huggingface
+from gptjax.objectives import task
 from gptjax.sweeps import definition
 from gptjax.training.dry_run import dry_run
 
@@ -150,6 +152,19 @@ def test_documents_have_commands():
   assert len(commands("convert")) >= 2
   assert len(commands("chat")) >= 1
   assert len(commands("evaluate")) >= 3
+
+
+def test_keys_that_pages_name_exist():
+  config = config_lib.load("configs/pretrain.py")
+  keys = {key for key in config_lib.flatten(config) if not key.startswith("task.")}
+  for name in task.TASKS:
+    keys |= {f"task.{field.name}" for field in dataclasses.fields(task.find_task(name))}
+  # A duration is named with any unit.
+  known = {config_lib.DURATION.sub(r"\g<stem>", key) for key in keys}
+  sections = "|".join(sorted({key.partition(".")[0] for key in keys if "." in key}))
+  for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+    for key in re.findall(rf"`((?:{sections})\.\w+)(?:=[^`]*)?`", path.read_text()):
+      assert config_lib.DURATION.sub(r"\g<stem>", key) in known, f"{path.name}: {key}"
 
 
 def test_make_targets_exist():

@@ -81,7 +81,8 @@ def _linked_files(pages: list[Path]) -> Iterator[Path]:
 def _reference() -> Iterator[tuple[str, str]]:
   """Yields the path and the text of each page of the reference."""
   folders = [path.parent for path in sorted(PACKAGE.glob("*/__init__.py"))]
-  wings = [path.name for path in folders if path.name not in SPINE]
+  # gptjax/presets is a link to configs/, whose files are shown as they are.
+  wings = [path.name for path in folders if path.name not in SPINE and not path.is_symlink()]
   yield "reference/commands.md", "# Commands and the config\n\n" + _sections(PACKAGE.glob("*.py"))
   for folder in (*SPINE, *wings):
     kind = "spine" if folder in SPINE else "wing"
