@@ -155,7 +155,7 @@ def test_documents_have_commands():
 
 
 def test_keys_that_pages_name_exist():
-  config = config_lib.load("configs/pretrain.py")
+  config = config_lib.load("configs/pretrain.py").to_dict()
   keys = {key for key in config_lib.flatten(config) if not key.startswith("task.")}
   for name in task.TASKS:
     keys |= {f"task.{field.name}" for field in dataclasses.fields(task.find_task(name))}
