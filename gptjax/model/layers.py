@@ -14,8 +14,8 @@ from flax import nnx
 from gptjax.devices import sharding
 
 # 'embedding': a table that is looked up. 'hidden': a matrix between two widths of the network.
-# 'head': a matrix above the layers, onto logits or scores. 'router': onto the experts' logits. 'norm': the scale of
-# one. 'bias'. 'scalar': a learnt factor or logit that no width multiplies.
+# 'head': a matrix above the layers, onto logits or scores. 'router': onto the experts' logits.
+# 'norm': the scale of one. 'bias'. 'scalar': a learnt factor or logit that no width multiplies.
 ROLES = ("embedding", "hidden", "head", "router", "norm", "bias", "scalar")
 
 
