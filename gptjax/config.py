@@ -220,20 +220,22 @@ def _get(config: ConfigDict, key: str) -> Any:
   return config
 
 
-def save(config: ConfigDict, workdir: epath.Path) -> list[str]:
-  """Writes `workdir/config.json` and returns "key: old -> new" for what an earlier start had."""
+def save(config: ConfigDict, workdir: epath.Path) -> None:
+  """Writes `workdir/config.json`."""
+  write_atomically(workdir / CONFIG_FILE, to_json(config) + "\n")
+
+
+def changes(config: ConfigDict, workdir: epath.Path) -> list[str]:
+  """Returns "key: old -> new" for what `workdir/config.json` has otherwise, if it is there."""
   path = workdir / CONFIG_FILE
-  new = json.loads(to_json(config))
-  changes = []
-  if path.exists():
-    flat_old, flat_new = flatten(json.loads(to_json(_read(path)))), flatten(new)
-    changes = [
-      f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
-      for key in sorted({*flat_old, *flat_new})
-      if flat_old.get(key) != flat_new.get(key)
-    ]
-  write_atomically(path, to_json(config) + "\n")
-  return changes
+  if not path.exists():
+    return []
+  old, new = (flatten(json.loads(to_json(one))) for one in (_read(path), config))
+  return [
+    f"{key}: {old.get(key)} -> {new.get(key)}"
+    for key in sorted({*old, *new})
+    if old.get(key) != new.get(key)
+  ]
 
 
 def open_saved(workdir: epath.Path) -> ConfigDict:

@@ -218,24 +218,27 @@ def test_a_run_of_no_steps_is_refused():
 
 def test_a_saved_config_is_opened_as_it_was(tmp_path):
   config = config_lib.load(PRETRAIN)
-  assert config_lib.save(config, epath.Path(tmp_path)) == []
+  assert config_lib.changes(config, epath.Path(tmp_path)) == []
+  config_lib.save(config, epath.Path(tmp_path))
   opened = config_lib.open_saved(tmp_path)
   assert json.loads(config_lib.to_json(opened)) == json.loads(config_lib.to_json(config))
   assert opened.is_locked
-  assert config_lib.save(config, epath.Path(tmp_path)) == []
+  assert config_lib.changes(config, epath.Path(tmp_path)) == []
+  config_lib.save(config, epath.Path(tmp_path))
 
 
 def test_saving_reports_what_has_changed(tmp_path):
   workdir = epath.Path(tmp_path)
   config_lib.save(config_lib.load(PRETRAIN), workdir)
   changed = config_lib.load(PRETRAIN, {"seed": 1, "total_tokens": "100", "optim.b2": "0.99"})
-  assert config_lib.save(changed, workdir) == [
+  assert config_lib.changes(changed, workdir) == [
     "optim.b2: 0.95 -> 0.99",
     "seed: 0 -> 1",
     "total_steps: 1000 -> None",
     "total_tokens: None -> 100",
   ]
-  assert config_lib.save(changed, workdir) == []
+  config_lib.save(changed, workdir)
+  assert config_lib.changes(changed, workdir) == []
 
 
 def test_the_config_of_a_run_is_loaded_and_overridden(tmp_path):

@@ -31,7 +31,7 @@ _CHUNK_CHARACTERS = 1 << 22
 _PIECE_CHARACTERS = 1 << 18
 _CHECK_BYTES = 1 << 24
 # No pattern of the byte-level tokenizers reaches from a lone newline into a word after it, so
-# cutting there changes no token.
+# cutting there changes no token. One that puts a space before each text would put one at each cut.
 _CUT = re.compile(r"(?<=\S\n)(?=\w)")
 
 
@@ -40,6 +40,7 @@ class Encoder(Protocol):
 
   vocab_size: int
   end_of_text: int
+  adds_space: bool
 
   def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray | list[np.ndarray]]:
     """Of each text its tokens, or a list of those of several documents that it becomes."""
@@ -161,7 +162,7 @@ def _build(folder: Path, source: Source, tokenizer: Encoder, progress: bool) -> 
       checksum = _checksum(tokens, checksum)
       num_tokens += len(tokens)
 
-    for starts, pieces in _chunks(source, progress):
+    for starts, pieces in _chunks(source, progress, cut=not tokenizer.adds_space):
       num_bytes += sum(len(piece.encode()) for piece in pieces)
       # The tokenizers' own threads encode the pieces of a chunk in parallel.
       for begins, encoded in zip(starts, tokenizer.encode_batch(pieces), strict=True):
@@ -187,12 +188,12 @@ def _build(folder: Path, source: Source, tokenizer: Encoder, progress: bool) -> 
   (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _chunks(source: Source, progress: bool) -> Iterator[tuple[list[bool], list[str]]]:
+def _chunks(source: Source, progress: bool, *, cut: bool) -> Iterator[tuple[list[bool], list[str]]]:
   """Yields some megabytes of text at a time: (does a document begin here, text) by piece."""
   starts, pieces, characters = [], [], 0
   texts = documents(source)
   for text in tqdm.tqdm(texts, "Tokenising", len(source), unit="doc", disable=not progress):
-    for number, piece in enumerate(_pieces(text)):
+    for number, piece in enumerate(_pieces(text) if cut else filter(None, [text])):
       starts.append(number == 0)
       pieces.append(piece)
       characters += len(piece)

@@ -34,6 +34,10 @@ class FlaggingEncoder:
   def end_of_text(self) -> int:
     return 2 * self.tokenizer.end_of_text
 
+  @property
+  def adds_space(self) -> bool:
+    return self.tokenizer.adds_space
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatEncoder(FlaggingEncoder):

@@ -120,6 +120,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
       for step in range(start, total):
         if history.patience and from_all_hosts(history.exhausted)[0]:
           writer.message(f"stopped after step {step}: {history.patience} validations, none better")
+          checkpoints.save(step, state)  # Evaluations may come between checkpoints.
+          history.tell(checkpoints)
           break
         with profile(config.profile, step - start, workdir):
           batch = sharding.to_global(next(batches), setup.mesh)
@@ -217,7 +219,9 @@ def seconds_before(workdir: epath.Path, start: int) -> float | None:
   """Training seconds of the run that is resumed at step `start`; None if it did not say."""
   if start == 0:
     return 0.0
-  known = [line["seconds"] for line in read_metrics(workdir) if line.get("seconds") is not None]
+  # On an object store the steps that are dropped are there until the next upload.
+  lines = [line for line in read_metrics(workdir) if line["step"] <= start]
+  known = [line["seconds"] for line in lines if line.get("seconds") is not None]
   return known[-1] if known else None
 
 
@@ -236,9 +240,14 @@ def write_samples(
 def introduce(
   writer: Writer, setup: Setup, dataset: Dataset, length: RunLength, start: int, workdir: epath.Path
 ) -> None:
-  """Saves and prints the config, and says what is about to happen."""
-  config = setup.config
-  changes = config_lib.save(config, workdir) if jax.process_index() == 0 else []
+  """Saves and prints the config, and says what is about to happen.
+
+  The config of a run that is complete stays as it was run.
+  """
+  config, complete = setup.config, 0 < length.total_steps <= start
+  changes = config_lib.changes(config, workdir)
+  if jax.process_index() == 0 and not (complete and changes):
+    config_lib.save(config, workdir)
   writer.message(config_lib.to_text(config))
   whole = setup.num_trained == setup.num_parameters
   trained = "" if whole else f", of which {setup.num_trained:,} are trained"
@@ -253,9 +262,10 @@ def introduce(
   peak = f"{chip.name}, {chip.peak_flops / 1e12:.0f} TFLOP/s" if chip else f"unknown chip {kind!r}"
   writer.message(f"mfu counts {setup.flop_rule}, against the peak of each device: {peak}")
   for change in changes:
-    writer.message(f"changed since the last start: {change}")
+    when = "not as it was run, and without effect" if complete else "changed since the last start"
+    writer.message(f"{when}: {change}")
   if start:
-    state = "complete already" if start >= length.total_steps else "resuming"
+    state = "complete already" if complete else "resuming"
     writer.message(f"{workdir}: {state} at step {start:,} of {length.total_steps:,}")
 
 
@@ -277,6 +287,7 @@ def conclude(
         dataset.training_text(), dataset.validation_text(), order=5
       ),
     }
+  writer.upload()  # The picture is drawn of what is there.
   writer.message(f"loss curve: {plots.loss_curve(workdir, others)}")
   if "val/bits_per_byte" in result:
     beside = "".join(f", {name} {value:.4f}" for name, value in others.items())

@@ -196,7 +196,7 @@ class Writer:
       self._wandb.log(known, step=step)
     self._progress.update(step, known)
     if self._remote and time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
-      self._upload()
+      self.upload()
 
   def write_text(self, step: int, name: str, text: str) -> None:
     """Writes a text, a sample for instance, to TensorBoard and shows it in the terminal."""
@@ -221,9 +221,9 @@ class Writer:
       if self._tensorboard is not None:
         self._tensorboard.close()  # Only this writes all that is queued.
       if self._remote:
-        self._upload()
+        self.upload()
 
-  def _upload(self) -> None:
+  def upload(self) -> None:
     for path in self._folder.rglob("*"):
       if path.is_file():
         target = self._workdir / path.relative_to(self._folder)

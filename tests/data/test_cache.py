@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, normalizers
+from tokenizers import models as tokenizer_models
 
 from gptjax.data import cache, files
 from gptjax.data import tokenizer as tokenizers
@@ -49,6 +51,20 @@ def test_long_documents_are_encoded_in_pieces_without_changing_a_token(
   monkeypatch.setattr(cache, "_PIECE_CHARACTERS", 50)
   monkeypatch.setattr(cache, "_CHUNK_CHARACTERS", 200)
   tokenizer = tokenizers.train("bpe:800", DOCUMENTS)
+  check(cache.open_or_build(source_of(corpus), tokenizer, str(tmp_path / "cache")), tokenizer)
+
+
+def test_a_tokenizer_that_adds_a_space_adds_one_a_document(corpus, tmp_path, monkeypatch):
+  monkeypatch.setattr(cache, "_PIECE_CHARACTERS", 50)
+  model = tokenizer_models.Unigram(
+    [("<unk>", 0.0), ("</s>", 0.0), ("▁", -3.0), *((c, -4.0) for c in {*"".join(DOCUMENTS)})], 0
+  )
+  made = Tokenizer(model)
+  made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+  made.add_special_tokens(["</s>"])
+  made.save(str(tmp_path / "tokenizer.json"))
+  tokenizer = tokenizers.load(str(tmp_path / "tokenizer.json"))
+  assert tokenizer.adds_space
   check(cache.open_or_build(source_of(corpus), tokenizer, str(tmp_path / "cache")), tokenizer)
 
 

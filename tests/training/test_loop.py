@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from gptjax import config as config_lib
 from gptjax.errors import UserError
 from gptjax.training.loop import train
+from gptjax.training.pretrained import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -672,6 +673,30 @@ def test_command_line(corpus, environment, tmp_path):
   preset = call("--config=configs/pretrain.py:model=gpt2-125m")
   assert "no model preset 'gpt2-125m'. Did you mean" in preset.stderr
   assert "--workdir" in call("--help").stdout
+
+
+def test_a_run_that_is_stopped_early_has_a_checkpoint_of_its_last_step(corpus, tmp_path):
+  """Evaluations between checkpoints, and the newest of these is what the run has made."""
+  changes = {"optim.learning_rate": 0.0, "eval.every_steps": 3, "eval.patience": 2}
+  changes |= {"checkpoint.every_steps": 1000, "checkpoint.final": "newest"}
+  result = train(small_config(corpus, **changes), tmp_path)
+  model, step = load_checkpoint(tmp_path)
+  assert step == max(losses(tmp_path)) == 9
+  assert model.config.num_layers == 2
+  # Run again, it is where it was.
+  assert train(small_config(corpus, **changes), tmp_path) == result
+  assert max(losses(tmp_path)) == 9
+
+
+def test_the_config_of_a_finished_run_stays_as_it_was_run(corpus, tmp_path, capsys):
+  train(small_config(corpus, total_steps=2), tmp_path)
+  before = (tmp_path / "config.json").read_text()
+  capsys.readouterr()
+  train(small_config(corpus, total_steps=2, **{"optim.learning_rate": 0.5}), tmp_path)
+  assert (tmp_path / "config.json").read_text() == before
+  assert "without effect: optim.learning_rate: 0.001 -> 0.5" in capsys.readouterr().out
+  train(small_config(corpus, total_steps=4, **{"optim.learning_rate": 0.5}), tmp_path)
+  assert '"learning_rate": 0.5' in (tmp_path / "config.json").read_text()
 
 
 def test_devices_of_this_test_run():
