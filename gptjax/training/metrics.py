@@ -220,10 +220,12 @@ class Writer:
     with self._resources:
       if self._tensorboard is not None:
         self._tensorboard.close()  # Only this writes all that is queued.
-      if self._remote:
-        self.upload()
+      self.upload()
 
   def upload(self) -> None:
+    """Brings what is written so far to the object store, where the work directory is on one."""
+    if not self._remote:
+      return
     for path in self._folder.rglob("*"):
       if path.is_file():
         target = self._workdir / path.relative_to(self._folder)

@@ -18,15 +18,15 @@ def test_a_task_is_pretraining_with_other_defaults():
   pretraining = config_lib.load("configs/pretrain.py:model=gpt2-124m,data=jsonl,optim=lion")
   assert set(config.data) == set(pretraining.data)
   assert config.model == pretraining.model
-  assert (config.data.format, config.data.source, config.optim.name) == ("chat", "jsonl", "lion")
+  assert (config.task.name, config.data.source, config.optim.name) == ("chat", "jsonl", "lion")
   assert (config.total_epochs, config.optim.learning_rate) == (3.0, 2e-5)
-  assert config_lib.load(f"{FINETUNE}:task=text,data=text").data.format == "text"
-  assert config_lib.load(f"{FINETUNE}:task=prompt").data.format == "prompt"
+  assert config_lib.load(f"{FINETUNE}:task=text,data=text").task.name == "of_the_model"
+  assert config_lib.load(f"{FINETUNE}:task=prompt").task.name == "prompt"
 
 
 def test_without_arguments_it_goes_on_from_a_checkpoint_and_its_tokenizer():
   config = config_lib.load(FINETUNE, {"total_steps": "5"})
-  assert (config.tokenizer, config.data.source, config.data.format) == (
+  assert (config.tokenizer, config.data.source, config.task.name) == (
     "init_from",
     "jsonl",
     "chat",

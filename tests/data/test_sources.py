@@ -39,7 +39,7 @@ def read(source):
 
 
 def options(preset, **changes):
-  return PartOptions(**(presets.PART_DEFAULTS | presets.DATA[preset] | changes))
+  return PartOptions("data", **(presets.PART_DEFAULTS | presets.DATA[preset] | changes))
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3])

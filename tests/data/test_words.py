@@ -60,5 +60,5 @@ def test_chinese_without_jieba_says_what_to_install(monkeypatch):
   words._chinese_segmenter.cache_clear()
   monkeypatch.setitem(sys.modules, "jieba", None)
   assert words_of(BYTES.encode("no Chinese"), BYTES)
-  with pytest.raises(UserError, match=r"pip install jieba.*--config\.data\.whole_words=False"):
+  with pytest.raises(UserError, match=r"pip install jieba.*--config\.task\.whole_words=False"):
     word_ids(np.array(BYTES.encode("中国")), BYTES)

@@ -193,7 +193,7 @@ def results(tmp_path_factory, tiny_config, random_params):
   (folder / "jobs").write_bytes(pickle.dumps(arguments))
   flags = "device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=1"
   done = subprocess.run(
-    [sys.executable, "-m", "tests.test_parallel", folder / "jobs", folder / "results"],
+    [sys.executable, "-m", "tests.devices.test_parallel", folder / "jobs", folder / "results"],
     env=os.environ
     | {
       "JAX_PLATFORMS": "cpu",
@@ -249,6 +249,6 @@ def test_a_ring_sums_and_scatters(results, size, dimension, length):
 
 if __name__ == "__main__":
   # Under the name by which pickled jobs know their class.
-  from tests import test_parallel
+  from tests.devices import test_parallel
 
   test_parallel.main(*sys.argv[1:])

@@ -142,7 +142,12 @@ def test_what_is_no_conversation_gets_one_sentence_with_its_place(record, proble
 
 
 def options(source, **changes):
-  keys = presets.PART_DEFAULTS | {"source": source, "text_key": "", "validation_fraction": 0.5}
+  keys = presets.PART_DEFAULTS | {
+    "key": "data",
+    "source": source,
+    "text_key": "",
+    "validation_fraction": 0.5,
+  }
   return PartOptions(**(keys | changes))
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from gptjax import generate as command
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
+from gptjax.inference import flags as sampling_flags
 from gptjax.inference.chat import Conversation
 from gptjax.inference.generate import CHUNK, chat_prompts
 from gptjax.inference.sampling import Sampling
@@ -292,7 +293,9 @@ def generate_main(run, monkeypatch, capsys):
   }  # fmt: skip
 
   def main(**changes):
-    monkeypatch.setattr(command, "FLAGS", types.SimpleNamespace(**defaults | changes))
+    values = types.SimpleNamespace(**defaults | changes)
+    monkeypatch.setattr(command, "FLAGS", values)
+    monkeypatch.setattr(sampling_flags, "FLAGS", values)
     command.main({})
     return capsys.readouterr().out
 

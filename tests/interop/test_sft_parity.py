@@ -13,7 +13,6 @@ from flax import nnx
 
 from gptjax import config as config_lib
 from gptjax import tree
-from gptjax.data.pipeline import open_dataset
 from gptjax.finetuning.answers import Chat
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.gpt import describe_parameters
@@ -22,6 +21,7 @@ from gptjax.peft import huggingface
 from gptjax.peft.surgery import abstract_model, describe_adapters
 from gptjax.presets.parts import optim as presets
 from gptjax.training import step as step_lib
+from gptjax.training.datasets import open_dataset
 from tests.data.conftest import write_tokenizer  # noqa: F401
 
 LLAMA = {
