@@ -7,6 +7,7 @@ G query heads of one key-value head, H head width.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ from gptjax.model.positions import rotate
 # Far below any logit, and finite: a row with nothing to see becomes uniform instead of NaN.
 MASKED = -1e30
 
-# Queries whose logits `largest_logit` holds at a time, at most.
-_OBSERVED_QUERIES = 1024
+# Queries whose logits are held at a time, at most, where those of a row would not fit.
+MAX_QUERIES = 1024
 
 
 def visible(
@@ -40,7 +41,7 @@ def visible(
   visibility: str = "causal",
   prefix_BS: jax.Array | None = None,
 ) -> jax.Array:
-  """Which keys a query may see: bool [B, T, S].
+  """Returns which keys a query may see: bool [B, T, S].
 
   Within its own segment of a packed row: the past and itself, no further back than `window`
   positions (its own included), or everything if `visibility` is 'bidirectional', or besides the
@@ -60,7 +61,7 @@ def visible(
 
 
 def same_segment(query_segments_BT: jax.Array, key_segments_BS: jax.Array) -> jax.Array:
-  """Bool [B, T, S]."""
+  """Whether a query and a key are of one segment: bool [B, T, S]."""
   return query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
 
 
@@ -70,9 +71,9 @@ class Mask:
   """Who sees whom, in the form that the kernel takes.
 
   kernel: 'xla', 'splash' or 'cudnn'. window, visibility: as of `visible`. segment_ids_BT: for a
-  kernel that works out what is visible itself. visible_BTS: for one that is told, with the
-  positions of the queries, for who puts more keys before these. rotates: whether the layer has the
-  rotary positions of the model.
+  kernel that works out what is visible itself. visible_BTS: for one that is told. rotates: whether
+  the layer has the rotary positions of the model. query_positions_BT: positions of the queries, for
+  a kernel that works in parts, and for who puts more keys before these.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})
@@ -96,8 +97,10 @@ def make_mask(
   rotates: bool = True,
 ) -> Mask:
   """The mask of `visible`, whose arguments these are, for one kernel; `rotates` as of `Mask`."""
-  make = functools.partial(Mask, kernel, window, visibility, rotates=rotates)
-  if kernel == "splash":
+  make = functools.partial(
+    Mask, kernel, window, visibility, rotates=rotates, query_positions_BT=query_positions_BT
+  )
+  if kernel != "xla":
     return make(segment_ids_BT=segment_ids_BT)
   seen = visible(
     query_positions_BT,
@@ -108,7 +111,7 @@ def make_mask(
     visibility=visibility,
     prefix_BS=prefix_BS,
   )
-  return make(visible_BTS=seen, query_positions_BT=query_positions_BT)
+  return make(visible_BTS=seen)
 
 
 def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: bool) -> str:
@@ -128,13 +131,13 @@ def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: b
     (training and config.attention_dropout > 0, "attention dropout"),
     (config.position in ("alibi", "t5"), f"position={config.position!r}, a bias"),
     (config.attention_sinks, "attention_sinks"),
+    (config.visibility == "prefix", "visibility='prefix'"),
   ]
   spans = LANES * sharding.axis_parts("time")
   obstacles = {
     "xla": [],
     "splash": [
       *common,
-      (config.visibility == "prefix", "visibility='prefix'"),
       (length % spans, f"a row of {length}: not a multiple of {spans}"),
     ],
     "cudnn": [
@@ -180,13 +183,16 @@ def attend(
   kernel alone, the cap of all but 'cudnn'; `choose_kernel` sees to that.
   """
   scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
+  options = {"window": mask.window, "causal": mask.visibility == "causal"}
   match mask.kernel:
     case "splash":
-      segments, causal = mask.segment_ids_BT, mask.visibility == "causal"
-      options = {"window": mask.window, "causal": causal, "cap": cap}
-      return kernels.splash(q_BTNH * scale, k_BSKH, v_BSKH, segments, **options)
+      segments = mask.segment_ids_BT
+      return kernels.splash(q_BTNH * scale, k_BSKH, v_BSKH, segments, cap=cap, **options)
     case "cudnn":
-      return kernels.cudnn(q_BTNH, k_BSKH, v_BSKH, mask.visible_BTS, scale)
+      rows = (mask.query_positions_BT, mask.segment_ids_BT)
+      in_parts = functools.partial(_attend_in_parts, mask, scale)
+      heads = (q_BTNH, k_BSKH, v_BSKH)
+      return kernels.cudnn(*heads, *rows, scale=scale, in_parts=in_parts, **options)
   q_BTNH, k_BSKH, v_BSKH = checkpoint_name((q_BTNH, k_BSKH, v_BSKH), "qkv")
   logits = _visible_logits(q_BTNH * scale, k_BSKH, mask.visible_BTS, bias_BNTS, cap)
   if sinks_N is None:
@@ -199,6 +205,47 @@ def attend(
   weights = dropout(weights.astype(q_BTNH.dtype), dropout_rate, key)
   attended = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(q_BTNH.shape)
   return checkpoint_name(attended, "attention")
+
+
+def _attend_in_parts(
+  mask: Mask,
+  scale: float,
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  query_positions_BT: jax.Array,
+  key_positions_BS: jax.Array,
+  query_segments_BT: jax.Array | None = None,
+  key_segments_BS: jax.Array | None = None,
+) -> jax.Array:
+  """`attend`, written out some queries at a time, whose logits the backward pass makes again."""
+
+  @jax.checkpoint
+  def of_queries(queries):
+    q_BTNH, positions_BT, segments_BT = queries
+    seen = visible(
+      positions_BT,
+      key_positions_BS,
+      mask.window,
+      segments_BT,
+      key_segments_BS,
+      visibility=mask.visibility,
+    )
+    part = dataclasses.replace(mask, kernel="xla", visible_BTS=seen)
+    return attend(q_BTNH, k_BSKH, v_BSKH, part, scale=scale)
+
+  parts = _query_parts((q_BTNH, query_positions_BT, query_segments_BT))
+  attended = jax.lax.map(of_queries, parts)
+  return attended.swapaxes(0, 1).reshape(q_BTNH.shape)
+
+
+def _query_parts(queries: Any) -> Any:
+  """Every [B, T, ...] of a tree as [parts, B, T / parts, ...], at most `MAX_QUERIES` in a part."""
+  T = jax.tree.leaves(queries)[0].shape[1]
+  parts = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= MAX_QUERIES)
+  return jax.tree.map(
+    lambda x: x.reshape(x.shape[0], parts, T // parts, *x.shape[2:]).swapaxes(0, 1), queries
+  )
 
 
 def _visible_logits(scaled_q_BTNH, k_BSKH, visible_BTS, bias_BNTS, cap: float) -> jax.Array:
@@ -230,8 +277,6 @@ def largest_logit(
   """
   q_BTNH, k_BSKH, bias_BNTS = jax.lax.stop_gradient((q_BTNH, k_BSKH, bias_BNTS))
   scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
-  T = q_BTNH.shape[1]
-  parts = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= _OBSERVED_QUERIES)
 
   def of_queries(queries):
     q_BTNH, q_positions_BT, q_segments_BT, visible_BTS, bias_BTNS = queries
@@ -245,10 +290,7 @@ def largest_logit(
 
   bias_BTNS = None if bias_BNTS is None else bias_BNTS.swapaxes(1, 2)
   queries = (q_BTNH, positions_BT, mask.segment_ids_BT, mask.visible_BTS, bias_BTNS)
-  by_part = jax.tree.map(
-    lambda x: x.reshape(x.shape[0], parts, T // parts, *x.shape[2:]).swapaxes(0, 1), queries
-  )
-  return jax.lax.map(of_queries, by_part).max()
+  return jax.lax.map(of_queries, _query_parts(queries)).max()
 
 
 class Attention(nnx.Module):

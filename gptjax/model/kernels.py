@@ -3,8 +3,17 @@
 Axes: B batch, T query positions, S key positions, N query heads, K key-value heads, H head width.
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+# `jax.nn.dot_product_attention` has no argument for the documents of a row.
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
+from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as splash_kernel,
@@ -21,6 +30,8 @@ MAX_BLOCK = 1024
 # The one-pass backward kernel writes a partial dQ for each block of keys. Beyond this many, the
 # traffic costs more than computing the scores twice.
 MAX_PARTIAL_GRADIENTS = 4
+# Documents of a row that cuDNN has room for, and in a long row one for so many tokens.
+MAX_DOCUMENTS, MEAN_DOCUMENT = 32, 128
 
 
 def splash(
@@ -123,21 +134,104 @@ def cudnn(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
-  visible_BTS: jax.Array,
+  positions_BT: jax.Array,
+  segment_ids_BT: jax.Array | None,
+  *,
+  window: int | None,
+  causal: bool,
   scale: float,
+  in_parts: Callable[..., jax.Array],
 ) -> jax.Array:
-  """The fused attention of cuDNN on NVIDIA GPUs, with the mask as written."""
+  """The fused attention of cuDNN on NVIDIA GPUs.
+
+  The documents of a packed row, segments without gaps, are given to it as their starts and lengths.
+  As an array, a bias [B, T, T], the mask would be read in every layer, and no block skipped. cuDNN
+  wants a GPU of compute capability 9.0 for that, and room for the normalisers of as many documents
+  a row as there might be. Where a GPU is older, a row has more than `max_documents`, or rows are
+  split over `context`, the attention is made `in_parts`.
+
+  Args:
+    in_parts: the same attention, of q, k, v, and of positions and segments of queries and of keys.
+  """
   keys = ("batch", None, "kv_heads", None)
   queries = ("batch", "time", "heads", None)
+  rows = [x for x in (positions_BT, segment_ids_BT) if x is not None]
 
-  def run(q_BTNH, k_BSKH, v_BSKH, visible_BTS):
-    attended = jax.nn.dot_product_attention(
-      *checkpoint_name((q_BTNH, k_BSKH, v_BSKH), "qkv"),
-      mask=visible_BTS[:, None],
-      scale=scale,
-      implementation="cudnn",
-    )
+  def run(q_BTNH, k_BSKH, v_BSKH, *rows):
+    heads = checkpoint_name((q_BTNH, k_BSKH, v_BSKH), "qkv")
+    documents = None if segment_ids_BT is None else find_documents(rows[-1])
+    fused = functools.partial(_fused, documents, window=window, causal=causal, scale=scale)
+
+    def otherwise(q_BTNH, k_BSKH, v_BSKH):
+      return in_parts(q_BTNH, k_BSKH, v_BSKH, *rows)
+
+    if sharding.axis_parts("time") > 1:
+      attended = otherwise(*heads)
+    elif documents is None:
+      attended = fused(*heads)
+    elif fused_attention.check_compute_capability("9.0"):
+      attended = jax.lax.cond(documents.are_all, fused, otherwise, *heads)
+    else:
+      attended = otherwise(*heads)
     return checkpoint_name(attended, "attention")
 
-  in_axes = [queries, keys, keys, ("batch", "time", None)]
-  return sharding.per_shard(run, in_axes, queries)(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+  in_axes = [queries, keys, keys]
+  for _ in rows:
+    in_axes += [("batch", "time"), ("batch", None)]
+  arguments = [q_BTNH, k_BSKH, v_BSKH, *(x for row in rows for x in (row, row))]
+  return sharding.per_shard(run, in_axes, queries)(*arguments)
+
+
+class Documents(NamedTuple):
+  """Where the documents of each row lie: int32, -1 where there is none.
+
+  starts: [B, M + 1], the last of them -1. lengths: [B, M]. are_all: bool, whether no row has more
+  than M.
+  """
+
+  starts: jax.Array
+  lengths: jax.Array
+  are_all: jax.Array
+
+
+def max_documents(length: int) -> int:
+  """The most documents, padding included, that `cudnn` takes of a row of `length` tokens.
+
+  Its normalisers take 4 bytes for each head, token and document that there might be.
+  """
+  return max(MAX_DOCUMENTS, length // MEAN_DOCUMENT)
+
+
+def find_documents(segment_ids_BT: jax.Array) -> Documents:
+  """Runs of equal segment ids, those of the padding too: what cuDNN skips, it leaves undefined."""
+  T = segment_ids_BT.shape[1]
+  M = max_documents(T)
+  is_start_BT = segment_ids_BT != jnp.roll(segment_ids_BT, 1, axis=1)
+  is_start_BT = is_start_BT.at[:, 0].set(True)
+
+  def find(is_start_T):
+    return jnp.nonzero(is_start_T, size=M + 1, fill_value=-1)[0].astype(jnp.int32)
+
+  starts = jax.vmap(find)(is_start_BT)
+  ends = jnp.where(starts[:, 1:] < 0, T, starts[:, 1:])
+  lengths = jnp.where(starts[:, :-1] < 0, -1, ends - starts[:, :-1])
+  return Documents(starts, lengths, (starts[:, -1] < 0).all())
+
+
+def _fused(documents, q_BTNH, k_BSKH, v_BSKH, *, window, causal, scale) -> jax.Array:
+  if documents is None:
+    kind = MaskType.CAUSAL if causal else MaskType.NO_MASK
+    packed = {}
+  else:
+    kind = MaskType.PADDING_CAUSAL if causal else MaskType.PADDING
+    # JAX counts the offsets of keys in heads of queries.
+    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+    k_BSKH, v_BSKH = (jnp.repeat(x, groups, axis=2) for x in (k_BSKH, v_BSKH))
+    starts, lengths, _ = documents
+    packed = {
+      **{"q_seqlen": lengths, "kv_seqlen": lengths},
+      **{"q_offsets": starts, "kv_offsets": starts},
+    }
+  return fused_attention.dot_product_attention(
+    q_BTNH, k_BSKH, v_BSKH, scale=scale, mask_type=kind, sliding_window_length=window, **packed
+  )

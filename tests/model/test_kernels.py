@@ -1,18 +1,22 @@
 """The kernels against the attention that is written out. Splash runs in interpret mode."""
 
 import functools
+import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
+from jax._src.cudnn.fused_attention_stablehlo import MaskType
 
 from gptjax import tree
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.errors import UserError
-from gptjax.model import kernels
+from gptjax.model import attention, kernels
 from gptjax.model.attention import attend, choose_kernel, make_mask
 from gptjax.model.gpt import GPT, describe_parameters, model_graph
 from gptjax.objectives.forward import token_loss
@@ -151,6 +155,118 @@ def test_a_block_is_the_largest_that_divides_the_row(length, side):
   assert kernels.block_size(length) == side
 
 
+# --- cuDNN is given documents, not a mask ------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+  """A GPU that cuDNN's packed layout runs on, as far as tracing goes."""
+  monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+  monkeypatch.setattr(fused_attention, "check_cudnn_version", lambda: 9_10_00)
+  monkeypatch.setattr(fused_attention, "check_compute_capability", lambda capability: True)
+
+
+@pytest.mark.parametrize("kv_heads", [2, N])
+@pytest.mark.parametrize("window", [None, 150])
+def test_cudnn_of_packed_rows_makes_no_mask(hopper, kv_heads, window):
+  length = 2048
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  q, k = shape((B, length, N, 64)), shape((B, length, kv_heads, 64))
+  rows = jax.ShapeDtypeStruct((B, length), jnp.int32)
+
+  def loss(q, k, v, positions, segments):
+    mask = make_mask("cudnn", positions, positions, window, segments)
+    return attend(q, k, v, mask).astype(jnp.float32).sum()
+
+  traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, rows, rows)
+  program = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert f"{length}x{length}x" not in program
+  assert re.findall(r"@(__cudnn\$\w+)", program) == [
+    "__cudnn$fmhaSoftmax",
+    "__cudnn$fmhaSoftmaxBackward",
+  ]
+  assert program.count("PADDING_CAUSAL") == 2
+
+
+def attend_documents(
+  q, k, v, q_seqlen=None, kv_seqlen=None, q_offsets=None, kv_offsets=None, **options
+):
+  """What `dot_product_attention` of JAX's cuDNN module says it computes, document by document.
+
+  Outside of all documents the result is undefined: here it is not a number.
+  """
+  assert q.dtype == k.dtype == v.dtype
+  B, T, N, _ = q.shape
+  packed = q_offsets is not None
+  assert not packed or q.shape == k.shape  # JAX counts the offsets of keys in heads of queries
+  starts_BM1 = q_offsets[:, :-1, None] if packed else jnp.zeros((B, 1, 1), jnp.int32)
+  ends_BM1 = starts_BM1 + (q_seqlen[..., None] if packed else T)
+  at_11T = jnp.arange(T)[None, None]
+  is_in_BMT = (at_11T >= starts_BM1) & (at_11T < ends_BM1) & (starts_BM1 >= 0)
+  seen_BTT = (is_in_BMT[:, :, :, None] & is_in_BMT[:, :, None, :]).any(1)
+  distance_1TT = at_11T.swapaxes(1, 2) - at_11T
+  if options["mask_type"] in (MaskType.CAUSAL, MaskType.PADDING_CAUSAL):
+    seen_BTT &= distance_1TT >= 0
+  if options["sliding_window_length"] is not None:
+    seen_BTT &= distance_1TT < options["sliding_window_length"]
+  k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
+  logits = jnp.einsum("BTNH,BSNH->BNTS", q, k) * options["scale"]
+  weights = jax.nn.softmax(jnp.where(seen_BTT[:, None], logits, -1e30), axis=-1)
+  defined = is_in_BMT.any(1)[..., None, None]
+  return jnp.where(defined, jnp.einsum("BNTS,BSNH->BTNH", weights, v), jnp.nan)
+
+
+CUDNN_CASES = {
+  "causal": {},
+  "window": {"window": 150},
+  "segments": {"packed": True},
+  "segments-grouped": {"packed": True, "kv_heads": 2},
+  "segments-window": {"packed": True, "window": 50},
+  "more-segments-than-room": {"packed": True, "room": 2},
+  "a-gpu-before-hopper": {"packed": True, "capable": False},
+  "mesh": {"packed": True, "kv_heads": 2, "mesh": {"data": 2, "tensor": 2}},
+  "context": {"packed": True, "kv_heads": 2, "window": 150, "mesh": {"context": 2, "tensor": 2}},
+  "context-without-segments": {"mesh": {"context": 2, "data": 2}},
+}
+
+
+@pytest.mark.parametrize("case", CUDNN_CASES.values(), ids=CUDNN_CASES)
+def test_cudnn_is_asked_for_the_attention_that_is_written_out(hopper, monkeypatch, case):
+  defaults = {
+    "window": None,
+    "packed": False,
+    "kv_heads": N,
+    "room": 32,
+    "capable": True,
+    "mesh": {},
+  }
+  options = defaults | case
+  monkeypatch.setattr(fused_attention, "dot_product_attention", attend_documents)
+  monkeypatch.setattr(fused_attention, "check_compute_capability", lambda _: options["capable"])
+  monkeypatch.setattr(kernels, "MAX_DOCUMENTS", options["room"])
+  monkeypatch.setattr(attention, "MAX_QUERIES", 128)
+  arrays = make_heads(32, options["kv_heads"])
+  segments, positions = make_segments() if options["packed"] else (None, np.tile(range(T), (B, 1)))
+  masked = (arrays, segments, positions, options["window"], 0.0)
+  expected = attended_and_gradients("xla", *masked)
+  if not options["mesh"]:
+    assert_close(attended_and_gradients("cudnn", *masked), expected)
+    return
+  with jax.set_mesh(sharding.make_mesh(ONE | options["mesh"])):
+    assert_close(attended_and_gradients("cudnn", *masked), expected)
+
+
+def test_documents_are_found_by_where_segments_change():
+  segments = jnp.array(
+    [[1, 1, 2, 2, 2, 3, 0, 0], [5, 5, 5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 6, 0, 0]]
+  )
+  with mock.patch.object(kernels, "MAX_DOCUMENTS", 4):
+    starts, lengths, are_all = kernels.find_documents(segments)
+  np.testing.assert_array_equal(starts, [[0, 2, 5, 6, -1], [0, -1, -1, -1, -1], [0, 1, 2, 3, 4]])
+  np.testing.assert_array_equal(lengths[:2], [[2, 3, 1, 2], [8, -1, -1, -1]])
+  assert not are_all
+
+
 # --- The whole model ---------------------------------------------------------------------------
 
 
@@ -248,6 +364,7 @@ OBSTACLES = [
   ("cudnn", {"attention_dropout": 0.1}, 256, "attention dropout"),
   ("cudnn", {"position": "alibi"}, 256, "position='alibi', a bias"),
   ("cudnn", {"position": "t5"}, 256, "position='t5', a bias"),
+  ("cudnn", {"visibility": "prefix"}, 256, "visibility='prefix'"),
   ("cudnn", {"attention_soft_cap": 1.0}, 256, "attention_soft_cap"),
   ("cudnn", {"dtype": "float32"}, 256, "dtype='float32': it needs bfloat16"),
   ("cudnn", {"head_dim": 4}, 256, "head_dim=4: not a multiple of 8"),
