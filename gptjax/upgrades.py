@@ -24,10 +24,13 @@ _MOVED = {*(key for keys in _OF_TASKS.values() for key in keys), "format"}
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a saved config as today's version would have saved it.
 
-  Until a task was one object, it was spread over `objective`, `data.format`, keys of `data`, and
-  `z_loss`, `label_smoothing` and `r_drop` at the top.
+  Gradients were added up over devices in the dtype of the computation, which is now asked for by
+  `mesh.reduce_dtype`. Until a task was one object, it was spread over `objective`, `data.format`,
+  keys of `data`, and `z_loss`, `label_smoothing` and `r_drop` at the top.
   """
   config = dict(config)
+  if "mesh" in config:
+    config["mesh"] = {"reduce_dtype": "float32"} | config["mesh"]
   if "task" in config or "objective" not in config:
     return config
   objective, data = config.pop("objective"), dict(config.get("data", {}))

@@ -4,9 +4,11 @@ The model names the axes of its parameters and activations ('embed', 'heads', 'b
 table below is the only place that says which mesh axes they are split over.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,9 @@ MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
 # Devices in a ring of permutations, at most: each hop is an operation of its own in the program.
 MAX_RING = 32
 _NOT_FSDP = tuple(axis for axis in MESH_AXES if axis != "fsdp")
+# In which gradients are added up over devices.
+REDUCE_DTYPES = ("float32", "bfloat16")
+_reduce_dtype = contextvars.ContextVar("reduce_dtype", default="float32")
 
 # Logical axis -> mesh axes that split it. Parameters are split over `fsdp` by their width and over
 # `tensor` by heads, feed-forward width or vocabulary; activations by rows and positions.
@@ -266,9 +271,32 @@ def sum_over_rows(
   )(*arrays)
 
 
+@contextlib.contextmanager
+def reducing_in(dtype: str) -> Iterator[None]:
+  """Adds up gradients over devices in one of `REDUCE_DTYPES`, in what is traced within.
+
+  The sum of n devices in bfloat16 rounds n times to 8 bits, so that a small part beside a large one
+  is lost; in float32 it sends twice the bytes.
+  """
+  token = _reduce_dtype.set(dtype)
+  try:
+    yield
+  finally:
+    _reduce_dtype.reset(token)
+
+
+def reduce_dtype() -> str:
+  return _reduce_dtype.get()
+
+
 def sum_scatter(x: jax.Array, axes: Sequence[str | None], summed: Sequence[str]) -> jax.Array:
-  """Within a shard: sums x over the mesh axes `summed`, and keeps the device's part by `axes`."""
-  rest = list(summed)
+  """Within a shard: sums x over the mesh axes `summed`, and keeps the device's part by `axes`.
+
+  The sum is made in `reduce_dtype`, and has the dtype of x.
+  """
+  if not summed:
+    return x
+  dtype, x, rest = x.dtype, x.astype(reduce_dtype()), list(summed)
   for dimension, names in enumerate(mesh_axes(axes)):
     for name in names:
       if name in rest:
@@ -277,7 +305,7 @@ def sum_scatter(x: jax.Array, axes: Sequence[str | None], summed: Sequence[str])
         else:
           x = jax.lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
         rest.remove(name)
-  return jax.lax.psum(x, tuple(rest)) if rest else x
+  return (jax.lax.psum(x, tuple(rest)) if rest else x).astype(dtype)
 
 
 def _ring_scatter(x: jax.Array, name: str, dimension: int) -> jax.Array:

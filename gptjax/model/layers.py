@@ -92,10 +92,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = self.product(x)
-    if self.bias is not None:
-      bias = self.bias[...].astype(self.dtype)
-      y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-    return y
+    return y if self.bias is None else add_vector(y, self.bias[...])
 
   def product(self, x: jax.Array) -> jax.Array:
     """x @ kernel."""
@@ -165,8 +162,19 @@ class Mix(nnx.Module):
     self.weights = nnx.Param(jnp.array([a, b]), axes=("terms",), role="scalar")
 
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    a, b = self.weights[...].astype(x.dtype)
-    return a * x + b * y
+    a, b = self.weights[...]
+    # As in `add_vector`.
+    return (a * x + b * y).astype(x.dtype)
+
+
+def add_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
+  """x + vector over the last axes of x, in the dtype of x.
+
+  The sum is float32 until it is rounded, and with it the gradient of the vector: added up over all
+  tokens and devices in bfloat16, it would stand still once it is 256 times one of its terms.
+  """
+  y = x + vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
+  return y.astype(x.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -103,8 +103,10 @@ class MixtureOfExperts(nnx.Module):
     if valid_BT is not None:
       choices_BTC = jnp.where(valid_BT[..., None], choices_BTC, config.num_experts)
 
+    # What `_apply_local` casts, so that devices that share an expert add up its gradient before.
+    wide = jnp.promote_types(dtype, sharding.reduce_dtype())
     projections = {
-      name: {part: x[...].astype(dtype) for part, x in _parameters(getattr(self, name))}
+      name: {part: x[...].astype(wide) for part, x in _parameters(getattr(self, name))}
       for name in _AXES
       if getattr(self, name) is not None
     }
@@ -112,8 +114,8 @@ class MixtureOfExperts(nnx.Module):
     down_bias_ED = projections["down"].pop("bias", None)
     y_BTD = _split_experts(config, projections, x_BTD, choices_BTC, weights_BTC)
     if down_bias_ED is not None:
-      weights_BTE = (is_choice_BTCE * weights_BTC[..., None]).sum(2).astype(dtype)
-      y_BTD += weights_BTE @ constrain(down_bias_ED, None, None)
+      weights_BTE = (is_choice_BTCE * weights_BTC[..., None]).sum(2).astype(wide)
+      y_BTD = (y_BTD + weights_BTE @ constrain(down_bias_ED, None, None)).astype(dtype)
     if self.shared is not None:
       y_BTD += self.shared(x_BTD)
     return y_BTD
@@ -173,6 +175,7 @@ def _apply_local(activation, has_own_rows, projections, x_BTD, choices_BTC, weig
   """On one device: what its experts add to the tokens of all that share them, each of which then
   gets the sum for its own."""
   names = sharding.split_names("experts")
+  projections = jax.tree.map(lambda x: x.astype(x_BTD.dtype), projections)
   E = projections["up"]["kernel"].shape[0]
   tokens = [x.reshape(-1, x.shape[-1]) for x in (x_BTD, choices_BTC, weights_BTC)]
   if names and has_own_rows:

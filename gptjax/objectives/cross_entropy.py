@@ -161,9 +161,9 @@ def _local_loss(
   if not gradients:
     return total, plain
   dkernel, dbias_V = dhead
-  dkernel = sharding.sum_scatter(dkernel.astype(dtype), options.axes, over_rows)
+  dkernel = sharding.sum_scatter(dkernel, options.axes, over_rows)
   dbias_V = None if dbias_V is None else sum_over(dbias_V, over_rows)
-  return total, plain, results[2].reshape(B, T, D), dkernel.astype(jnp.float32), dbias_V
+  return total, plain, results[2].reshape(B, T, D), dkernel, dbias_V
 
 
 def _count_chunks(tokens: int, vocab: int) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.model.feedforward import FeedForward
-from gptjax.model.layers import Linear, contract
+from gptjax.model.layers import Linear, add_vector, contract
 
 
 class Adapter(nnx.Param):
@@ -133,10 +133,8 @@ class DoRALinear(LoRALinear):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = self.product(x) + self._low_rank(x)
     ratio = self.magnitude[...] / jax.lax.stop_gradient(self._norms())
-    y *= _trailing(ratio.astype(self.dtype), y)
-    if self.bias is not None:
-      y += _trailing(self.bias[...].astype(self.dtype), y)
-    return y
+    y = (y * _trailing(ratio, y)).astype(self.dtype)
+    return y if self.bias is None else add_vector(y, self.bias[...])
 
   def merged(self) -> tuple[jax.Array, jax.Array | None]:
     ratio = self.magnitude[...] / self._norms()
@@ -166,11 +164,11 @@ class IA3Linear(AdaptedLinear):
     self.scale_input = scale_input
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.ia3_scale[...].astype(self.dtype)
+    scale = self.ia3_scale[...]
     if self.scale_input:
-      return super().__call__(x.astype(self.dtype) * _trailing(scale, x))
+      return super().__call__((x * _trailing(scale, x)).astype(self.dtype))
     y = super().__call__(x)
-    return y * _trailing(scale, y)
+    return (y * _trailing(scale, y)).astype(self.dtype)
 
   def merged(self) -> tuple[jax.Array, jax.Array | None]:
     kernel, bias = self.kernel[...] * self._factors(), _value(self.bias)
@@ -214,9 +212,9 @@ class Bottleneck(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     down, up = self.down[...].astype(self.dtype), self.up[...].astype(self.dtype)
     h = contract(x.astype(self.dtype), down, len(self.axes), (*self.axes, "rank"))
-    h = self.activation(h + _trailing(self.down_bias[...].astype(self.dtype), h))
+    h = self.activation(add_vector(h, self.down_bias[...]))
     y = contract(h, up, 1, ("rank", *self.axes))
-    return y + _trailing(self.up_bias[...].astype(self.dtype), y)
+    return add_vector(y, self.up_bias[...])
 
 
 class HoulsbyLinear(AdaptedLinear):

@@ -15,7 +15,7 @@ from gptjax.config import RunLength
 from gptjax.data.batch import Batch
 from gptjax.data.options import DataOptions, read_options
 from gptjax.devices import chips, sharding
-from gptjax.errors import UserError, check_number
+from gptjax.errors import UserError, check_choice, check_number
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
 from gptjax.objectives.task import Task, find_task, make_task
@@ -135,6 +135,7 @@ class Setup:
       "dropout": self.model.has_dropout,
       "router_balance_loss": self.config.router_balance_loss,
       "router_z_loss": self.config.router_z_loss,
+      "reduce_dtype": self.config.mesh.reduce_dtype,
       "compiler_options": self.compiler_options,
     }
 
@@ -216,6 +217,7 @@ def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setu
   task, data = make_task(config.task), read_options(config)
   task.check_model(model)
   _check_numbers(config)
+  check_choice("mesh.reduce_dtype", config.mesh.reduce_dtype, sharding.REDUCE_DTYPES)
   mesh = sharding.make_mesh(config.mesh, devices)
   rows = None if task.packs_batches else config.batch_size
   sharding.check_batch(rows, config.sequence_length, config.grad_accumulation, mesh)

@@ -141,10 +141,12 @@ def _make_gradients(
   dropout: bool,
   router_balance_loss: float,
   router_z_loss: float,
+  reduce_dtype: str,
   observe: bool = False,
 ) -> Callable[..., tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
   """Returns (state, batch, frozen) -> (metrics, gradient, figures).
 
+  Gradients of matrices are added up over devices in `reduce_dtype`.
   `frozen` are the parameters of the model that are not in the state, and have no gradient.
 
   The metrics are the loss that the task tells, the weight of the batch, and what the routers of a
@@ -168,6 +170,7 @@ def _make_gradients(
     told = {f"router/{name}": x * share for name, x in (routing or {}).items()}
     return total, ({"loss": sums.cross_entropy / weight} | told, dict(figures or {}))
 
+  @sharding.reducing_in(reduce_dtype)
   def gradients(state: TrainState, batch: Batch, frozen: Any):
     batch = sharding.balance_time(batch)
     key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
@@ -217,6 +220,7 @@ def make_train_step(
   ema_decay: float = 0.0,
   router_balance_loss: float = 0.0,
   router_z_loss: float = 0.0,
+  reduce_dtype: str = "float32",
   compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns jit(state, batch, frozen=None) -> (state, metrics), which donates the state alone.
@@ -232,6 +236,7 @@ def make_train_step(
     dropout=dropout,
     router_balance_loss=router_balance_loss,
     router_z_loss=router_z_loss,
+    reduce_dtype=reduce_dtype,
   )
 
   def train_step(state: TrainState, batch: Batch, frozen: Any = None):
@@ -274,6 +279,7 @@ def make_observe_step(
   dropout: bool = False,
   router_balance_loss: float = 0.0,
   router_z_loss: float = 0.0,
+  reduce_dtype: str = "float32",
   compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., dict[str, jax.Array]]:
   """Returns jit(state, batch, frozen=None) -> figures of the update that the step would make.
@@ -292,6 +298,7 @@ def make_observe_step(
     dropout=dropout,
     router_balance_loss=router_balance_loss,
     router_z_loss=router_z_loss,
+    reduce_dtype=reduce_dtype,
     observe=True,
   )
 
