@@ -117,19 +117,21 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
       if from_all_hosts(behind)[0] and (start in (0, total) or due(evaluate_every, start)):
         validate(start)
       batches = dataset.training_batches(start)
+      exhausted = agree_to_stop(history)
       for step in range(start, total):
-        if history.patience and from_all_hosts(history.exhausted)[0]:
+        if exhausted:
           writer.message(f"stopped after step {step}: {history.patience} validations, none better")
           checkpoints.save(step, state)  # Evaluations may come between checkpoints.
           history.tell(checkpoints)
           break
-        with profile(config.profile, step - start, workdir):
+        with profile(config.profile, step - start, workdir) as outputs:
           batch = sharding.to_global(next(batches), setup.mesh)
           if due(observe_every, step + 1):
             log.interrupt()
             figures = jax.device_get(observe_step(state, batch, frozen))
             writer.write(step + 1, step_lib.name_layers(figures))
           state, metrics = train_step(state, batch, frozen)  # dispatched, not awaited
+          outputs.append(metrics)
         done = step + 1
         check_finite(log.step(done, metrics), setup, step, checkpoints)  # of the step before
         stop, last = preemption.requested(done), done == total
@@ -143,6 +145,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         if evaluates:
           log.interrupt()
           validate(done)
+          exhausted = agree_to_stop(history)
         if setup.task.writes_text and sample_every and (last or due(sample_every, done)):
           log.interrupt()
           write_samples(writer, done, setup, state, frozen, dataset)
@@ -311,16 +314,27 @@ def check_finite(
     )
 
 
+def agree_to_stop(history: History) -> bool:
+  """Whether the patience of process 0 is at its end. It waits for all hosts, so it is to be asked
+  only where something has been validated."""
+  return bool(history.patience) and from_all_hosts(history.exhausted)[0]
+
+
 def due(every: int, step: int) -> bool:
   return every > 0 and step % every == 0
 
 
 @contextlib.contextmanager
-def profile(config: Any, step: int, workdir: epath.Path) -> Iterator[None]:
-  """Traces `config.steps` steps from `config.start` on, counted from the start of this process."""
+def profile(config: Any, step: int, workdir: epath.Path) -> Iterator[list[Any]]:
+  """Traces `config.steps` steps from `config.start` on, counted from the start of this process.
+
+  Yields a list for what a step returns: the trace ends when the last step has, and not when it has
+  been dispatched.
+  """
+  outputs = []
   if config.steps and step == config.start:
     jax.profiler.start_trace(str(workdir / "profile"))
-  yield
+  yield outputs
   if config.steps and step == config.start + config.steps - 1:
-    jax.effects_barrier()
+    jax.block_until_ready(outputs)
     jax.profiler.stop_trace()

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 
 from gptjax import config as config_lib
 from gptjax.errors import UserError
+from gptjax.training import loop
 from gptjax.training.loop import train
 from gptjax.training.pretrained import load_checkpoint
 
@@ -702,3 +703,47 @@ def test_the_config_of_a_finished_run_stays_as_it_was_run(corpus, tmp_path, caps
 def test_devices_of_this_test_run():
   # The tests above mean to run on a mesh: see tests/conftest.py.
   assert jax.device_count() == 4
+
+
+# --- What costs the devices their time ---------------------------------------------------------
+
+
+class Pending:
+  """An array that a device is still to write."""
+
+  ready = False
+
+  def block_until_ready(self):
+    self.ready = True
+    return self
+
+
+def test_a_profile_ends_when_its_last_step_has(corpus, tmp_path, monkeypatch):
+  calls, losses = [], [Pending() for _ in range(4)]
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(losses[2].ready))
+  config = small_config(corpus, **{"profile.start": 1, "profile.steps": 2}).profile
+  for step, loss in enumerate(losses):
+    with loop.profile(config, step, tmp_path) as outputs:
+      outputs.append({"loss": loss})
+  assert calls == ["start", True]
+  assert not losses[0].ready, "a step that is not traced was waited for"
+
+
+def test_hosts_ask_each_other_about_patience_after_evaluations_alone(corpus, tmp_path, monkeypatch):
+  asked = []
+  from_all_hosts = loop.from_all_hosts
+
+  def counting(value):
+    asked.append(value)
+    return from_all_hosts(value)
+
+  monkeypatch.setattr(loop, "from_all_hosts", counting)
+  counts = []
+  for patience in (0, 5):
+    asked.clear()
+    changes = {"total_steps": 12, "eval.every_steps": 4, "eval.patience": patience}
+    train(small_config(corpus, **changes), tmp_path / str(patience))
+    counts.append(len(asked))
+  # At the start, and after the evaluations of steps 4 and 8; that of step 12 is the last.
+  assert counts[1] - counts[0] <= 4
