@@ -9,7 +9,8 @@ import jax
 def count_flops(jaxpr: Any) -> float:
   """FLOPs of all matrix products in a jaxpr, on all devices together; 2 for a multiply-add.
 
-  Loops count as often as they run. Kernels (`pallas_call`) count nothing: see `hlo.Kernel`.
+  Loops count as often as they run. Kernels (`pallas_call`, cuDNN's attention) count nothing: see
+  `hlo.Kernel` and `gpu.attention_flops`.
   """
   total = 0.0
   for equation in jaxpr.eqns:
@@ -25,8 +26,19 @@ def count_flops(jaxpr: Any) -> float:
         times = math.prod(mesh.shape[axis] for axis in equation.params["newly_manual_axes"])
       case "pallas_call":
         continue
+      case "cond" if _has_cudnn(_jaxprs(equation)):
+        # What runs instead where a row has more documents than cuDNN takes.
+        continue
     total += times * sum(count_flops(inner) for inner in _jaxprs(equation))
   return total
+
+
+def _has_cudnn(jaxprs: list[Any]) -> bool:
+  return any(
+    equation.primitive.name.startswith("dot_product_attention") or _has_cudnn(_jaxprs(equation))
+    for jaxpr in jaxprs
+    for equation in jaxpr.eqns
+  )
 
 
 def _dot_flops(equation: Any) -> float:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from gptjax.compiler.hlo import Collective, Instruction, Program, parse_shapes
@@ -182,6 +183,7 @@ def find_gpus(name: str) -> Gpus:
     ).devices
   except jax.errors.JaxRuntimeError as error:
     raise UserError(f"--topology={name}: the GPU compiler refuses it: {error}") from error
+  judge_attention_by(MODELS[kind])
   return Gpus(name, list(devices), find_chip(devices[0].device_kind), MODELS[kind], cuda)
 
 
@@ -262,9 +264,21 @@ def _kind(instruction: Instruction) -> str:
   return instruction.attribute("custom_call_target") or "other"
 
 
+def judge_attention_by(model: Model) -> None:
+  """Makes JAX ask this GPU what cuDNN can do there, instead of the one of this machine, if any."""
+
+  def is_capable(capability: str) -> bool:
+    return model.capability >= tuple(map(int, capability.split(".")))
+
+  fused_attention_stablehlo.check_compute_capability = is_capable
+
+
 def attention_flops(program: Program) -> float:
-  """FLOPs of all calls of cuDNN's attention, on one device. It is given its mask as an array, so no
-  block is skipped."""
+  """FLOPs of all calls of cuDNN's attention, on one device.
+
+  Under a causal mask half the keys are seen. The documents of packed rows are not known here, and
+  not subtracted.
+  """
   total = 0.0
   for _, instruction, times in program.steps():
     target = instruction.attribute("custom_call_target") or ""
@@ -273,7 +287,8 @@ def attention_flops(program: Program) -> float:
     # [B, T, N, H] and [B, S, K, H].
     (rows, queries, heads, width), (_, keys, *_) = parse_shapes(instruction.operand_layouts)[:2]
     products = _BACKWARD_PRODUCTS if target.endswith("Backward") else _FORWARD_PRODUCTS
-    total += times * products * 2.0 * rows * heads * queries * keys * width
+    seen = 0.5 if re.search(r'"mask_type":"\w*CAUSAL"', instruction.rest) else 1.0
+    total += times * seen * products * 2.0 * rows * heads * queries * keys * width
   return total
 
 

@@ -27,8 +27,9 @@ from gptjax.model.positions import rotate
 # Far below any logit, and finite: a row with nothing to see becomes uniform instead of NaN.
 MASKED = -1e30
 
-# Queries whose logits are held at a time, at most, where those of a row would not fit.
-MAX_QUERIES = 1024
+# Queries whose logits are held at a time, at most, where those of a row would not fit: those that
+# are only looked at, and those that are attended with.
+MAX_OBSERVED, MAX_ATTENDED = 1024, 128
 
 
 def visible(
@@ -234,15 +235,15 @@ def _attend_in_parts(
     part = dataclasses.replace(mask, kernel="xla", visible_BTS=seen)
     return attend(q_BTNH, k_BSKH, v_BSKH, part, scale=scale)
 
-  parts = _query_parts((q_BTNH, query_positions_BT, query_segments_BT))
+  parts = _query_parts((q_BTNH, query_positions_BT, query_segments_BT), MAX_ATTENDED)
   attended = jax.lax.map(of_queries, parts)
   return attended.swapaxes(0, 1).reshape(q_BTNH.shape)
 
 
-def _query_parts(queries: Any) -> Any:
-  """Every [B, T, ...] of a tree as [parts, B, T / parts, ...], at most `MAX_QUERIES` in a part."""
+def _query_parts(queries: Any, most: int) -> Any:
+  """Every [B, T, ...] of a tree as [parts, B, T / parts, ...], at most `most` in a part."""
   T = jax.tree.leaves(queries)[0].shape[1]
-  parts = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= MAX_QUERIES)
+  parts = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= most)
   return jax.tree.map(
     lambda x: x.reshape(x.shape[0], parts, T // parts, *x.shape[2:]).swapaxes(0, 1), queries
   )
@@ -290,7 +291,7 @@ def largest_logit(
 
   bias_BTNS = None if bias_BNTS is None else bias_BNTS.swapaxes(1, 2)
   queries = (q_BTNH, positions_BT, mask.segment_ids_BT, mask.visible_BTS, bias_BTNS)
-  return jax.lax.map(of_queries, _query_parts(queries)).max()
+  return jax.lax.map(of_queries, _query_parts(queries, MAX_OBSERVED)).max()
 
 
 class Attention(nnx.Module):

@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax.sharding import PartitionSpec as P
 
 from gptjax.compiler.flops import count_flops
+from gptjax.model.attention import attend, make_mask
 
 SIDE = 8
 PRODUCT = 2 * SIDE**3
@@ -52,3 +54,15 @@ def test_what_every_device_does_on_its_part_counts_for_all():
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
 def test_calls_are_looked_into(wrap):
   assert flops(wrap(lambda a: a @ a), x) == PRODUCT
+
+
+def test_attention_of_cudnn_and_what_stands_in_for_it_count_nothing(monkeypatch):
+  monkeypatch.setattr(fused_attention, "check_cudnn_version", lambda: 9_10_00)
+  monkeypatch.setattr(fused_attention, "check_compute_capability", lambda capability: True)
+  rows = jnp.zeros((1, 256), jnp.int32)
+
+  def loss(heads):
+    mask = make_mask("cudnn", rows, rows, None, rows)
+    return attend(heads, heads, heads, mask).astype(jnp.float32).sum()
+
+  assert flops(jax.grad(loss), jnp.ones((1, 256, 2, 64), jnp.bfloat16)) == 0

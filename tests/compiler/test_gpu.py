@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from gptjax.compile import find_target
 from gptjax.compiler import gpu
@@ -135,6 +136,24 @@ def test_kernels_are_counted_by_kind():
 def test_attention_is_two_products_forward_and_five_backward():
   # 4 layers, 2 rows, 12 heads, 256 queries and keys, 64 wide.
   assert gpu.attention_flops(Program(PROGRAM)) == 4 * (2 + 5) * 2 * 2 * 12 * 256 * 256 * 64
+
+
+def test_under_a_causal_mask_half_the_keys_are_seen():
+  causal = PROGRAM.replace(
+    "api_version=API_VERSION_STATUS_RETURNING",
+    'backend_config={"cudnn_fmha_backend_config":{"mask_type":"PADDING_CAUSAL"}}',
+  )
+  whole = gpu.attention_flops(Program(PROGRAM))
+  # The forward pass alone: two of seven products.
+  assert gpu.attention_flops(Program(causal)) == whole * (1 - 2 / 7 / 2)
+
+
+def test_attention_is_judged_by_the_gpu_that_is_compiled_for(monkeypatch):
+  original = fused_attention_stablehlo.check_compute_capability
+  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", original)
+  for kind, expected in (("a100", False), ("h100", True), ("b200", True)):
+    gpu.judge_attention_by(MODELS[kind])
+    assert fused_attention_stablehlo.check_compute_capability("9.0") == expected
 
 
 def test_costs_are_those_of_the_links_and_no_estimate():

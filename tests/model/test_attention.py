@@ -103,7 +103,7 @@ def test_attention_dropout_drops_weights_and_keeps_their_mean():
 @pytest.mark.parametrize("queries", [1024, 2], ids=["at once", "in parts"])
 @pytest.mark.parametrize("told", [True, False], ids=["told", "segments"])
 def test_the_largest_logit_is_the_largest_that_is_seen(monkeypatch, told, queries):
-  monkeypatch.setattr(attention, "MAX_QUERIES", queries)
+  monkeypatch.setattr(attention, "MAX_OBSERVED", queries)
   B, T, N, K, H, window, cap = 2, 6, 4, 2, 8, 2, 5.0
   q, k = heads((B, T, N, H), 41), heads((B, T, K, H), 42)
   segments = jnp.array([[1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 2, 2]])

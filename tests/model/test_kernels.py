@@ -16,7 +16,7 @@ from gptjax import tree
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.errors import UserError
-from gptjax.model import attention, kernels
+from gptjax.model import kernels
 from gptjax.model.attention import attend, choose_kernel, make_mask
 from gptjax.model.gpt import GPT, describe_parameters, model_graph
 from gptjax.objectives.forward import token_loss
@@ -244,7 +244,6 @@ def test_cudnn_is_asked_for_the_attention_that_is_written_out(hopper, monkeypatc
   monkeypatch.setattr(fused_attention, "dot_product_attention", attend_documents)
   monkeypatch.setattr(fused_attention, "check_compute_capability", lambda _: options["capable"])
   monkeypatch.setattr(kernels, "MAX_DOCUMENTS", options["room"])
-  monkeypatch.setattr(attention, "MAX_QUERIES", 128)
   arrays = make_heads(32, options["kv_heads"])
   segments, positions = make_segments() if options["packed"] else (None, np.tile(range(T), (B, 1)))
   masked = (arrays, segments, positions, options["window"], 0.0)
