@@ -23,7 +23,9 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations?)=%?([\w.\-]+)")
+_CALLED = re.compile(
+  r"(?:calls|to_apply|body|condition|called_computations?|(?:true|false)_computation)=%?([\w.\-]+)"
+)
 _LAYOUTS = re.compile(r"operand_layout_constraints=\{((?:\w+\[[\d,]*\](?:\{[\d,]*\})?,? ?)*)\}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 

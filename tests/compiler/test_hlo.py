@@ -296,3 +296,35 @@ def test_bytes_of_a_shape(shape, size):
 
 def test_shapes_of_floats_alone():
   assert parse_shapes("s32[4]{0}, bf16[2,3]{1,0}, pred[8], f32[]") == [(2, 3), ()]
+
+
+@pytest.mark.parametrize(
+  "written",
+  [
+    "s32[] %which, branch_computations={%first, %second}",
+    "pred[] %which, true_computation=%first, false_computation=%second",
+  ],
+)
+def test_the_branches_of_a_condition_are_read_however_they_are_written(written):
+  kind, _, rest = written.partition(" ")
+  operand, _, branches = rest.partition(", ")
+  program = Program(f"""HloModule condition
+
+%first (a: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0}} parameter(0)
+  ROOT %one = f32[8]{{0}} custom-call(%a), custom_call_target="one"
+}}
+
+%second (b: f32[8]) -> f32[8] {{
+  %b = f32[8]{{0}} parameter(0)
+  ROOT %two = f32[8]{{0}} custom-call(%b), custom_call_target="two"
+}}
+
+ENTRY %main (which: {kind}, x: f32[8]) -> f32[8] {{
+  %which = {kind} parameter(0)
+  %x = f32[8]{{0}} parameter(1)
+  ROOT %y = f32[8]{{0}} conditional({operand}, %x, %x), {branches}
+}}
+""")
+  calls = [i.attribute("custom_call_target") for _, i, _ in program.steps()]
+  assert sorted(filter(None, calls)) == ["one", "two"]
