@@ -1,12 +1,20 @@
 """Every sweep of experiments/ can be started: all its configs are checked, none is run."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import datasets
 from experiments.finetune import run as finetune
 from experiments.finetune import tasks
+from experiments.gpu import parts as gpu_parts
+from experiments.gpu import run as gpu
 from gptjax import config as config_lib
 from gptjax.errors import UserError
 from gptjax.sweeps import definition, study
@@ -53,3 +61,76 @@ def test_a_run_of_the_fine_tuning_experiment_can_be_started(name, method, monkey
   config = config_lib.load(spec.removeprefix("--config="), {key: text for key, _, text in flags})
   assert config.seed == 0
   assert (config.peft.method == "none") == (method == "full")
+
+
+# --- One NVIDIA GPU ----------------------------------------------------------------------------
+
+
+def run_gpu(*arguments, platform="cpu"):
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.gpu.run", *arguments],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": platform},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_without_a_cuda_device_one_sentence_says_so():
+  process = run_gpu()
+  assert process.returncode == 1
+  assert process.stderr == (
+    "error: experiments.gpu needs a CUDA device, and JAX finds only 'cpu'.\n"
+  )
+  assert process.stdout == ""
+
+
+def test_tiny_models_are_not_written_into_the_results():
+  process = run_gpu("--smoke")
+  assert process.returncode == 1
+  assert process.stderr == "error: --smoke measures nothing to keep: give --output=FILE.\n"
+
+
+@pytest.mark.slow
+def test_all_parts_of_the_gpu_experiment_run(tmp_path):
+  kept = {name: (gpu.HERE / name).read_bytes() for name in ("results.json", "README.md")}
+  output = tmp_path / "gpu.json"
+  process = run_gpu("--smoke", f"--output={output}")
+  assert process.returncode == 0, process.stdout + process.stderr
+  results = json.loads(output.read_text())
+  assert gpu.is_good(results)
+  assert [*results["parts"]] == [name for name in gpu.LIMITS if name != "device"]
+  assert (
+    results["parts"]["losses"]["bfloat16"]["card"][0]
+    > results["parts"]["losses"]["bfloat16"]["card"][-1]
+  )
+  assert gpu.NOT_MEASURED not in gpu.table(results)
+  assert kept == {name: (gpu.HERE / name).read_bytes() for name in kept}
+
+
+def test_the_table_of_the_gpu_is_that_of_its_results():
+  results = json.loads((gpu.HERE / "results.json").read_text())
+  assert gpu.table(results) in (gpu.HERE / "README.md").read_text()
+  assert gpu.table({}).count(gpu.NOT_MEASURED) == 6  # five parts, and the line of date and card
+
+
+def test_a_part_that_fails_or_hangs_is_not_measured(monkeypatch):
+  monkeypatch.setitem(gpu.LIMITS, "nothing", 60)
+  assert gpu.run_part("nothing", smoke=True) == {gpu.NOT_MEASURED: "KeyError: 'nothing'"}
+  monkeypatch.setitem(gpu.LIMITS, "decoding", 0.1)
+  assert gpu.run_part("decoding", smoke=True) == {gpu.NOT_MEASURED: "it took more than 0.1 s"}
+
+
+def test_twenty_minutes_are_enough():
+  assert sum(gpu.LIMITS.values()) <= 20 * 60
+  assert {*gpu.LIMITS} == {*gpu_parts.PARTS}
+
+
+@pytest.mark.parametrize("documents", [1, 4, 40])
+def test_a_row_of_the_gpu_experiment_has_so_many_documents(documents):
+  setup = gpu_parts.make("gpt2-124m", gpu_parts.SMOKE, jax.devices()[0])
+  batch = gpu_parts.make_batch(setup, documents, seed=0)
+  starts = batch.positions == 0
+  np.testing.assert_array_equal(starts.sum(1), documents)
+  np.testing.assert_array_equal(np.cumsum(starts, axis=1), batch.segment_ids)
