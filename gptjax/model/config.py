@@ -169,8 +169,7 @@ class ModelConfig:
       wide activations of the feed-forward network ('dots'), or those kept in the host's memory
       ('offload').
     attention: the kernel: 'xla' (written out), 'splash' (TPU), 'cudnn' (NVIDIA), or 'auto', the
-      platform's own where it can do what the model asks for. 'cudnn' is fast on packed rows from
-      Hopper on, and of `kernels.max_documents` documents a row at most; beyond, it is written out.
+      platform's own where it can do what the model asks for.
     dtype: of the computation. Parameters, norms, softmax and loss are float32 throughout.
   """
 

@@ -147,7 +147,7 @@ def cudnn(
   The documents of a packed row, segments without gaps, are given to it as their starts and lengths.
   As an array, a bias [B, T, T], the mask would be read in every layer, and no block skipped. cuDNN
   wants a GPU of compute capability 9.0 for that, and room for the normalisers of as many documents
-  a row as there might be. Where a GPU is older, a row has more than `max_documents`, or rows are
+  a row as there might be. Where a GPU is older, a row has more than `MAX_DOCUMENTS`, or rows are
   split over `context`, the attention is made `in_parts`.
 
   Args:
@@ -159,20 +159,20 @@ def cudnn(
 
   def run(q_BTNH, k_BSKH, v_BSKH, *rows):
     heads = checkpoint_name((q_BTNH, k_BSKH, v_BSKH), "qkv")
-    documents = None if segment_ids_BT is None else find_documents(rows[-1])
+    packed = segment_ids_BT is not None
+    documents = find_documents(rows[-1]) if packed else None
     fused = functools.partial(_fused, documents, window=window, causal=causal, scale=scale)
 
     def otherwise(q_BTNH, k_BSKH, v_BSKH):
       return in_parts(q_BTNH, k_BSKH, v_BSKH, *rows)
 
-    if sharding.axis_parts("time") > 1:
+    too_old = packed and not fused_attention.check_compute_capability("9.0")
+    if too_old or sharding.axis_parts("time") > 1:
       attended = otherwise(*heads)
-    elif documents is None:
-      attended = fused(*heads)
-    elif fused_attention.check_compute_capability("9.0"):
+    elif packed:
       attended = jax.lax.cond(documents.are_all, fused, otherwise, *heads)
     else:
-      attended = otherwise(*heads)
+      attended = fused(*heads)
     return checkpoint_name(attended, "attention")
 
   in_axes = [queries, keys, keys]
@@ -185,8 +185,7 @@ def cudnn(
 class Documents(NamedTuple):
   """Where the documents of each row lie: int32, -1 where there is none.
 
-  starts: [B, M + 1], the last of them -1. lengths: [B, M]. are_all: bool, whether no row has more
-  than M.
+  starts: [B, M + 1], the last of them -1. lengths: [B, M]. are_all: whether no row has more than M.
   """
 
   starts: jax.Array
@@ -194,44 +193,29 @@ class Documents(NamedTuple):
   are_all: jax.Array
 
 
-def max_documents(length: int) -> int:
-  """The most documents, padding included, that `cudnn` takes of a row of `length` tokens.
-
-  Its normalisers take 4 bytes for each head, token and document that there might be.
-  """
-  return max(MAX_DOCUMENTS, length // MEAN_DOCUMENT)
-
-
 def find_documents(segment_ids_BT: jax.Array) -> Documents:
   """Runs of equal segment ids, those of the padding too: what cuDNN skips, it leaves undefined."""
   T = segment_ids_BT.shape[1]
-  M = max_documents(T)
+  # Its normalisers take 4 bytes for each head, token and document that there might be.
+  M = max(MAX_DOCUMENTS, T // MEAN_DOCUMENT)
   is_start_BT = segment_ids_BT != jnp.roll(segment_ids_BT, 1, axis=1)
   is_start_BT = is_start_BT.at[:, 0].set(True)
-
-  def find(is_start_T):
-    return jnp.nonzero(is_start_T, size=M + 1, fill_value=-1)[0].astype(jnp.int32)
-
-  starts = jax.vmap(find)(is_start_BT)
+  find = functools.partial(jnp.nonzero, size=M + 1, fill_value=-1)
+  starts = jax.vmap(find)(is_start_BT)[0].astype(jnp.int32)
   ends = jnp.where(starts[:, 1:] < 0, T, starts[:, 1:])
   lengths = jnp.where(starts[:, :-1] < 0, -1, ends - starts[:, :-1])
   return Documents(starts, lengths, (starts[:, -1] < 0).all())
 
 
 def _fused(documents, q_BTNH, k_BSKH, v_BSKH, *, window, causal, scale) -> jax.Array:
-  if documents is None:
-    kind = MaskType.CAUSAL if causal else MaskType.NO_MASK
-    packed = {}
-  else:
+  kind, packed = (MaskType.CAUSAL if causal else MaskType.NO_MASK), {}
+  if documents is not None:
     kind = MaskType.PADDING_CAUSAL if causal else MaskType.PADDING
     # JAX counts the offsets of keys in heads of queries.
     groups = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSKH, v_BSKH = (jnp.repeat(x, groups, axis=2) for x in (k_BSKH, v_BSKH))
-    starts, lengths, _ = documents
-    packed = {
-      **{"q_seqlen": lengths, "kv_seqlen": lengths},
-      **{"q_offsets": starts, "kv_offsets": starts},
-    }
+    packed = dict.fromkeys(("q_seqlen", "kv_seqlen"), documents.lengths)
+    packed |= dict.fromkeys(("q_offsets", "kv_offsets"), documents.starts)
   return fused_attention.dot_product_attention(
     q_BTNH, k_BSKH, v_BSKH, scale=scale, mask_type=kind, sliding_window_length=window, **packed
   )
