@@ -23,7 +23,7 @@ from gptjax.devices.hosts import prepare_cpu
 from gptjax.errors import UserError
 from gptjax.evals.evaluate import config_of_labels, evaluate, harness_rows, save, table
 from gptjax.evals.subject import Subject
-from gptjax.objectives.scores import RESAMPLES, need
+from gptjax.scores.scores import RESAMPLES, need
 from gptjax.training.pretrained import load_model
 
 FLAGS = flags.FLAGS

@@ -14,7 +14,10 @@ SPINE = (
   *("data", "devices", "model", "objectives", "optim", "training"),
 )
 # A capability each; who may import whom is in pyproject.toml, and `make lint` checks it.
-WINGS = ("compiler", "diagnosis", "evals", "finetuning", "inference", "interop", "peft", "sweeps")
+WINGS = (
+  *("compiler", "diagnosis", "evals", "finetuning", "inference", "interop"),
+  *("peft", "scores", "sweeps"),
+)
 COMMANDS = (
   *("chat", "compile", "convert", "diagnose", "evaluate"),
   *("generate", "show", "sweep", "train"),

@@ -23,6 +23,11 @@ GOES_WITH = {
   },
   "interop": {"wings": ["peft"], "commands": ["convert"]},
   "peft": {},
+  "scores": {
+    "wings": ["evals", "finetuning"],
+    "commands": ["evaluate"],
+    "presets": ["finetune.py"],
+  },
   "sweeps": {"commands": ["sweep"]},
 }
 

@@ -29,7 +29,7 @@ from experiments import datasets
 from experiments.splits import SPLITS
 from gptjax.errors import UserError
 from gptjax.evals import task
-from gptjax.objectives import scores
+from gptjax.scores import scores
 
 SETS = [
   "vader_movies",

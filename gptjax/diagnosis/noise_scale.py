@@ -119,7 +119,7 @@ def report(workdir: epath.Path, count: int) -> NoiseScale:
     lambda: _micro_batches(dataset, step, parts, count),
   )
   tokens = dataset.tokens_per_step
-  print(f"{workdir} at step {step}, {count} micro-batches of 1 / {parts} of a batch:")
+  print(f"{workdir} at step {step}, {count} micro-batches, {parts} to a batch:")
   print(
     f"  |G|^2 {found.gradient_square:.4g}, tr(Sigma) {found.noise_trace:.4g} a token (unbiased)"
   )

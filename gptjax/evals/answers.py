@@ -24,8 +24,8 @@ from gptjax.evals.sandbox import Isolation
 from gptjax.evals.subject import Prompt, Subject
 from gptjax.evals.task import Task, choose, choose_shots, evaluated_examples
 from gptjax.inference.sampling import Sampling
-from gptjax.objectives import scores
-from gptjax.objectives.scores import Measure, Metric
+from gptjax.scores import scores
+from gptjax.scores.scores import Measure, Metric
 
 # What stands in the place of a text that says nothing (Zhao et al. 2021, section 5).
 CONTENT_FREE = ("N/A", "[MASK]", "")

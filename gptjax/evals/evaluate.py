@@ -17,7 +17,7 @@ from gptjax.evals.answers import Documents, Questions, Result
 from gptjax.evals.label_task import LabelledRecords
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
-from gptjax.objectives.scores import RESAMPLES, Metric
+from gptjax.scores.scores import RESAMPLES, Metric
 from gptjax.small_files import write_atomically
 from gptjax.training.pretrained import is_run
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from gptjax.objectives.scores import bin_of
+from gptjax.scores.scores import bin_of
 
 _BINS = 10
 

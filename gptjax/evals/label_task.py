@@ -16,8 +16,8 @@ from gptjax.errors import UserError
 from gptjax.evals.answers import Result
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import choose
-from gptjax.objectives import scores
 from gptjax.objectives.task import Task, make_task
+from gptjax.scores import scores
 from gptjax.training import step
 
 

@@ -21,8 +21,8 @@ from gptjax.finetuning import records
 from gptjax.finetuning.label_encoding import Example, LabelEncoder, Target
 from gptjax.finetuning.labels import Answer, ClassTask, LabelOutputs, LabelTask, NamedLabelTask
 from gptjax.finetuning.records import LabelledTexts, Record
-from gptjax.objectives import scores
-from gptjax.objectives.scores import Measure
+from gptjax.scores import scores
+from gptjax.scores.scores import Measure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,11 +27,11 @@ from gptjax.finetuning.records import LabelledTexts, Record
 from gptjax.model.config import ModelConfig
 from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
-from gptjax.objectives import scores
 from gptjax.objectives.cross_entropy import LossSum
 from gptjax.objectives.forward import label_logits
-from gptjax.objectives.scores import Measure
 from gptjax.objectives.task import Task
+from gptjax.scores import scores
+from gptjax.scores.scores import Measure
 
 
 @dataclasses.dataclass(frozen=True)

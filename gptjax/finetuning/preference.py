@@ -17,8 +17,8 @@ from gptjax.finetuning import records
 from gptjax.finetuning.label_encoding import Example, LabelEncoder, Target
 from gptjax.finetuning.labels import Answer, LabelOutputs, LabelTask
 from gptjax.finetuning.records import Record
-from gptjax.objectives import scores
-from gptjax.objectives.scores import Measure
+from gptjax.scores import scores
+from gptjax.scores.scores import Measure
 
 
 @dataclasses.dataclass(frozen=True)

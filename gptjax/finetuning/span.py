@@ -18,8 +18,8 @@ from gptjax.finetuning.label_encoding import Example, LabelEncoder, Target
 from gptjax.finetuning.labels import Answer, LabelOutputs, LabelTask
 from gptjax.finetuning.records import Record
 from gptjax.model.attention import same_segment
-from gptjax.objectives import scores
-from gptjax.objectives.scores import Measure
+from gptjax.scores import scores
+from gptjax.scores.scores import Measure
 
 # In the place of the logit of a token that cannot be an answer; infinities would make NaN of 0.
 _NEVER = -1e30

@@ -69,7 +69,7 @@ def test_a_run_is_measured_on_the_batches_that_come_next(trained, make_config, c
   assert found.gradient_square == pytest.approx(expected, rel=1e-3)
   printed = capsys.readouterr().out
   assert f"at step {step}, 6 micro-batches of 4 rows" in printed
-  assert "batch_size=8 x sequence_length=32 = 256 tokens a step" in printed
+  assert "batch_size=8 is 256 tokens a step" in printed
 
 
 def test_bad_arguments_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from gptjax.diagnosis import spikes
 from gptjax.errors import UserError
+from gptjax.objectives.text import NextToken
 from gptjax.training.datasets import open_dataset
 from gptjax.training.pretrained import load_checkpoint
 
@@ -52,7 +53,7 @@ def test_the_batch_of_a_spike_is_shown(trained, make_config, write_losses, tmp_p
   model, step = load_checkpoint(workdir, near=9)
   assert step == 8
   model, _ = load_checkpoint(workdir)
-  losses = spikes.row_losses(model, batch)
+  losses = spikes.row_losses(NextToken(), model, batch)
   worst = int(np.argmax(losses))
   text = dataset.tokenizer.decode(batch.inputs[worst][:40].tolist())
   shown = printed.index(f"row {worst}, loss {losses[worst]:.3f}: {text!r}")

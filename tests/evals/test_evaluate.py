@@ -12,7 +12,7 @@ from gptjax.errors import UserError
 from gptjax.evals import evaluate as evaluating
 from gptjax.evals.subject import Subject
 from gptjax.model.gpt import model_graph
-from gptjax.objectives.scores import Metric
+from gptjax.scores.scores import Metric
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gptjax.errors import UserError
-from gptjax.objectives import scores
-from gptjax.objectives.scores import bootstrap, pass_at_k
+from gptjax.scores import scores
+from gptjax.scores.scores import bootstrap, pass_at_k
 
 
 def values(measures, n):

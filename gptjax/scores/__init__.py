@@ -1,0 +1,1 @@
+"""How good answers are: the metrics of the field by its libraries, with bootstrap intervals."""
