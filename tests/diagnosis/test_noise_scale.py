@@ -68,7 +68,7 @@ def test_a_run_is_measured_on_the_batches_that_come_next(trained, make_config, c
   expected = np.square(mean).sum() - noise / weights.sum()
   assert found.gradient_square == pytest.approx(expected, rel=1e-3)
   printed = capsys.readouterr().out
-  assert f"at step {step}, 6 micro-batches of 4 rows" in printed
+  assert f"at step {step}, 6 micro-batches, 2 to a batch:" in printed
   assert "batch_size=8 is 256 tokens a step" in printed
 
 
