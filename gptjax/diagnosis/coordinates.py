@@ -25,7 +25,7 @@ from gptjax.data.batch import Batch
 from gptjax.data.pipeline import Dataset
 from gptjax.devices import sharding
 from gptjax.errors import UserError
-from gptjax.model.figures import Figures, root_mean_square
+from gptjax.model.stats import ActivationStats, root_mean_square
 from gptjax.training import step as step_lib
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import Setup, make_setup
@@ -91,12 +91,12 @@ def _make_look(setup: Setup) -> Callable[[Any, Any, Batch], dict[str, jax.Array]
   """jit(initial, params, batch) -> {quantity: [2, L]}, of `params` and of their difference."""
 
   def activations(params, batch: Batch) -> dict[str, jax.Array]:
-    model, found = nnx.merge(setup.graph, params), Figures(whole=True)
+    model, found = nnx.merge(setup.graph, params), ActivationStats(whole=True)
     x_BTD, _ = model.hidden(
       batch.inputs,
       positions_BT=batch.positions,
       segment_ids_BT=batch.segment_ids,
-      figures=found,
+      stats=found,
     )
     found["hidden"] = x_BTD[None]
     found["logits"] = model.logits(x_BTD)[None]

@@ -45,7 +45,7 @@ KINDS = {
   "code": ("prompt", "program", "check"),
 }
 METRICS = {
-  "classification": ("accuracy", "f1_macro", "mcc", "accuracy_of_commonest"),
+  "classification": ("accuracy", "f1_macro", "mcc", "majority_baseline"),
   "question_answering": ("exact_match", "f1"),
   "summarization": ("rouge1", "rouge2", "rougeL"),
   "translation": ("bleu", "chrf"),

@@ -20,8 +20,8 @@ from gptjax.finetuning.conversations import Conversations
 from gptjax.finetuning.prompts import PromptEncoder, Prompts
 from gptjax.finetuning.record_packing import PackedConversations
 from gptjax.model.config import ModelConfig
-from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
+from gptjax.model.stats import ActivationStats, RouterStats
 from gptjax.objectives.cross_entropy import LossSum
 from gptjax.objectives.forward import token_loss
 from gptjax.objectives.task import Task
@@ -76,10 +76,10 @@ class AnswerTask(Task):
     batch: Batch,
     key: jax.Array | None = None,
     *,
-    figures: Figures | None = None,
-    routing: Routing | None = None,
+    stats: ActivationStats | None = None,
+    router_stats: RouterStats | None = None,
   ) -> LossSum:
-    return token_loss(model, batch, key, z_loss=self.z_loss, figures=figures, routing=routing)
+    return token_loss(model, batch, key, z_loss=self.z_loss, stats=stats, router_stats=router_stats)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from gptjax.finetuning.label_encoding import Example, Examples, LabelEncoder
 from gptjax.finetuning.label_packing import pack_examples
 from gptjax.finetuning.records import LabelledTexts, Record
 from gptjax.model.config import ModelConfig
-from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
+from gptjax.model.stats import ActivationStats, RouterStats
 from gptjax.objectives.cross_entropy import LossSum
 from gptjax.objectives.forward import label_logits
 from gptjax.objectives.task import Task
@@ -189,13 +189,13 @@ class LabelTask(Task):
     batch: Batch,
     key: jax.Array | None = None,
     *,
-    figures: Figures | None = None,
-    routing: Routing | None = None,
+    stats: ActivationStats | None = None,
+    router_stats: RouterStats | None = None,
   ) -> LossSum:
     if not self.r_drop or key is None:
-      return self.loss_of_logits(label_logits(model, batch, key, figures, routing), batch)
+      return self.loss_of_logits(label_logits(model, batch, key, stats, router_stats), batch)
     keys = jax.random.split(key)
-    a_BTK, b_BTK = (label_logits(model, batch, key, figures, routing) for key in keys)
+    a_BTK, b_BTK = (label_logits(model, batch, key, stats, router_stats) for key in keys)
     passes = (self.loss_of_logits(logits_BTK, batch) for logits_BTK in (a_BTK, b_BTK))
     sums = jax.tree.map(lambda x, y: (x + y) / 2, *passes)
     apart = jnp.vdot(self.divergence(a_BTK, b_BTK, batch), batch.weights)

@@ -1,1 +1,1 @@
-"""The one model: attention, feed-forward, norms and positions, composed by configuration."""
+"""The model: attention, feed-forward, norms and positions, composed by configuration."""

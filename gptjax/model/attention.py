@@ -1,4 +1,4 @@
-"""Attention: who sees whom, grouped heads, the key-value cache.
+"""Attention: masks, grouped heads, the key-value cache.
 
 Axes: B batch, T query positions, S key positions, D width, N query heads, K key-value heads,
 G query heads of one key-value head, H head width.
@@ -19,10 +19,10 @@ from gptjax.devices.sharding import constrain
 from gptjax.errors import UserError
 from gptjax.model import kernels
 from gptjax.model.config import ModelConfig
-from gptjax.model.figures import Figures
 from gptjax.model.kernels import LANES
 from gptjax.model.layers import Linear, Mix, RMSNorm, dropout, soft_cap
 from gptjax.model.positions import rotate
+from gptjax.model.stats import ActivationStats
 
 # Far below any logit, and finite: a row with nothing to see becomes uniform instead of NaN.
 MASKED = -1e30
@@ -44,9 +44,9 @@ def visible(
 ) -> jax.Array:
   """Returns which keys a query may see: bool [B, T, S].
 
-  Within its own segment of a packed row: the past and itself, no further back than `window`
-  positions (its own included), or everything if `visibility` is 'bidirectional', or besides the
-  past the keys of the prefix, where `prefix_BS` is not 0.
+  A query sees its own segment of a packed row only. Within it: the past and itself, no further back
+  than `window` positions (its own included); all keys if `visibility` is 'bidirectional'; or the
+  past and the prefix, the keys where `prefix_BS` is not 0.
   """
   distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
   mask_BTS = distance_BTS >= 0
@@ -62,19 +62,22 @@ def visible(
 
 
 def same_segment(query_segments_BT: jax.Array, key_segments_BS: jax.Array) -> jax.Array:
-  """Whether a query and a key are of one segment: bool [B, T, S]."""
+  """Whether a query and a key are in the same segment: bool [B, T, S]."""
   return query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """Who sees whom, in the form that the kernel takes.
+  """An attention mask in the form that its kernel takes.
 
-  kernel: 'xla', 'splash' or 'cudnn'. window, visibility: as of `visible`. segment_ids_BT: for a
-  kernel that works out what is visible itself. visible_BTS: for one that is told. rotates: whether
-  the layer has the rotary positions of the model. query_positions_BT: positions of the queries, for
-  a kernel that works in parts, and for who puts more keys before these.
+  Attributes:
+    kernel: 'xla', 'splash' or 'cudnn'.
+    window, visibility: see `visible`.
+    segment_ids_BT: for a kernel that computes the mask itself.
+    visible_BTS, query_positions_BT: the mask for other kernels, and the positions of its queries,
+      which adapters with additional keys need.
+    rotates: whether the layer has the model's rotary positions.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})
@@ -97,7 +100,7 @@ def make_mask(
   prefix_BS: jax.Array | None = None,
   rotates: bool = True,
 ) -> Mask:
-  """The mask of `visible`, whose arguments these are, for one kernel; `rotates` as of `Mask`."""
+  """Makes the mask for one kernel; arguments as in `visible` and `Mask`."""
   make = functools.partial(
     Mask, kernel, window, visibility, rotates=rotates, query_positions_BT=query_positions_BT
   )
@@ -116,11 +119,11 @@ def make_mask(
 
 
 def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: bool) -> str:
-  """The kernel of `config.attention`; of 'auto', the platform's own where it can do the job.
+  """The kernel of `config.attention`; for 'auto', the platform's own where it can do the job.
 
   Args:
-    length: of a row, T.
-    cached: whether there are earlier keys, which may not be where their positions say.
+    length: positions of a row, T.
+    cached: whether earlier keys come from a cache, whose slots need not follow their positions.
     training: whether there is dropout.
 
   Raises:
@@ -180,8 +183,8 @@ def attend(
 
   Shapes: q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K -> [B, T, N, H]. The scale is
   1 / sqrt(H) if it is None. The softmax is float32; the products have the dtype of q. `sinks_N` is
-  the logit of one more key a head, whose value is 0. Bias, sinks and dropout are of the 'xla'
-  kernel alone, the cap of all but 'cudnn'; `choose_kernel` sees to that.
+  the logit of one more key per head, whose value is 0. Only the 'xla' kernel has bias, sinks and
+  dropout, and 'cudnn' has no cap; `choose_kernel` sees to that.
   """
   scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
   options = {"window": mask.window, "causal": mask.visibility == "causal"}
@@ -219,7 +222,7 @@ def _attend_in_parts(
   query_segments_BT: jax.Array | None = None,
   key_segments_BS: jax.Array | None = None,
 ) -> jax.Array:
-  """`attend`, written out some queries at a time, whose logits the backward pass makes again."""
+  """Attends in plain JAX, some queries at a time; the backward pass recomputes their logits."""
 
   @jax.checkpoint
   def of_queries(queries):
@@ -241,7 +244,7 @@ def _attend_in_parts(
 
 
 def _query_parts(queries: Any, most: int) -> Any:
-  """Every [B, T, ...] of a tree as [parts, B, T / parts, ...], at most `most` in a part."""
+  """Splits each [B, T, ...] of a tree to [parts, B, T / parts, ...], T / parts at most `most`."""
   T = jax.tree.leaves(queries)[0].shape[1]
   parts = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= most)
   return jax.tree.map(
@@ -250,7 +253,7 @@ def _query_parts(queries: Any, most: int) -> Any:
 
 
 def _visible_logits(scaled_q_BTNH, k_BSKH, visible_BTS, bias_BNTS, cap: float) -> jax.Array:
-  """What the softmax is taken of: float32 [B, K, G, T, S], `MASKED` where a key is not seen."""
+  """Attention logits, the softmax's input: float32 [B, K, G, T, S], `MASKED` where not visible."""
   B, T, N, H = scaled_q_BTNH.shape
   K = k_BSKH.shape[2]
   q_BTKGH = scaled_q_BTNH.reshape(B, T, K, N // K, H)
@@ -271,10 +274,10 @@ def largest_logit(
   bias_BNTS: jax.Array | None = None,
   cap: float = 0.0,
 ) -> jax.Array:
-  """The largest logit of a query and a key that it sees, for any kernel: a float32 scalar.
+  """The largest logit of a query and a visible key, for any kernel: a float32 scalar, no gradient.
 
-  What `attend` would give its softmax, some queries at a time, so that a row that only a flash
-  kernel could hold fits. Keys and queries have the same positions. It has no gradient.
+  The logits are those of `attend`, computed for some queries at a time, so that rows fit which only
+  a flash kernel can hold at once. Keys and queries have the same positions.
   """
   q_BTNH, k_BSKH, bias_BNTS = jax.lax.stop_gradient((q_BTNH, k_BSKH, bias_BNTS))
   scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
@@ -295,10 +298,10 @@ def largest_logit(
 
 
 class Attention(nnx.Module):
-  """Multi-head attention, grouped keys and values by configuration.
+  """Multi-head attention, with keys and values shared by groups of heads if configured so.
 
-  Shapes: [B, T, D] -> [B, T, D]. Of a layer's input to itself, by a call; or to what an encoder
-  made, by `keys_and_values` and `cross`, then without positions.
+  Shapes: [B, T, D] -> [B, T, D]. Calling it is self-attention; `keys_and_values` and `cross` are
+  attention to an encoder's output, without positions.
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, cross: bool = False):
@@ -344,13 +347,13 @@ class Attention(nnx.Module):
     first_values_BTKH: jax.Array | None = None,
     cache: tuple[jax.Array, jax.Array] | None = None,
     key: jax.Array | None = None,
-    figures: Figures | None = None,
+    stats: ActivationStats | None = None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Returns the output and the cache with this call's keys and values written into it.
 
-    A cache is (keys, values), each [B, S, K, H]; position p lives in slot p. Without one, the
-    keys are those of x itself and S = T. `first_values_BTKH` are those of the first layer, for
-    `value_residual`. `figures` get `largest_logit`, of a call without a cache.
+    A cache is (keys, values), each [B, S, K, H]; position p lives in slot p. Without one, x gives
+    all the keys and S = T. `first_values_BTKH` are the first layer's values, for `value_residual`.
+    Without a cache, `stats` receives `largest_logit`.
     """
     config = self.config
     x_BTD = constrain(x_BTD, "batch", "time", None)
@@ -367,8 +370,8 @@ class Attention(nnx.Module):
       k_BSKH = cache[0].at[rows, positions_BT].set(k_BSKH, mode="drop")
       v_BSKH = cache[1].at[rows, positions_BT].set(v_BSKH, mode="drop")
       cache = (k_BSKH, v_BSKH)
-    if figures is not None:
-      figures["largest_logit"] = largest_logit(
+    if stats is not None:
+      stats["largest_logit"] = largest_logit(
         q_BTNH,
         k_BSKH,
         mask,
@@ -380,7 +383,7 @@ class Attention(nnx.Module):
     return self._attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key), cache
 
   def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each [B, S, K, H], without positions."""
+    """Keys and values of an input, each [B, S, K, H], without positions."""
     return _normed(self.key(x_BSD), self.key_norm), self.value(x_BSD)
 
   def cross(
@@ -390,7 +393,7 @@ class Attention(nnx.Module):
     mask: Mask,
     key: jax.Array | None = None,
   ) -> jax.Array:
-    """Attends to keys and values that `keys_and_values` made of something else."""
+    """Attends to the keys and values of another input, made by `keys_and_values`."""
     q_BTNH = self._queries(constrain(x_BTD, "batch", "time", None))
     return self._attend(q_BTNH, *keys_and_values, mask, None, key)
 
@@ -418,7 +421,7 @@ class Attention(nnx.Module):
 
 
 def _normed(x_BTNH: jax.Array, norm: RMSNorm | None) -> jax.Array:
-  """The norm of each head, or of all heads together where it is as wide as they are."""
+  """Normalises each head by itself, or all heads together if the norm is as wide as all of them."""
   if norm is None:
     return x_BTNH
   return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1, norm.scale.shape[-1])).reshape(x_BTNH.shape)

@@ -1,4 +1,4 @@
-"""One layer: attention, in a decoder with an encoder cross-attention, and the feed-forward network.
+"""One layer: self-attention, cross-attention if there is an encoder, and the feed-forward network.
 
 Axes: B batch, T query positions, S key positions, D width, K key-value heads, H head width.
 """
@@ -12,14 +12,14 @@ from gptjax.devices.sharding import constrain
 from gptjax.model.attention import Attention, Mask
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import FeedForward
-from gptjax.model.figures import Figures, Routing
 from gptjax.model.layers import LayerNorm, Mix, RMSNorm, dropout
 from gptjax.model.moe import MixtureOfExperts
+from gptjax.model.stats import ActivationStats, RouterStats
 
 # Keys and values, each [B, S, K, H].
 KeysAndValues = tuple[jax.Array, jax.Array]
 
-# Placements of norms that have one of the branch alone.
+# Placements with a norm of the branch's output.
 _OF_BRANCH = ("after", "both")
 
 
@@ -65,14 +65,15 @@ class Block(nnx.Module):
     valid_BT: jax.Array | None = None,
     cache: KeysAndValues | None = None,
     key: jax.Array | None = None,
-    figures: Figures | None = None,
-    routing: Routing | None = None,
+    stats: ActivationStats | None = None,
+    router_stats: RouterStats | None = None,
   ) -> tuple[jax.Array, KeysAndValues | None]:
     """Returns the output and the written cache, as `Attention` does.
 
-    `cross` is what `Block.cross_attention` makes of the encoder's output. `valid_BT` tells experts
-    what is not padding. `figures` get `attention`, `cross_attention` and `mlp`, each as it is added
-    to the residual stream, `residual`, that stream after the layer, and `largest_logit`.
+    `cross` are the keys and values that `Block.cross_attention` makes of the encoder's output.
+    `valid_BT` is false for padding. `stats` receives each branch as it is added to the residual
+    stream (`attention`, `cross_attention`, `mlp`), the stream after the layer (`residual`), and
+    `largest_logit`.
     """
     config = self.config
     cross_attends = self.cross_attention is not None
@@ -85,18 +86,18 @@ class Block(nnx.Module):
       first_values_BTKH=first_values_BTKH,
       cache=cache,
       key=keys[0],
-      figures=figures,
+      stats=stats,
     )
     mlp = self.mlp
     if config.num_experts:
-      mlp = functools.partial(mlp, valid_BT=valid_BT, routing=routing)
+      mlp = functools.partial(mlp, valid_BT=valid_BT, router_stats=router_stats)
 
     def add(x_BTD, branch_BTD, name, key):
       branch_BTD = dropout(branch_BTD, config.residual_dropout, key)
       scale = config.residual_scale / config.depth_ratio
       branch_BTD = branch_BTD if scale == 1 else branch_BTD * scale
-      if figures is not None:
-        figures.note(name, branch_BTD)
+      if stats is not None:
+        stats.note(name, branch_BTD)
       return x_BTD + branch_BTD
 
     def add_branch(x_BTD, name, branch, norms, key):
@@ -129,12 +130,12 @@ class Block(nnx.Module):
       mlp_BTD = mlp(normed_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD))
       x_BTD = add(x_BTD, attend(normed_BTD), "attention", keys[1])
       x_BTD = add(x_BTD, mlp_BTD, "mlp", keys[2])
-    if figures is not None:
-      figures.note("residual", x_BTD)
+    if stats is not None:
+      stats.note("residual", x_BTD)
     return constrain(x_BTD, "batch", "residual_time", None), cache
 
   def values(self, x_BTD: jax.Array) -> jax.Array:
-    """The values [B, T, K, H] of the layer for its input [B, T, D], before any mixture."""
+    """Attention values [B, T, K, H] of the layer's input [B, T, D], before `value_residual`."""
     if self.config.norm_placement in ("pre", "both"):
       x_BTD = self.attention_norm(x_BTD)
     return self.attention.value(constrain(x_BTD, "batch", "time", None))

@@ -1,4 +1,4 @@
-"""The shape and the choices of a model, checked once."""
+"""The configuration of a model, checked once."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ CHOICES = {
 }
 
 LAYER_KINDS = ("full", "local", "nope")
-# More layers or experts than any model has, each of which has names of its own.
+# More layers or experts than any model has; a file that asks for more would exhaust the memory.
 _MOST = 10_000
 DROPOUTS = ("embed_dropout", "attention_dropout", "residual_dropout", "label_dropout")
 
@@ -65,112 +65,120 @@ def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """What a GPT is made of. Every field is a key of `config.model`.
+  """Architecture, initialisation and execution of a GPT. Every field is a key of `config.model`.
 
-  Shape:
+  Attributes:
     vocab_size: rows of the embedding; may exceed the tokenizer's vocabulary.
-    num_layers, embed_dim, num_heads, mlp_dim: the usual four.
+    num_layers: number of layers, L; with an encoder, of the decoder's layers.
+    embed_dim: width of the residual stream, D.
+    num_heads: number of query heads, N.
+    mlp_dim: width of the feed-forward network, F; in a mixture of experts, of one expert.
     num_kv_heads: keys and values shared by groups of query heads (GQA, Ainslie et al. 2023);
       `num_heads` is multi-head, 1 is multi-query attention (Shazeer 2019). 0 means `num_heads`.
     head_dim: width of one head. 0 means `embed_dim / num_heads`.
     max_positions: rows of the learned position table; other schemes ignore it.
-  Choices:
     norm: 'layernorm' (Ba et al. 2016) or 'rmsnorm' (Zhang and Sennrich 2019).
-    visibility: whom a token sees: its past ('causal'), all of its segment ('bidirectional', Devlin
-      et al. 2019), or its past and the segment's prefix ('prefix', Raffel et al. 2020, figure 4).
-    norm_placement: 'pre' (GPT-2), 'post' (GPT-1, BERT), the latter without a final norm, 'after' a
-      branch, on the branch alone (OLMo 2, arXiv:2501.00656, section 3.2), or 'both', that and 'pre'
-      (Gemma 2).
-    norm_eps: what is added to the variance before its root is taken.
-    norm_offset: what is added to the scale of RMSNorm (Gemma's is 1), which starts 1 less it.
-    residual: 'sequential', attention and then the feed-forward network, or both of the same input,
-      each with its norm ('parallel', GPT-NeoX) or with one ('parallel_one_norm', GPT-J).
+    visibility: the positions that a token attends to: its past ('causal'), all of its segment
+      ('bidirectional', Devlin et al. 2019), or its past and the segment's prefix ('prefix', Raffel
+      et al. 2020, figure 4).
+    norm_placement: 'pre' (GPT-2); 'post', without a final norm (GPT-1, BERT); 'after' a branch, on
+      its output alone (OLMo 2, arXiv:2501.00656, section 3.2); or 'both' 'pre' and 'after' (Gemma
+      2).
+    norm_eps: constant that is added to the variance before its root is taken.
+    norm_offset: constant that is added to the scale of RMSNorm (Gemma's is 1); the scale starts at
+      1 - norm_offset.
+    residual: 'sequential' is attention, then the feed-forward network. In parallel both read the
+      same input, each with its own norm ('parallel', GPT-NeoX) or with one ('parallel_one_norm',
+      GPT-J).
     bias: biases in every projection, and in LayerNorm.
-    qkv_bias, out_bias, mlp_bias: of the projections into attention, out of it, and of the
-      feed-forward network, where they differ; None is `bias`.
+    qkv_bias: biases of the query, key and value projections; None is `bias`.
+    out_bias: bias of attention's output projection; None is `bias`.
+    mlp_bias: biases of the feed-forward network; None is `bias`.
     activation: 'gelu' (exact), 'gelu_tanh' and 'quick_gelu', x sigmoid(1.702 x), which approximate
       it (Hendrycks and Gimpel 2016), 'relu', 'relu2' (So et al. 2021), 'silu', or the gated
-      'swiglu' and 'geglu' (Shazeer 2020); 'swiglu_clamped' is that of gpt-oss (OpenAI 2025):
-      (up + 1) gate sigmoid(1.702 gate), gate and up bounded by 7.
+      'swiglu' and 'geglu' (Shazeer 2020); 'swiglu_clamped' is the activation of gpt-oss (OpenAI
+      2025): (up + 1) gate sigmoid(1.702 gate), gate and up bounded by 7.
     position: 'learned' (GPT-1 to 3), 'rope' (Su et al. 2021), 'alibi' (Press et al. 2022), 't5'
       (the learnt B in QK^T + B of Raffel et al. 2020, one table for all layers), or 'none'.
-    position_offset: rows of the learned table before that of position 0 (RoBERTa's are 2).
+    position_offset: rows of the learned table before the row of position 0 (RoBERTa has 2).
     rope_base: the base of the rotary wavelengths.
-    rope_local_base: that of 'local' layers, then without scaling (Gemma 3); 0 is as of the others.
+    rope_local_base: the base in 'local' layers, without scaling (Gemma 3); 0 is like other layers.
     rope_dim: how many dimensions of a head are rotated, the first ones (GPT-J); 0 is all.
     rope_scaling: 'none', 'linear' (Chen et al. 2023), 'dynamic' (NTK-aware, by the length of each
-      row) and 'yarn' (both Peng et al. 2023) or 'llama3' (Grattafiori et al. 2024), by
-      `rope_factor` from `rope_original_positions`.
-    rope_slow_turns, rope_fast_turns: of 'yarn' and 'llama3': what makes fewer turns over the
-      original positions is interpolated, what makes more is kept; 0 is the method's own.
-    rope_round: whether the bounds that follow are whole dimensions ('yarn'; not in gpt-oss).
-    rope_attention_factor: of 'yarn', the factor of rotated queries and keys; 0 is the paper's.
-    t5_buckets, t5_max_distance: the logarithmic buckets of 't5'.
+      row) and 'yarn' (both Peng et al. 2023) or 'llama3' (Grattafiori et al. 2024).
+    rope_factor: how many times longer the context becomes by `rope_scaling`.
+    rope_original_positions: length of the context before `rope_scaling`.
+    rope_slow_turns: 'yarn' and 'llama3' interpolate dimensions with fewer turns than this over the
+      original positions; 0 is the method's default.
+    rope_fast_turns: they keep dimensions with more turns than this; 0 is the method's default.
+    rope_round: whether 'yarn' rounds these bounds to whole dimensions (gpt-oss does not).
+    rope_attention_factor: the factor of rotated queries and keys in 'yarn'; 0 is the paper's.
+    t5_buckets: number of distance buckets of 't5'.
+    t5_max_distance: distance from which all keys share the last bucket of 't5'.
     embed_norm: a norm of the embeddings (BERT).
     embed_scale: factor of token embeddings (Gemma's is the root of the width).
-    residual_scale: factor of what each branch adds to the residual stream (Granite).
+    residual_scale: factor of each branch's contribution to the residual stream (Granite).
     token_types: rows of the table of token types (BERT's segments A and B); 0 is no table.
     attention_scale: factor of QK^T (T5's is 1); 0 is 1 / sqrt(head_dim).
-    attention_sinks: a learnt logit a head that takes attention from the keys (gpt-oss).
+    attention_sinks: a learnt logit per head that takes attention from the keys (gpt-oss).
     qk_norm: RMSNorm of queries and keys (Henry et al. 2020, Dehghani et al. 2023).
-    qk_norm_per_head: whether each head has its own mean square, or all together one (OLMo 2).
+    qk_norm_per_head: whether each head has its own mean square, or all share one (OLMo 2).
     tied_head: the output projection is the embedding (Press and Wolf 2017).
     head_bias: a bias of the logits (GPT-J, BERT).
     head_transform: projection, activation and norm before the output projection (BERT).
-    pooler: a projection with an activation of the first token of a row (BERT).
+    pooler: a projection of a row's first token, followed by an activation (BERT).
     pooler_activation: 'tanh' (BERT, RoBERTa), 'relu' (DistilBERT) or 'gelu' (ELECTRA).
-    next_sentence: two scores of what the pooler makes, whether a second sentence follows the first
-      (Devlin et al. 2019, section 3.1, task 2).
+    next_sentence: two scores of the pooler's output: does the second sentence follow the first
+      (Devlin et al. 2019, section 3.1, task 2)?
     logit_scale: factor of the final hidden states (T5's is 1 / sqrt(width), for its tied head).
-    value_residual: a learnt mixture of each layer's values with those of the first layer (Zhou et
-      al. 2024, arXiv:2410.17897, learnable variant).
+    value_residual: a learnt mixture of each layer's values with the first layer's (Zhou et al.
+      2024, arXiv:2410.17897, learnable variant).
     embed_residual: each layer starts from a learnt mixture of its input with the embedding of the
       token (the skip of modded-nanogpt's records).
-    logit_soft_cap, attention_soft_cap: c * tanh(x / c) (Gemma 2); 0 is off.
+    logit_soft_cap: c in c * tanh(x / c) of the output logits (Gemma 2); 0 is off.
+    attention_soft_cap: c in c * tanh(x / c) of the attention logits (Gemma 2); 0 is off.
     layer_pattern: 'full' and 'local' layers, repeated to `num_layers` (GPT-3's alternation of
-      dense and banded layers is ('full', 'local')), and 'nope', full ones that do not rotate
+      dense and banded layers is ('full', 'local')), and 'nope', full layers without rotation
       (Yang et al. 2025, arXiv:2501.18795; SmolLM3).
     window: how many positions, its own included, a token of a 'local' layer sees.
-    encoder_layers: layers of an encoder, which sees all and to which each layer of the decoder
-      attends (Vaswani et al. 2017); 0 is a decoder alone.
+    encoder_layers: layers of a bidirectional encoder, to which each layer of the decoder attends
+      (Vaswani et al. 2017); 0 is a decoder alone.
     decoder_start: the token that a decoder with an encoder starts from.
-  Mixture of experts (Shazeer et al. 2017, arXiv:1701.06538) in the place of every feed-forward
-  network, whose `mlp_dim` is that of one expert. No token is dropped:
-    num_experts: 0 is a dense network.
-    experts_per_token: how many each token is sent to.
-    router_normalize: the weights of a token's experts add up to 1 (Mixtral); or they are its
-      probabilities among all (Switch, Fedus et al. 2022).
+    num_experts: experts in the place of every feed-forward network (Shazeer et al. 2017,
+      arXiv:1701.06538); no token is dropped. 0 is a dense network.
+    experts_per_token: number of experts that each token is sent to.
+    router_normalize: whether the weights of a token's experts add up to 1 (Mixtral), or are its
+      probabilities among all experts (Switch, Fedus et al. 2022).
     router_bias: a bias of the router's logits.
-    shared_expert_dim: width of an expert that every token goes through besides (Dai et al. 2024,
-      arXiv:2401.06066); 0 is none.
-  Labels in the place of tokens:
+    shared_expert_dim: width of an additional expert that every token goes through (Dai et al.
+      2024, arXiv:2401.06066); 0 is none.
     num_labels: scores that a head gives each token, instead of logits of the vocabulary; 0 is a
       language model.
-    label_pooling: what the head reads: the token's hidden state ('none'), the mean over its
-      segment ('mean'), or what the pooler makes of the token's ('pooler', as BERT and RoBERTa
-      classify texts).
+    label_pooling: the input of that head: the token's hidden state ('none'), the mean over its
+      segment ('mean'), or the pooler's output ('pooler', as BERT and RoBERTa classify texts).
     label_bias: whether the scores have a bias. Decoders of `transformers` classify texts without.
-  Training:
-    embed_dropout, attention_dropout, residual_dropout, label_dropout: rates, in training only; the
-      last is of what the head of the labels reads.
+    embed_dropout: dropout rate of the embeddings.
+    attention_dropout: dropout rate of the attention weights.
+    residual_dropout: dropout rate of each branch's output.
+    label_dropout: dropout rate of the input of the label head.
     init_std: standard deviation of the normal initialisation.
     residual_init: projections onto the residual stream start 'scaled' by 1 / sqrt(2 * num_layers)
       (Radford et al. 2019, section 2.3), or at 'zero'.
-  Transfer of hyper-parameters from a small model to a large one:
-    parametrization: 'standard'; 'mup', across widths (Yang et al. 2022, arXiv:2203.03466, table 8);
-      or 'completep', across widths and depths (Dey et al. 2025, arXiv:2505.01618, table 1). The
-      optimizer's side is in `gptjax.optim.transfer`. Heads are added with width, not widened.
-    base_embed_dim, base_num_layers: the small model, at which the parametrizations are one.
-  Execution, without influence on what is computed:
+    parametrization: transfer of hyper-parameters from a small model to a large one: 'standard'
+      (none); 'mup', across widths (Yang et al. 2022, arXiv:2203.03466, table 8); 'completep',
+      across widths and depths (Dey et al. 2025, arXiv:2505.01618, table 1). The optimizer's side
+      is in `gptjax.optim.transfer`. Wider models have more heads, not wider ones.
+    base_embed_dim: width of the small model, at which all parametrizations are equal.
+    base_num_layers: its depth.
     scan_layers: one compiled layer scanned over the stack, or a compiled copy of each layer.
       None chooses: copies on CPU, where a scan is slower, and a scan elsewhere.
-    remat: what the backward pass recomputes: nothing ('none'), or all of a layer but its input
-      ('full') and attention's result ('save_attention'), and its projections ('save_qkv'), and the
-      wide activations of the feed-forward network ('dots'), or those kept in the host's memory
-      ('offload').
+    remat: activations that are kept for the backward pass, which recomputes the others: all
+      ('none'), a layer's input ('full'), also attention's result ('save_attention'), also its
+      projections ('save_qkv'), also the wide activations of the feed-forward network ('dots'; in
+      the host's memory: 'offload').
     attention: the kernel: 'xla' (written out), 'splash' (TPU), 'cudnn' (NVIDIA), or 'auto', the
-      platform's own where it can do what the model asks for.
-    dtype: of the computation. Parameters, norms, softmax and loss are float32 throughout.
+      platform's own where it supports the model.
+    dtype: dtype of the computation. Parameters, norms, softmax and loss are always float32.
   """
 
   vocab_size: int = 0
@@ -378,14 +386,14 @@ class ModelConfig:
     return _differences(self.architecture, other.architecture)
 
   def head_differences(self, other: "ModelConfig") -> list[str]:
-    """As `differences`, of the head of labels."""
+    """The same for the fields of the label head."""
     return _differences(
       *({name: getattr(one, name) for name in LABEL_HEAD} for one in (self, other))
     )
 
   @property
   def encoder(self) -> "ModelConfig":
-    """Of the encoder's stack alone."""
+    """The config of the encoder's stack alone."""
     return dataclasses.replace(
       self,
       num_layers=self.encoder_layers,
@@ -396,27 +404,27 @@ class ModelConfig:
 
   @property
   def windows(self) -> tuple[int | None, ...]:
-    """The window of each layer of one period of the pattern; None where all the past is seen."""
+    """The window of each layer in one period of the pattern; None for full attention."""
     return tuple(self.window if kind == "local" else None for kind in self.layer_pattern)
 
   @property
   def width_ratio(self) -> float:
-    """How many times wider than the base; 1 in the standard parametrization."""
+    """How many times wider the model is than its base; 1 in the standard parametrization."""
     return 1.0 if self.parametrization == "standard" else self.embed_dim / self.base_embed_dim
 
   @property
   def depth_ratio(self) -> float:
-    """How many times deeper than the base, where the parametrization is across depths too."""
+    """How many times deeper the model is than its base; 1 unless in CompleteP."""
     return self.num_layers / self.base_num_layers if self.parametrization == "completep" else 1.0
 
   @property
   def hidden_std(self) -> float:
-    """Initial standard deviation of the matrices inside of layers."""
+    """Initial standard deviation of the matrices inside layers."""
     return self.init_std / math.sqrt(self.width_ratio)
 
   @property
   def residual_std(self) -> float:
-    """Of those onto the residual stream; two a layer then add up to unit growth."""
+    """Initial standard deviation of projections onto the residual stream, two of them a layer."""
     if self.residual_init == "zero":
       return 0.0
     return self.hidden_std / math.sqrt(2 * self.num_layers / self.depth_ratio)

@@ -27,7 +27,7 @@ _CLAMP = 7.0
 
 
 def activate(activation: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-  """The activation of `config.activation`; the gate is of the `GATED` ones. Shapes are alike."""
+  """Applies `config.activation`, with a gate of the same shape if it is one of `GATED`."""
   if activation == "swiglu_clamped":
     gate, up = jnp.minimum(gate, _CLAMP), jnp.clip(up, -_CLAMP, _CLAMP) + 1
   if gate is None:

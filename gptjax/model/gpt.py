@@ -16,11 +16,11 @@ from gptjax.model.attention import same_segment
 from gptjax.model.block import make_norm
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import ACTIVATIONS, activate
-from gptjax.model.figures import Figures, Routing
 from gptjax.model.layers import Embedding, LayerNorm, Linear, dropout, soft_cap
 from gptjax.model.stack import Cache, Encoded, Stack
+from gptjax.model.stats import ActivationStats, RouterStats
 
-# The parameters that are new in a model which scores labels.
+# The parameters that a model with a label head has and a language model has not.
 LABEL_HEAD = ("label_head/kernel", "label_head/bias")
 POOLER_ACTIVATIONS = ACTIVATIONS | {"tanh": jnp.tanh}
 
@@ -38,8 +38,8 @@ class HeadTransform(nnx.Module):
 
 
 class GPT(Stack):
-  """Tokens in, logits out: of the vocabulary, or of labels. Parameters are float32; those of all
-  layers are stacked as [L, ...]."""
+  """Tokens in, logits of the vocabulary or scores of labels out. Parameters are float32; layers are
+  stacked as [L, ...]."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, V, std = config.embed_dim, config.vocab_size, config.init_std
@@ -88,23 +88,23 @@ class GPT(Stack):
     encoded: Encoded | None = None,
     cache: Cache | None = None,
     key: jax.Array | None = None,
-    figures: Figures | None = None,
-    routing: Routing | None = None,
+    stats: ActivationStats | None = None,
+    router_stats: RouterStats | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Runs all but the output projection.
 
     Args:
       tokens_BT: int32 token ids.
       positions_BT: int32 position of each token in its segment, in steps of 1; None counts from 0.
-      segment_ids_BT: int32; tokens see only tokens of an equal id. None is one segment a row. Of
-        experts, those of id 0 are padding.
-      prefix_BS: int32; of a 'prefix' model, the keys that are not 0 are seen by all. None is none.
+      segment_ids_BT: int32; tokens see only tokens of an equal id. None is one segment a row.
+        Experts take id 0 for padding.
+      prefix_BS: int32, not 0 for keys that all see, in a 'prefix' model; None is no prefix.
       token_types_BT: int32; None is type 0.
       encoded: from `encode`, in a model with an encoder.
       cache: keys and values of earlier positions, from `empty_cache`.
-      key: of dropout; None for none.
-      figures: gets those of `Block`, with a leading axis L, in a call without a cache.
-      routing: gets what the routers of a mixture of experts tell, likewise.
+      key: randomness of dropout; None for no dropout.
+      stats: receives the stats of `Block`, with a leading axis L, in a call without a cache.
+      router_stats: receives those of a mixture of experts, in the same way.
 
     Returns:
       Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it.
@@ -132,8 +132,8 @@ class GPT(Stack):
       encoded=encoded,
       cache=cache,
       key=keys[1],
-      figures=figures,
-      routing=routing,
+      stats=stats,
+      router_stats=router_stats,
     )
 
   def encode(
@@ -160,7 +160,7 @@ class GPT(Stack):
     return Encoded(hidden_BSD, segment_ids_BS, pairs)
 
   def _embed(self, tokens_BT, positions_BT, token_types_BT, key, length=None) -> jax.Array:
-    """Embeddings [B, T, D] in the compute dtype; `length` is that of the cache."""
+    """Embeddings [B, T, D] in the compute dtype; `length` is the cache's."""
     config = self.config
     if positions_BT is None:
       positions_BT = _count(tokens_BT)
@@ -197,14 +197,14 @@ class GPT(Stack):
     return soft_cap(logits_BTV, self.config.logit_soft_cap)
 
   def features(self, x_BTD: jax.Array) -> jax.Array:
-    """Hidden states [B, T, D] -> what the output projection takes [B, T, D]."""
+    """Hidden states [B, T, D] -> input of the output projection [B, T, D]."""
     if self.head_transform is not None:
       x_BTD = self.head_transform(x_BTD)
     scale = self.config.logit_scale / self.config.width_ratio
     return x_BTD if scale == 1 else x_BTD * scale
 
   def output_kernel(self) -> tuple[jax.Array, tuple[str, str]]:
-    """The matrix that makes logits of features, float32, and its logical axes."""
+    """The matrix from features to logits, float32, and its logical axes."""
     if self.head is None:
       return self.embed.embedding[...], ("vocab", "embed")
     return self.head.kernel[...], ("embed", "vocab")
@@ -217,8 +217,8 @@ class GPT(Stack):
   ) -> jax.Array:
     """Hidden states [B, T, D] -> scores of the labels at each token [B, T, K], float32.
 
-    Under label_pooling='mean' all tokens of a segment have the scores of their mean, under 'pooler'
-    each those of `pooled`. `key` is of dropout.
+    With label_pooling='mean' all tokens of a segment have the scores of their mean; with 'pooler'
+    the scores are computed from `pooled`. `key` is the randomness of dropout.
     """
     if self.config.label_pooling == "pooler":
       x_BTD = self.pooled(x_BTD)
@@ -228,13 +228,12 @@ class GPT(Stack):
         segment_ids_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
       same_BTS = same_segment(segment_ids_BT, segment_ids_BT).astype(jnp.float32)
       x_BTD = (same_BTS @ x_BTD) / same_BTS.sum(-1, keepdims=True)
-    # As logits are: the output's side of muP.
+    # Divided like the logits: the output's side of muP.
     x_BTD = x_BTD / self.config.width_ratio
     return self.label_head(dropout(x_BTD, self.config.label_dropout, key))
 
   def pooled(self, x_BTD: jax.Array) -> jax.Array:
-    """act(x W + b) of each token [B, T, D], of which BERT reads the first (Devlin et al. 2019,
-    section 4.1)."""
+    """act(x W + b) of each token [B, T, D]; BERT reads the first (Devlin et al. 2019, sec. 4.1)."""
     return POOLER_ACTIVATIONS[self.config.pooler_activation](self.pooler(x_BTD))
 
 
@@ -250,11 +249,12 @@ def _count(tokens_BT: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterInfo:
-  """What the rest of the code needs to know of a parameter without holding it.
+  """Description of a parameter without its values.
 
-  role: what kind of parameter it is, one of `layers.ROLES`.
-  axes: logical name of each axis, 'layers' first in a stack, then 'experts'.
-  fan_in_axes: which axes a projection contracts; None for what is not a projection's kernel.
+  Attributes:
+    role: the kind of parameter, one of `layers.ROLES`.
+    axes: logical name of each axis, 'layers' first in a stack, then 'experts'.
+    fan_in_axes: the axes that a projection's kernel contracts; None for other parameters.
   """
 
   shape: tuple[int, ...]
@@ -293,7 +293,7 @@ def describe_parameters(config: ModelConfig) -> dict[str, ParameterInfo]:
 
 
 def describe(model: GPT, kind: type = nnx.Param) -> dict[str, ParameterInfo]:
-  """As `describe_parameters`, of the parameters of one kind of a model."""
+  """Describes the parameters of one kind (a class of variables) in a model."""
   described = {}
   for path, parameter in nnx.to_flat_state(nnx.state(model, kind)):
     shape, axes = parameter.shape, parameter.axes

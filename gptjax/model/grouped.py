@@ -25,10 +25,10 @@ _OVER_ROWS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), (
 def grouped_product(
   x_RI: jax.Array, kernel_EIO: jax.Array, sizes_E: jax.Array, axes: tuple[str, str, str]
 ) -> jax.Array:
-  """[R, I] -> [R, O]: the first sizes_E[0] rows by the first kernel, the next by the next.
+  """[R, I] -> [R, O]: the first sizes_E[0] rows times the first kernel, the next times the second.
 
-  Within a shard: as of `layers.contract`, the kernel, with the logical `axes`, is gathered where it
-  is split over `fsdp`, and again in the backward pass. Rows beyond the last group are 0.
+  Within a shard: the kernel, with the logical `axes`, is gathered where it is split over `fsdp`,
+  and again in the backward pass, as in `layers.contract`. Rows beyond the last group are 0.
   """
   return _clear(_by_kernel(x_RI, _gather(kernel_EIO, axes), sizes_E, transposed=False), sizes_E)
 
@@ -51,7 +51,7 @@ grouped_product.defvjp(_forward, _backward)
 
 
 def _by_kernel(x_RI, kernel, sizes_E, *, transposed: bool) -> jax.Array:
-  """Of a kernel [E, I, O], or [E, O, I] if `transposed`."""
+  """The product with a kernel [E, I, O], or [E, O, I] if `transposed`."""
   if _tiled(x_RI):
     tiling = _tiling(x_RI, kernel.shape[1 if transposed else 2])
     return gmm(
@@ -63,7 +63,7 @@ def _by_kernel(x_RI, kernel, sizes_E, *, transposed: bool) -> jax.Array:
 
 
 def _outer_sums(x_RI, y_RO, sizes_E) -> jax.Array:
-  """[E, I, O]: of each group, the sum of its rows' outer products."""
+  """The sum of the outer products of each group's rows: [E, I, O]."""
   if _tiled(x_RI):
     tiling = _tiling(x_RI, y_RO.shape[1])
     return tgmm(x_RI.T, y_RO, sizes_E, x_RI.dtype, tiling, interpret=not _on_tpu())
@@ -98,5 +98,5 @@ def _gather(kernel: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _clear(x: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  """Zeroes the rows of no group, which a TPU leaves as it finds them."""
+  """Zeroes the rows that are in no group, which a TPU's kernel leaves uninitialised."""
   return jnp.where(jnp.arange(x.shape[0])[:, None] < sizes_E.sum(), x, jnp.zeros((), x.dtype))

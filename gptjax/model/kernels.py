@@ -1,4 +1,4 @@
-"""Attention kernels of accelerators. `attention.attend` says what they compute and chooses one.
+"""Attention kernels of accelerators, called by `attention.attend`, which says what they compute.
 
 Axes: B batch, T query positions, S key positions, N query heads, K key-value heads, H head width.
 """
@@ -47,9 +47,8 @@ def splash(
   """Splash attention, JAX's block-sparse flash attention for TPUs; interpreted elsewhere.
 
   Flash attention: Dao et al. 2022 (arXiv:2205.14135). Blocks that no query may see are skipped.
-  The queries come scaled. Positions are those of the row, T = S a multiple of 128. Heads are split
-  as `sharding.RULES` says; of a row that is split over `context`, each device has its queries and
-  all keys.
+  Queries are already scaled; a row is numbered from 0, T = S a multiple of 128. Heads are split by
+  `sharding.RULES`; if a row is split over `context`, each device has its own queries and all keys.
   """
   _, T, N, _ = q_BTNH.shape
   kernel = _splash_kernel(
@@ -67,7 +66,7 @@ def splash(
   def run(kernel, q_BTNH, k_BSKH, v_BSKH, *segment_ids):
     segments = [*segment_ids, *map(sharding.gather_time, segment_ids)]
     if sharding.axis_parts("time") > 1:
-      # What a remat policy keeps is the device's own part, not the keys of all.
+      # A remat policy then keeps the device's own part, not the keys of all devices.
       k_BSKH, v_BSKH = map(sharding.gather_time, checkpoint_name((k_BSKH, v_BSKH), "qkv"))
       q_BNTH = checkpoint_name(q_BTNH.swapaxes(1, 2), "qkv")
       k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)

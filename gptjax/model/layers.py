@@ -1,7 +1,7 @@
 """The leaves of the model: projections, norms, dropout.
 
-Parameters name their logical axes and their role, where they are made; what treats parameters apart
-(optimizers, muP, adapters, quantisation) reads it there, through `ParameterInfo`.
+Parameters name their logical axes and their role where they are made; optimizers, muP, adapters and
+quantisation, which treat parameters differently, read them through `ParameterInfo`.
 """
 
 import functools
@@ -15,7 +15,7 @@ from gptjax.devices import sharding
 
 # 'embedding': a table that is looked up. 'hidden': a matrix between two widths of the network.
 # 'head': a matrix above the layers, onto logits or scores. 'router': onto the experts' logits.
-# 'norm': the scale of one. 'bias'. 'scalar': a learnt factor or logit that no width multiplies.
+# 'norm': a norm's scale. 'bias'. 'scalar': a learnt factor or logit that no width multiplies.
 ROLES = ("embedding", "hidden", "head", "router", "norm", "bias", "scalar")
 
 
@@ -26,7 +26,7 @@ def contract(x: jax.Array, kernel: jax.Array, count: int, axes: tuple[str, ...])
   The kernel, with the logical `axes`, is gathered where it is split over `fsdp`, and again in the
   backward pass. Its gradient is written in the kernel's own layout: JAX's rule for `dot_general`
   makes it transposed, and on a CPU the copies cost 7 % of a training step (experiments/cpu_speed).
-  As of any rule of one's own, there is no forward-mode derivative.
+  Because the rule is a custom one, there is no forward-mode derivative.
   """
   return jnp.tensordot(x, sharding.gather(kernel, axes), axes=count)
 
@@ -66,8 +66,8 @@ class Linear(nnx.Module):
     axes: logical names of the kernel's axes, in order.
     bias: whether to add a bias of `out_shape`.
     std: standard deviation of the normal initialisation.
-    dtype: of the product.
-    role: of the kernel, one of `ROLES`.
+    dtype: dtype of the product.
+    role: role of the kernel, one of `ROLES`.
   """
 
   def __init__(
@@ -95,13 +95,13 @@ class Linear(nnx.Module):
     return y if self.bias is None else add_vector(y, self.bias[...])
 
   def product(self, x: jax.Array) -> jax.Array:
-    """x @ kernel."""
+    """Returns x @ kernel, without the bias."""
 
     def multiply(x: jax.Array) -> jax.Array:
       kernel = self.kernel[...].astype(self.dtype)
       return contract(x, kernel, self.contracted_axes, self.axes)
 
-    # Of a kernel that is dequantised, what it is made of is kept for the backward pass, not itself.
+    # For the backward pass the quantised kernel is kept, not the dequantised one.
     multiply = multiply if isinstance(self.kernel, nnx.Param) else jax.checkpoint(multiply)
     return multiply(x.astype(self.dtype))
 

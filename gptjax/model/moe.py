@@ -1,4 +1,4 @@
-"""A mixture of experts: feed-forward networks, of which each token goes through a few.
+"""A mixture of experts: many feed-forward networks, a few of which process each token.
 
 Axes: B batch, T positions, N tokens of a device, C choices of a token, R rows sorted by expert,
 D width, F feed-forward width, E experts.
@@ -17,9 +17,9 @@ from gptjax.devices import sharding
 from gptjax.devices.sharding import constrain
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import GATED, FeedForward, activate
-from gptjax.model.figures import Routing
 from gptjax.model.grouped import grouped_product
 from gptjax.model.layers import Linear
+from gptjax.model.stats import RouterStats
 
 _AXES = {
   "gate": ("experts", "embed", "mlp"),
@@ -39,9 +39,9 @@ class ExpertLinear(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-  """Sends each token to the experts whose router logits are largest, and adds up what they make of
-  it, weighted (Shazeer et al. 2017, arXiv:1701.06538, section 2). No token is dropped, however
-  many choose the same expert.
+  """Sends each token to the experts with the largest router logits, and adds up their outputs,
+  weighted (Shazeer et al. 2017, arXiv:1701.06538, section 2). No token is dropped, however many
+  choose the same expert.
 
   Shapes: [B, T, D] -> [B, T, D], in the compute dtype. The router is float32.
   """
@@ -78,15 +78,15 @@ class MixtureOfExperts(nnx.Module):
     x_BTD: jax.Array,
     *,
     valid_BT: jax.Array | None = None,
-    routing: Routing | None = None,
+    router_stats: RouterStats | None = None,
   ) -> jax.Array:
     """Applies the experts.
 
     Args:
       x_BTD: float.
-      valid_BT: bool, which tokens are not padding; None is all. Padding goes to no expert and
-        counts in nothing.
-      routing: gets what `Routing` says, of all tokens of the global batch.
+      valid_BT: bool, false for padding, which goes to no expert and counts in no statistic; None is
+        no padding.
+      router_stats: receives the statistics of all tokens of the global batch.
     """
     config = self.config
     dtype = config.dtype
@@ -98,8 +98,8 @@ class MixtureOfExperts(nnx.Module):
       weights_BTC = jax.nn.softmax((is_choice_BTCE * logits_BTE[:, :, None]).sum(-1))
     else:
       weights_BTC = (is_choice_BTCE * jax.nn.softmax(logits_BTE)[:, :, None]).sum(-1)
-    if routing is not None:
-      routing.update(measure(logits_BTE, is_choice_BTCE, valid_BT))
+    if router_stats is not None:
+      router_stats.update(measure(logits_BTE, is_choice_BTCE, valid_BT))
     if valid_BT is not None:
       choices_BTC = jnp.where(valid_BT[..., None], choices_BTC, config.num_experts)
 
@@ -110,7 +110,7 @@ class MixtureOfExperts(nnx.Module):
       for name in _AXES
       if getattr(self, name) is not None
     }
-    # Outside, where it is added once however the experts are split.
+    # Outside `_split_experts`, so that it is added once however the experts are split.
     down_bias_ED = projections["down"].pop("bias", None)
     y_BTD = _split_experts(config, projections, x_BTD, choices_BTC, weights_BTC)
     if down_bias_ED is not None:
@@ -124,11 +124,11 @@ class MixtureOfExperts(nnx.Module):
 def measure(
   logits_BTE: jax.Array, is_choice_BTCE: jax.Array, valid_BT: jax.Array | None
 ) -> dict[str, jax.Array]:
-  """What `Routing` tells, of the router's logits and of the choices as 0 or 1, float32.
+  """Computes `RouterStats` from the router's logits and the choices (0 or 1), float32.
 
   balance_loss: E sum_e f_e P_e (Fedus et al. 2022, arXiv:2101.03961, equations 4 to 6) with f_e the
-  share of the choices and P_e the mean probability; 1 in perfect balance. z_loss: the mean of the
-  squared log of the normaliser (Zoph et al. 2022, arXiv:2202.08906, equation 5).
+  share of the choices and P_e the mean probability; 1 in perfect balance. z_loss: the mean squared
+  log of the normaliser (Zoph et al. 2022, arXiv:2202.08906, equation 5).
   """
   weights_BT = jnp.ones(logits_BTE.shape[:2]) if valid_BT is None else valid_BT.astype(jnp.float32)
   tokens = jnp.maximum(weights_BT.sum(), 1)
@@ -149,8 +149,8 @@ def _parameters(projection: ExpertLinear) -> list[tuple[str, nnx.Param]]:
 
 
 def _split_experts(config: ModelConfig, projections: Any, x_BTD, choices_BTC, weights_BTC):
-  """Applies the experts where they are, as `sharding.RULES` says."""
-  # As of `constrain`, what the mesh does not divide is whole: few rows, or one new token of each.
+  """Applies the experts on the devices that hold them, by `sharding.RULES`."""
+  # As in `constrain`, an axis that the mesh does not divide is whole: few rows, or one new token.
   tokens = tuple(
     axis if size % sharding.axis_parts(axis) == 0 else None
     for axis, size in zip(("batch", "time"), x_BTD.shape[:2], strict=True)
@@ -172,25 +172,25 @@ def _split_experts(config: ModelConfig, projections: Any, x_BTD, choices_BTC, we
 
 
 def _apply_local(activation, has_own_rows, projections, x_BTD, choices_BTC, weights_BTC):
-  """On one device: what its experts add to the tokens of all that share them, each of which then
-  gets the sum for its own."""
+  """On one device: the contribution of its experts to the tokens of all devices that share them;
+  each device then receives the sum for its own tokens."""
   names = sharding.split_names("experts")
   projections = jax.tree.map(lambda x: x.astype(x_BTD.dtype), projections)
   E = projections["up"]["kernel"].shape[0]
   tokens = [x.reshape(-1, x.shape[-1]) for x in (x_BTD, choices_BTC, weights_BTC)]
   if names and has_own_rows:
     tokens = [jax.lax.all_gather(x, names, tiled=True) for x in tokens]
-  # Choices first: in the rows of an array, 2 of them would be padded to a tile of 8 or 16.
+  # Choices are the first axis: as rows of an array, 2 of them would be padded to a tile of 8 or 16.
   x_ND, choices_CN, weights_CN = tokens[0], tokens[1].T, tokens[2].T
   C, N = choices_CN.shape
-  # The choices of a token differ, so that no more of them can fall on the experts that are here.
+  # A token's choices differ, so at most one of them falls on each of the experts that are here.
   R = N * min(C, E)
   expert = choices_CN.reshape(-1) - (jax.lax.axis_index(names) * E if names else 0)
   expert = jnp.where((expert >= 0) & (expert < E), expert, E)
   order = jnp.argsort(expert, stable=True)
   place_CN = jnp.argsort(order).reshape(C, N)
   sizes_E = (expert[:, None] == jnp.arange(E)[None]).sum(0, dtype=jnp.int32)
-  # Copies of foreign experts come last, where all is 0, and those beyond R nowhere.
+  # Rows for experts of other devices come last, where all is 0; beyond R they are dropped.
   order_R = order[:R]
   token_1R = order_R[None] % N
   is_expert_RE = jax.nn.one_hot(expert[order_R], E, dtype=x_BTD.dtype)
@@ -217,12 +217,12 @@ def _apply_local(activation, has_own_rows, projections, x_BTD, choices_BTC, weig
 
 @jax.custom_vjp
 def _take_sum(x: jax.Array, indices_KM: jax.Array, transposed: jax.Array) -> jax.Array:
-  """[M, ...]: the sum over K of x[indices], 0 beyond the end of x.
+  """The sum over K of x[indices], [M, ...]; indices beyond the end of x give 0.
 
-  The gradient of x is taken likewise, with the indices of where its rows went, not scattered.
+  The gradient gathers too, by the indices of where each row of x went, instead of scattering.
   """
   del transposed
-  # One by one: XLA:TPU expects the sum over an axis of one gather to take seven times the cycles.
+  # One by one: XLA:TPU expects one gather with a sum over an axis to take seven times the cycles.
   taken = (jnp.take(x, indices_M, axis=0, mode="fill", fill_value=0) for indices_M in indices_KM)
   return functools.reduce(jnp.add, taken)
 

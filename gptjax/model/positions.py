@@ -1,4 +1,4 @@
-"""Where a token is: rotary angles, ALiBi slopes, T5 buckets.
+"""Positions of tokens: rotary angles, ALiBi slopes, T5 buckets.
 
 Axes: B batch, T query positions, S key positions, N query heads, H head width, R its rotated part.
 """
@@ -15,12 +15,12 @@ from gptjax.model.layers import Embedding
 
 
 def rope_frequencies(config: ModelConfig, *, local: bool = False) -> tuple[np.ndarray, float]:
-  """Angular frequencies of rotary positions [rope_dim / 2], and the factor of queries and keys.
+  """Angular frequencies of rotary positions [rope_dim / 2], and a factor for queries and keys.
 
   Su et al. 2021 (arXiv:2104.09864), section 3.2.2. Scaled by `config.rope_scaling`, but not in
   `local` layers with a base of their own:
     linear: positions divided by the factor (Chen et al. 2023, arXiv:2306.15595).
-    dynamic: those of a row no longer than the original positions; `rotate` scales a longer one.
+    dynamic: unscaled here, as for a row within the original length; `rotate` scales longer rows.
     yarn: long wavelengths are interpolated, short ones kept, a ramp between, and attention
       sharpened by 0.1 ln(factor) + 1 (Peng et al. 2023, arXiv:2309.00071, sections 3.2 to 3.4).
     llama3: the same idea with the ramp in 1 / wavelength (Llama 3.1).
@@ -109,8 +109,8 @@ def t5_bucket(
   """Buckets of how far back a key is (Raffel et al. 2020, section 2.1).
 
   The first half of the buckets are exact distances, the rest logarithmic up to `max_distance`,
-  beyond which all keys share the last one. Of `bidirectional` buckets, the second half is for keys
-  that come after the query; otherwise those are in bucket 0.
+  beyond which all keys share the last one. If `bidirectional`, the second half of the buckets is
+  for keys after the query; otherwise such keys are in bucket 0.
   """
   side = jnp.int32(0)
   if bidirectional:
@@ -125,7 +125,7 @@ def t5_bucket(
 
 
 class AttentionBias(nnx.Module):
-  """What 'alibi' and 't5' add to the attention logits: float32 [B, N, T, S], or None."""
+  """The bias of attention logits for 'alibi' and 't5': float32 [B, N, T, S], None for others."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config

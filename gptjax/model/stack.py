@@ -1,4 +1,4 @@
-"""A stack of layers, that of a decoder or that of an encoder: scanned, unrolled, or with a cache.
+"""The stack of layers of a decoder or an encoder: scanned, unrolled, or with a cache.
 
 Axes: B batch, T query positions, S key positions, D width, K key-value heads, H head width,
 L layers.
@@ -16,13 +16,13 @@ from gptjax.devices import sharding
 from gptjax.model.attention import Mask, choose_kernel, make_mask, same_segment
 from gptjax.model.block import Block, KeysAndValues, make_norm
 from gptjax.model.config import ModelConfig
-from gptjax.model.figures import Figures, Routing
 from gptjax.model.positions import AttentionBias
+from gptjax.model.stats import ActivationStats, RouterStats
 
-# One pair a layer.
+# One pair per layer.
 Cache = list[KeysAndValues]
 
-# Names that a layer gives what it computes (`checkpoint_name`), in the order of the forward pass:
+# Names that a layer gives its activations (`checkpoint_name`), in the order of the forward pass:
 # queries, keys and values; the attended values and the normaliser of their softmax; the output
 # projection of attention; the wide activations of the feed-forward network.
 _ATTENTION = ("qkv", "attention", "attention_out")
@@ -43,10 +43,12 @@ REMAT_POLICIES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """What a decoder sees of an encoder.
+  """The output of an encoder, as the decoder reads it.
 
-  hidden_BSD: the encoder's output. segment_ids_BS: a token of the decoder sees its own segment;
-  None is one segment a row. keys_and_values: those of each layer of the decoder, to decode with.
+  Attributes:
+    hidden_BSD: hidden states.
+    segment_ids_BS: a token of the decoder sees its own segment; None is one segment a row.
+    keys_and_values: cross-attention's for each layer of the decoder, computed once for decoding.
   """
 
   hidden_BSD: jax.Array
@@ -55,11 +57,8 @@ class Encoded:
 
 
 class Stack(nnx.Module):
-  """Layers and their final norm. Parameters of all layers are stacked as [L, ...].
-
-  The stack is the one layout of parameters, on disk too, whether the layers are then scanned or
-  compiled one by one: `ModelConfig.scan_layers` is a choice of execution.
-  """
+  """Layers and their final norm. Parameters of all layers are stacked as [L, ...], on disk too,
+  whether the layers are then scanned or compiled one by one (`ModelConfig.scan_layers`)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -78,8 +77,8 @@ class Stack(nnx.Module):
     encoded: Encoded | None = None,
     cache: Cache | None = None,
     key: jax.Array | None = None,
-    figures: Figures | None = None,
-    routing: Routing | None = None,
+    stats: ActivationStats | None = None,
+    router_stats: RouterStats | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Embeddings [B, T, D] -> hidden states [B, T, D] and the written cache; see `GPT.hidden`."""
     config = self.config
@@ -125,7 +124,7 @@ class Stack(nnx.Module):
       for i, (block, kind) in enumerate(zip(self.layers(), kinds, strict=True)):
         x_BTD, cache[i] = run(block, x_BTD, kind, cross=known[i], cache=cache[i])
     else:
-      x_BTD = self._run_all(run, x_BTD, key, figures, routing)
+      x_BTD = self._run_all(run, x_BTD, key, stats, router_stats)
     return x_BTD if self.final_norm is None else self.final_norm(x_BTD), cache
 
   def empty_cache(self, batch_size: int, length: int) -> Cache:
@@ -136,7 +135,7 @@ class Stack(nnx.Module):
     return [(zeros, zeros) for _ in range(config.num_layers)]
 
   def unstack(self) -> None:
-    """Takes the layers out of their stack: a loop then need not slice every time."""
+    """Splits the stack into layers once, so that a decoding loop need not slice it at each step."""
     self.blocks = nnx.List(self.layers())
 
   def layers(self) -> list[Block]:
@@ -151,8 +150,8 @@ class Stack(nnx.Module):
     run,
     x_BTD: jax.Array,
     key: jax.Array | None,
-    figures: Figures | None,
-    routing: Routing | None,
+    stats: ActivationStats | None,
+    router_stats: RouterStats | None,
   ) -> jax.Array:
     """Runs all layers, scanned or one by one, a period of the layer pattern at a time."""
     config = self.config
@@ -167,25 +166,25 @@ class Stack(nnx.Module):
       told = []
       for i, layer in enumerate(_unstack(layers, period)):
         block = nnx.merge(graphdef, layer)
-        layer_figures = None if figures is None else Figures(figures.whole)
-        layer_routing = None if routing is None else Routing()
+        layer_stats = None if stats is None else ActivationStats(stats.whole)
+        layer_router_stats = None if router_stats is None else RouterStats()
         layer_key = None if keys is None else keys[i]
         x_BTD, _ = run(
           block,
           x_BTD,
           config.layer_pattern[i],
           key=layer_key,
-          figures=layer_figures,
-          routing=layer_routing,
+          stats=layer_stats,
+          router_stats=layer_router_stats,
         )
-        told.append((dict(layer_figures or {}), dict(layer_routing or {})))
+        told.append((dict(layer_stats or {}), dict(layer_router_stats or {})))
       return x_BTD, _stack(told)
 
     scan = config.scan_layers
     if scan is None:
       scan = sharding.platform() != "cpu"
     if config.remat != "none":
-      # Inside a scan nothing can be merged with the forward pass, so the barrier is not needed.
+      # Inside a scan XLA cannot merge the recomputation with the forward pass: no barrier needed.
       policy = REMAT_POLICIES[config.remat]
       run_period = jax.checkpoint(run_period, policy=policy, prevent_cse=not scan)
     by_period = jax.tree.map(
@@ -199,14 +198,14 @@ class Stack(nnx.Module):
         x_BTD, of_period = run_period(x_BTD, layers_and_keys)
         told.append(of_period)
       told = _stack(told)
-    for collector, found in zip((figures, routing), told, strict=True):
+    for collector, found in zip((stats, router_stats), told, strict=True):
       for name, leaf in found.items():
         collector[name] = leaf.reshape(config.num_layers, *leaf.shape[2:])
     return x_BTD
 
 
 def _cross_mask(encoded: Encoded, length: int, segment_ids_BT: jax.Array | None) -> Mask:
-  """A token of the decoder sees all of the encoder's segment of the same id."""
+  """Cross-attention mask: a token of the decoder sees the encoder's segment of the same id."""
   B, S, _ = encoded.hidden_BSD.shape
   if encoded.segment_ids_BS is None:
     return Mask("xla", visible_BTS=jnp.ones((B, length, S), bool))
@@ -220,8 +219,8 @@ def _stack(trees: Sequence[Any]) -> Any:
 
 
 def _unstack(stack: Any, size: int) -> list[Any]:
-  """Splits the leading axis of every leaf. The transpose of a split is one concatenation, where
-  that of `size` slices would be a sum of `size` padded arrays."""
+  """Splits the leading axis of every leaf. The gradient of a split is one concatenation; with
+  `size` slices it would be a sum of `size` padded arrays."""
   leaves, structure = jax.tree.flatten(stack)
   columns = [
     [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, (1,) * size, axis=0)] for leaf in leaves

@@ -1,4 +1,4 @@
-"""Cross-entropy that never holds the logits of all tokens.
+"""Cross-entropy that never holds the logits of all tokens in memory.
 
 Axes: B batch, T positions, C tokens of a chunk, D width, V vocabulary.
 """
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from gptjax.devices import sharding
 from gptjax.model.layers import soft_cap
 
-# Float32 logits that a device holds at a time, at most.
+# Most bytes of float32 logits that a device holds at a time.
 MAX_LOGIT_BYTES = 2**30
 
 
 class LossSum(NamedTuple):
-  """Sums over tokens, by their weights: float32 scalars, in nats.
+  """Weighted sums over tokens: float32 scalars, in nats.
 
-  total: what is minimised, `cross_entropy` plus the z-loss. Only it has a gradient.
+  `total`, the `cross_entropy` plus the z-loss, is minimised. Only it has a gradient.
   """
 
   total: jax.Array
@@ -45,14 +45,14 @@ def cross_entropy(
 ) -> LossSum:
   """Sums -log softmax(x kernel + bias)[target] over the tokens, chunk by chunk.
 
-  The gradients of a chunk are made from its logits at once, while they are there; the backward pass
-  only scales them. (A token's loss has no later use than the sum, so its cotangent is its weight.)
+  The gradients of a chunk are made at once, while its logits are in memory; the backward pass only
+  scales them. (A token's loss is used only in the sum, so its cotangent is its weight.)
 
   Args:
     x_BTD: hidden states; the products have their dtype, sums and softmax are float32.
     kernel: float32 [D, V] or [V, D], as `axes` says.
     targets_BT: int32.
-    weights_BT: float32, what each token counts.
+    weights_BT: float32, weight of each token.
     axes: ('embed', 'vocab') or ('vocab', 'embed').
     bias_V: float32.
     cap: soft cap of the logits; 0 is none.
@@ -97,7 +97,7 @@ def _per_shard(function, options: _Options, out_axes):
 def _local_loss(
   x_BTD, kernel, bias_V, targets_BT, weights_BT, *, options: _Options, gradients: bool
 ):
-  """On the tokens and the part of the vocabulary that one device has."""
+  """The loss of one device's tokens over its part of the vocabulary."""
   B, T, D = x_BTD.shape
   dtype, vocab_axis = x_BTD.dtype, options.axes.index("vocab")
   over_rows, over_vocab = sharding.split_names("batch", "time"), sharding.split_names("vocab")

@@ -1,10 +1,10 @@
-"""The forward pass of a batch, which all losses begin with."""
+"""The forward pass of a batch, shared by all losses."""
 
 import jax
 
 from gptjax.data.batch import Batch
-from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
+from gptjax.model.stats import ActivationStats, RouterStats
 from gptjax.objectives import cross_entropy
 from gptjax.objectives.cross_entropy import LossSum
 
@@ -13,11 +13,11 @@ def hidden(
   model: GPT,
   batch: Batch,
   key: jax.Array | None = None,
-  figures: Figures | None = None,
-  routing: Routing | None = None,
+  stats: ActivationStats | None = None,
+  router_stats: RouterStats | None = None,
 ) -> jax.Array:
-  """Hidden states [B, T, D] of a batch, through the encoder first where the model has one; `key` is
-  of dropout, `figures` and `routing` are as of `GPT.hidden`."""
+  """Hidden states [B, T, D] of a batch, after running the encoder if there is one; arguments as in
+  `GPT.hidden`."""
   encoded = None
   if batch.encoder_inputs is not None:
     key, encoder_key = (None, None) if key is None else jax.random.split(key)
@@ -35,8 +35,8 @@ def hidden(
     token_types_BT=batch.token_types,
     encoded=encoded,
     key=key,
-    figures=figures,
-    routing=routing,
+    stats=stats,
+    router_stats=router_stats,
   )
   return x_BTD
 
@@ -47,11 +47,11 @@ def token_loss(
   key: jax.Array | None = None,
   *,
   z_loss: float = 0.0,
-  figures: Figures | None = None,
-  routing: Routing | None = None,
+  stats: ActivationStats | None = None,
+  router_stats: RouterStats | None = None,
 ) -> LossSum:
-  """The cross-entropy of the target tokens by their weights; arguments as of `Task.loss`."""
-  x_BTD = hidden(model, batch, key, figures, routing)
+  """The weighted cross-entropy of the target tokens; arguments as in `Task.loss`."""
+  x_BTD = hidden(model, batch, key, stats, router_stats)
   kernel, axes = model.output_kernel()
   return cross_entropy.cross_entropy(
     model.features(x_BTD),
@@ -69,10 +69,10 @@ def label_logits(
   model: GPT,
   batch: Batch,
   key: jax.Array | None = None,
-  figures: Figures | None = None,
-  routing: Routing | None = None,
+  stats: ActivationStats | None = None,
+  router_stats: RouterStats | None = None,
 ) -> jax.Array:
-  """Scores of the labels at each input, [B, T, K], float32; arguments as of `Task.loss`."""
+  """Scores of the labels at each input, [B, T, K], float32; arguments as in `Task.loss`."""
   keys = (None, None) if key is None else jax.random.split(key)
-  x_BTD = hidden(model, batch, keys[0], figures, routing)
+  x_BTD = hidden(model, batch, keys[0], stats, router_stats)
   return model.label_logits(x_BTD, batch.segment_ids, keys[1])

@@ -1,7 +1,7 @@
-"""A task: all that decides what a model learns, in one object.
+"""A task: everything that decides what a model learns, in one object.
 
 The loop, the step, validation, checkpoints, sweeps and `gptjax.evaluate` know only this interface.
-A new task is one class, its fields being the keys of `config.task`, and one line of `TASKS`.
+A new task is one class, whose fields are the keys of `config.task`, and one line of `TASKS`.
 """
 
 import abc
@@ -20,11 +20,11 @@ from gptjax.data.sources import Source
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, did_you_mean
 from gptjax.model.config import ModelConfig
-from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
+from gptjax.model.stats import ActivationStats, RouterStats
 from gptjax.objectives.cross_entropy import LossSum
 
-# Where each task is. Those of a wing are named too, and imported only when one is asked for.
+# Where each task is. Tasks in a wing are imported only when one is asked for.
 TASKS = {
   "next_token": "gptjax.objectives.text:NextToken",
   "prefix": "gptjax.objectives.text:Prefix",
@@ -39,13 +39,12 @@ TASKS = {
   "span": "gptjax.finetuning.span:Span",
   "preference": "gptjax.finetuning.preference:Preference",
 }
-# In the place of a name: the task that the model of `init_from` was made for.
+# Instead of a name: the task that the model of `init_from` was made for.
 OF_THE_MODEL = "of_the_model"
 
 
 class Rows(Protocol):
-  """A part of a corpus as items to train on, each read by its index: windows of tokens, finished
-  rows, or examples."""
+  """Items to train on, read by index: windows of tokens, finished rows, or examples."""
 
   def __len__(self) -> int: ...
 
@@ -53,18 +52,18 @@ class Rows(Protocol):
 
 
 class Encoded(Protocol):
-  """A part of a corpus as tokens; `num_bytes` of UTF-8 text where that is known. Equal parts have
-  equal checksums."""
+  """A tokenised part of a corpus; `num_bytes` of UTF-8 text if known. Equal parts have equal
+  checksums."""
 
   num_tokens: int
   checksum: int
 
 
 class Outputs(Protocol):
-  """Collects what a model says of validation examples."""
+  """Collects a model's outputs on validation examples."""
 
   def add(self, told: Any) -> None:
-    """Takes in what `Task.evaluate` told of a batch, on the host."""
+    """Adds the second result of `Task.evaluate` for a batch, on the host."""
 
   def metrics(self) -> dict[str, float]:
     """{name: value}, exact over all examples."""
@@ -72,17 +71,17 @@ class Outputs(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
-  """The interface of a task, with what most of them share.
+  """The interface of a task, with defaults that most tasks share.
 
   Attributes:
-    name: in `config.task.name`.
-    metrics: what a validation tells beside the loss, without 'val/'.
-    best_metric: the metric of a validation that says which checkpoint is the best, with 'val/'.
-    text_key: where the text of a record is, unless `data.text_key` says otherwise.
-    predicts_tokens: whether the targets are tokens, not labels that a head of their own scores.
-    writes_text: whether the model writes text, of which a run shows samples.
-    packs_batches: whether the rows of a batch are packed out of its items, `batch_size` of them, so
-      that each host needs them all. Otherwise an item is a row.
+    name: value of `config.task.name`.
+    metrics: names of the validation's metrics beside the loss, without 'val/'.
+    best_metric: the validation metric that decides which checkpoint is the best, with 'val/'.
+    text_key: key of a record's text, unless `data.text_key` says otherwise.
+    predicts_tokens: whether the targets are tokens, not labels with a head of their own.
+    writes_text: whether the model writes text, so that a run shows samples.
+    packs_batches: whether the rows of a batch are packed from `batch_size` items, so that each host
+      needs them all. Otherwise an item is a row.
   """
 
   name: ClassVar[str] = ""
@@ -101,12 +100,12 @@ class Task(abc.ABC):
     return sources.open_pair(part)
 
   def texts(self, source: Source, indices: Iterable[int] | None = None) -> Iterator[str]:
-    """Yields what is written in the documents, all or those at `indices`."""
+    """Yields the text of the documents, all or those at `indices`."""
     return sources.documents(source, indices)
 
   def settle(self, data: DataOptions, known: Sequence[str]) -> "Task":
-    """The task with what only the training records tell, such as the names of the labels; `known`
-    are those of the head that the run starts from."""
+    """The task completed from the training records, for instance with the names of the labels;
+    `known` are the labels of the model that the run starts from."""
     del data, known
     return self
 
@@ -117,11 +116,11 @@ class Task(abc.ABC):
   def encode(
     self, source: Source, tokenizer: Tokenizer, data: DataOptions, *, progress: bool
   ) -> Encoded:
-    """Makes tokens of documents, or opens those that were made before."""
+    """Tokenises documents, or opens the tokens of an earlier run."""
     return cache.open_or_build(source, self.encoder(tokenizer), data.cache_dir, progress=progress)
 
   def encoder(self, tokenizer: Tokenizer) -> cache.Encoder:
-    """What makes tokens of a document, for the token cache."""
+    """The encoder from documents to tokens, for the token cache."""
     return tokenizer
 
   def items(
@@ -143,7 +142,7 @@ class Task(abc.ABC):
   def row_maker(
     self, tokenizer: Tokenizer, data: DataOptions, *, training: bool
   ) -> Callable[[Any, np.random.Generator], Any]:
-    """(item, randomness) -> row: all that is random about a row."""
+    """Returns the function (item, randomness) -> row, with everything random about a row."""
     del tokenizer, data, training
     return lambda item, _: item
 
@@ -153,12 +152,12 @@ class Task(abc.ABC):
     return Batch.stack(rows)
 
   def warnings(self, rows: Rows) -> Iterator[str]:
-    """Says what of the documents is not in the rows."""
+    """Yields warnings about documents that are not in the rows."""
     del rows
     return iter(())
 
   def check_sides(self, training: Mapping[str, Source], validation: Mapping[str, Source]) -> None:
-    """Warns of what the two sides should not have in common."""
+    """Warns of overlap between training and validation."""
 
   @property
   def predicts_all_text(self) -> bool:
@@ -191,26 +190,26 @@ class Task(abc.ABC):
     batch: Batch,
     key: jax.Array | None = None,
     *,
-    figures: Figures | None = None,
-    routing: Routing | None = None,
+    stats: ActivationStats | None = None,
+    router_stats: RouterStats | None = None,
   ) -> LossSum:
-    """The loss of every target, times its weight, summed: what is minimised, and what is told.
+    """The weighted sum of the losses of all targets.
 
     Args:
       model: the model.
       batch: rows.
-      key: of dropout; None is evaluation.
-      figures, routing: as of `GPT.hidden`.
+      key: randomness of dropout; None is evaluation.
+      stats, router_stats: as in `GPT.hidden`.
     """
 
   # --- Validation ---------------------------------------------------------------------------------
 
   def evaluate(self, model: GPT, batch: Batch) -> tuple[dict[str, tuple[Any, Any]], Any]:
-    """({name: (sum, weight)} over targets, what `Outputs.add` takes in or None); traced by JAX."""
+    """Returns {name: (sum, weight)} over targets, and input for `Outputs.add` or None; traced."""
     return {"loss": (self.loss(model, batch).cross_entropy, batch.weights.sum())}, None
 
   def outputs(self) -> Outputs | None:
-    """What collects the outputs of a validation; None where the sums are all."""
+    """A collector of the outputs of a validation; None if the sums are enough."""
     return None
 
   def check_libraries(self) -> None:
@@ -218,7 +217,7 @@ class Task(abc.ABC):
 
 
 def find_task(name: str) -> type[Task]:
-  """The class of a task; UserError for a name that is none."""
+  """The class of a task; UserError for an unknown name."""
   if name not in TASKS:
     raise UserError(f"task: no task {name!r}. {did_you_mean(name, TASKS)}")
   return wings.load(TASKS[name], f"task={name!r}")
@@ -248,5 +247,5 @@ def make_task(config: Mapping[str, Any]) -> Task:
 
 
 def metrics_of(task: type[Task] | Task) -> tuple[str, ...]:
-  """The names of what a validation tells, with 'val/'."""
+  """The names of a validation's metrics, with 'val/'."""
   return ("val/loss", *(f"val/{name}" for name in task.metrics))

@@ -17,8 +17,8 @@ from gptjax.data.packing import Windows, pack
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, check_number
 from gptjax.model.config import ModelConfig
-from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import GPT
+from gptjax.model.stats import ActivationStats, RouterStats
 from gptjax.objectives.cross_entropy import LossSum
 from gptjax.objectives.forward import token_loss
 from gptjax.objectives.task import Task
@@ -31,7 +31,7 @@ class TextTask(Task):
   """Predicts tokens of plain text.
 
   Attributes:
-    z_loss: factor of log(sum exp(logits))^2 in what is minimised, but not in the loss that is told.
+    z_loss: factor of log(sum exp(logits))^2, which is minimised too but not part of the loss shown.
     visibility: the `ModelConfig.visibility` that the task needs.
     has_encoder: whether it needs an encoder.
   """
@@ -48,7 +48,7 @@ class TextTask(Task):
     return Windows(encoded, self.window_length(data), drop_remainder=training)
 
   def window_length(self, data: DataOptions) -> int:
-    """Tokens of a window, without the one that it shares with the next."""
+    """Tokens of a window, without the one that the next window begins with."""
     return data.sequence_length
 
   def check_model(self, model: ModelConfig) -> None:
@@ -68,20 +68,20 @@ class TextTask(Task):
     batch: Batch,
     key: jax.Array | None = None,
     *,
-    figures: Figures | None = None,
-    routing: Routing | None = None,
+    stats: ActivationStats | None = None,
+    router_stats: RouterStats | None = None,
   ) -> LossSum:
-    return token_loss(model, batch, key, z_loss=self.z_loss, figures=figures, routing=routing)
+    return token_loss(model, batch, key, z_loss=self.z_loss, stats=stats, router_stats=router_stats)
 
 
 @dataclasses.dataclass(frozen=True)
 class NextToken(TextTask):
-  """The next token of a text (GPT).
+  """Predicts the next token of a text (GPT).
 
   Attributes:
-    fim_rate: share of the documents that are reordered for fill-in-the-middle (Bavarian et al.
-      2022); validation never is.
-    spm_rate: share of those with the suffix first.
+    fim_rate: share of training documents that are reordered for fill-in-the-middle (Bavarian et al.
+      2022).
+    spm_rate: share of reordered documents with the suffix first.
   """
 
   fim_rate: float = 0.0
@@ -109,7 +109,8 @@ class NextToken(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(TextTask):
-  """The rest of a text, whose beginning all of it sees (Raffel et al. 2020, section 3.2.3)."""
+  """Predicts the rest of a text after a prefix that sees itself in both directions (Raffel et al.
+  2020, section 3.2.3)."""
 
   name = "prefix"
   visibility = "prefix"
@@ -123,7 +124,7 @@ class Prefix(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class Masked(TextTask):
-  """Tokens that are masked in a text (BERT, Devlin et al. 2019).
+  """Predicts masked tokens of a text (BERT, Devlin et al. 2019).
 
   Attributes:
     mask_rate: share of the tokens to predict.
@@ -149,12 +150,11 @@ class Masked(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(TextTask):
-  """Spans that are left out of a text, written by a decoder beside an encoder (T5, Raffel et al.
-  2020).
+  """Writes the spans that are missing in the encoder's text (T5, Raffel et al. 2020).
 
   Attributes:
     mask_rate: share of the tokens to predict.
-    mean_span: tokens of a span, on average.
+    mean_span: mean number of tokens in a span.
   """
 
   mask_rate: float = 0.15

@@ -1,4 +1,4 @@
-"""How learning rates differ over the depth of a network, and which layers are trained when."""
+"""Layerwise learning rates, frozen layers and gradual unfreezing."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,16 +15,17 @@ _BELOW = ("embed", "position", "token_type")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Depths:
-  """Multipliers of the learning rate by depth: 0 of embeddings, 1 to L of layers, L + 1 above.
+class LayerwiseRates:
+  """Multipliers of the learning rate by depth: embeddings 0, layers 1 to L, the rest above L + 1.
 
-  decay: of each layer in parts of the one above it (Howard and Ruder 2018, arXiv:1801.06146,
-    section 3.2, where it is 1 / 2.6; Clark et al. 2020, table 7).
-  frozen: layers of a depth up to this are not trained, nor are the embeddings if it is above 0.
-  unfreeze_steps: depth d is trained from step (L + 1 - d) * unfreeze_steps on (Howard and Ruder
-    2018, section 3.3); 0 is from the start.
-  of: {parameter: its depth}, of a stack [L, 1, ...].
-  top: L + 1.
+  Attributes:
+    decay: multiplier of each layer in parts of the one above it (Howard and Ruder 2018,
+      arXiv:1801.06146, section 3.2, where it is 1 / 2.6; Clark et al. 2020, table 7).
+    frozen: depth up to which layers are not trained, nor the embeddings if it is above 0.
+    unfreeze_steps: depth d is trained from step (L + 1 - d) * unfreeze_steps on (Howard and Ruder
+      2018, section 3.3); 0 is from the start.
+    of: {parameter: depth}, for a stack [L, 1, ...].
+    top: depth L + 1.
   """
 
   decay: float
@@ -36,8 +37,8 @@ class Depths:
   @classmethod
   def from_config(
     cls, config: Any, parameters: Mapping[str, ParameterInfo], unfreeze_steps: int
-  ) -> "Depths":
-    """Of `config.optim`; UserError for a value that is out of range."""
+  ) -> "LayerwiseRates":
+    """Reads `config.optim`; UserError for a value that is out of range."""
     top = 1 + max((len(_layers(info)) for info in parameters.values()), default=0)
     if not 0 < config.layer_decay <= 1:
       raise UserError(f"optim.layer_decay={config.layer_decay} is not above 0 and at most 1.")
@@ -49,8 +50,8 @@ class Depths:
     return cls(config.layer_decay, config.freeze_layers, unfreeze_steps, of, top)
 
   def factor(self, name: str, step: jax.Array) -> jax.Array | None:
-    """The multiplier of a parameter at a step, a scalar or [L, 1, ...]; 0 where it is not trained,
-    None where nothing depends on depth."""
+    """The multiplier of a parameter at a step, a scalar or [L, 1, ...]; 0 if it is not trained,
+    None if nothing depends on depth."""
     if self.decay == 1 and not self.frozen and not self.unfreeze_steps:
       return None
     depth = self.of[name]

@@ -20,22 +20,23 @@ from gptjax import tree
 from gptjax.errors import UserError, check_number, did_you_mean
 from gptjax.model.gpt import ParameterInfo
 from gptjax.optim import soap, transfer
-from gptjax.optim.layerwise import Depths
+from gptjax.optim.layerwise import LayerwiseRates
 
 # With these, weight decay is a term of the gradient (L2), not decoupled from it.
 L2_ALGORITHMS = ("adam", "sgd")
 
-# These are of matrices only.
+# These update matrices only.
 MATRIX_ALGORITHMS = ("muon", "soap")
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """What a rule says of the parameters it matches.
+  """Settings of the parameters that a rule matches.
 
-  lr, decay: multipliers of `optim.learning_rate` and `optim.weight_decay`.
-  algorithm: in place of `optim.name`.
-  frozen: neither updated nor counted in the gradient norm; no optimizer state is kept.
+  Attributes:
+    lr, decay: multipliers of `optim.learning_rate` and `optim.weight_decay`.
+    algorithm: replaces `optim.name`.
+    frozen: neither updated nor counted in the gradient norm; no optimizer state is kept.
   """
 
   lr: float = 1.0
@@ -48,22 +49,23 @@ class Group:
 class Optimizer:
   """A gradient transformation, its schedule and its groups.
 
-  learning_rate: step -> float32 scalar, before the group's multiplier.
-  groups: {parameter name: Group}, complete.
-  depths: further multipliers, by layer and by step.
+  Attributes:
+    learning_rate: step -> float32 scalar, before the group's multiplier.
+    groups: {parameter name: Group}, complete.
+    layerwise: further multipliers, by layer and by step.
   """
 
   transformation: optax.GradientTransformation
   learning_rate: Callable[[jax.Array], jax.Array]
   groups: Mapping[str, Group]
-  depths: Depths
+  layerwise: LayerwiseRates
 
   def init(self, params: Any) -> optax.OptState:
     return self.transformation.init(params)
 
   def update(self, grads: Any, state: optax.OptState, params: Any, step: jax.Array):
     """Returns new parameters, new state and the norm of the gradient before clipping."""
-    factors = {name: self.depths.factor(name, step) for name in self.groups}
+    factors = {name: self.layerwise.factor(name, step) for name in self.groups}
     learning_rate = self.learning_rate(step)
 
     def trained_part(name: str, gradient: jax.Array) -> jax.Array:
@@ -107,8 +109,8 @@ def make_optimizer(
   """Builds the optimizer of `config.optim`.
 
   Args:
-    unfreeze_steps: of `Depths`.
-    width_ratio: of the model to the base of its parametrization; see `gptjax.optim.transfer`.
+    unfreeze_steps: see `LayerwiseRates`.
+    width_ratio: width of the model over the base's; see `gptjax.optim.transfer`.
 
   Raises:
     UserError: an unknown algorithm or rule key, or a parameter that no rule matches.
@@ -156,7 +158,7 @@ def make_optimizer(
     ),
     schedule,
     groups,
-    Depths.from_config(config, parameters, unfreeze_steps),
+    LayerwiseRates.from_config(config, parameters, unfreeze_steps),
   )
 
 
@@ -185,7 +187,7 @@ def _add_decay(decay: Mapping[str, float]) -> optax.GradientTransformation:
 def _algorithm(
   name: str, config: Any, parameters: Mapping[str, ParameterInfo]
 ) -> optax.GradientTransformation:
-  """The direction an algorithm proposes, before learning rate and decoupled decay.
+  """The direction of an algorithm's update, before learning rate and decoupled decay.
 
   adamw: Loshchilov and Hutter 2019. adam: Kingma and Ba 2015. sgd: heavy-ball momentum. adafactor:
   Shazeer and Stern 2018, without relative step sizes. lion: Chen et al. 2023. muon: Jordan et al.
@@ -230,7 +232,7 @@ def _algorithm(
 
 
 def _check_matrix(name: str, info: ParameterInfo, algorithm: str) -> None:
-  """Refuses what would raise in the middle of compilation."""
+  """Refuses a parameter that the algorithm would fail on in the middle of compilation."""
   if info.fan_in_axes is None:
     raise UserError(
       f"optim.rules: {algorithm} works on matrices, and {name!r} is not a projection's kernel; "
@@ -241,8 +243,7 @@ def _check_matrix(name: str, info: ParameterInfo, algorithm: str) -> None:
 def _on_matrices(
   inner: optax.GradientTransformation, parameters: Mapping[str, ParameterInfo]
 ) -> optax.GradientTransformation:
-  """Shows `inner` each kernel as a stack of matrices [L, fan_in, fan_out], without the L outside of
-  a stack."""
+  """Passes `inner` each kernel as a stack of matrices [L, fan_in, fan_out], or as one matrix."""
 
   def flatten(updates):
     def to_matrix(name, u):
@@ -297,6 +298,6 @@ def make_schedule(
         f"optim.schedule: no schedule {config.schedule!r}. "
         f"{did_you_mean(str(config.schedule), choices)}"
       )
-  # The first update is not lost to a learning rate of 0: step 0 has the first share of the warmup.
+  # Step 0 has the first share of the warmup, as a learning rate of 0 would waste an update.
   warmup = lambda step: peak * (step + 1) / (warmup_steps + 1)  # noqa: E731
   return optax.join_schedules([warmup, after], [warmup_steps])

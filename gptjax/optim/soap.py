@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# The statistics and the bases are worth little in less.
+# Lower precision would spoil the statistics and the bases.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class SoapState(NamedTuple):
-  """count: int32, gradients seen. The rest is as the parameters, in float32, [..., m, n] each.
+  """State of SOAP: `count`, int32, the gradients seen, and float32 trees like the parameters.
 
-  momentum: of the gradient. second_moment: of the rotated gradient. left [..., m, m] and right
-  [..., n, n]: moving averages of G G^T and G^T G. left_basis, right_basis: their eigenvectors.
+  For a parameter [..., m, n], momentum: of the gradient G. second_moment: of the rotated gradient.
+  left [..., m, m], right [..., n, n]: moving averages of G G^T and G^T G. left_basis, right_basis:
+  their eigenvectors.
   """
 
   count: jax.Array
@@ -27,7 +28,7 @@ class SoapState(NamedTuple):
 
 
 def scale_by_soap(b1: float, b2: float, eps: float, interval: int) -> optax.GradientTransformation:
-  """Vyas et al. 2024 (arXiv:2409.11321), algorithm 3, with bias correction as in Adam.
+  """SOAP (Vyas et al. 2024, arXiv:2409.11321, algorithm 3), with bias correction as in Adam.
 
   Every leaf is a matrix [..., m, n] or a stack of them. The first gradient only makes the bases,
   the eigenvectors of its statistics: it is diagonal in them, and Adam would blow up the rounding
@@ -95,10 +96,10 @@ def scale_by_soap(b1: float, b2: float, eps: float, interval: int) -> optax.Grad
 
 
 def _one_by_one(function, stack: jax.Array) -> jax.Array:
-  """function([n, n]) -> [n, n] of each matrix of a stack [..., n, n].
+  """Applies function([n, n]) -> [n, n] to each matrix of a stack [..., n, n] in turn.
 
-  XLA:CPU shares the matrices of a stack out among its threads, and with two of them waits for ever
-  when that is inside of a conditional (jax 0.10.2).
+  XLA:CPU distributes the matrices of a stack over its threads, and with two threads waits for ever
+  if that is inside a conditional (jax 0.10.2).
   """
   each = jax.lax.map(function, stack.reshape(-1, *stack.shape[-2:]))
   return each.reshape(stack.shape)

@@ -1,21 +1,21 @@
 """Hyper-parameters that transfer from a narrow model to a wide one: the optimizer's side of muP.
 
-`ModelConfig.parametrization` sets what the forward pass and the initialisation owe to width and
-depth; here is what the update of each parameter owes, so that the learning rate and the weight
-decay that are best at `base_embed_dim` stay best. With C a constant, m the width over that of the
-base, and updates of C a step to what a layer puts out:
+`ModelConfig.parametrization` scales the forward pass and the initialisation with width and depth;
+this module scales the update of each parameter, so that the learning rate and the weight decay that
+are best at `base_embed_dim` stay best. Each update should change a layer's output by the same
+amount at any width; m is the width over the base's:
 
-  Adam and what else makes every element of an update about equally large moves the product of a
-  matrix with m times as many aligned terms by m times as much: its learning rate is divided by m
-  (Yang et al. 2022, arXiv:2203.03466, table 8).
+  Adam and other algorithms whose updates have elements of about equal size change the product of a
+  matrix with m times as many aligned terms m times as much: the learning rate is divided by m (Yang
+  et al. 2022, arXiv:2203.03466, table 8).
   Muon's update is a rotation times 0.2 sqrt(width): that root is divided out (spectral condition,
   Yang, Simon and Bernstein 2023, arXiv:2310.17813, equation 3).
-  Embeddings, biases and norms are the same at any width; the division of the logits by m is the
-  model's (`GPT.hidden`).
+  Embeddings, biases and norms are the same at any width; the model itself divides the logits by m
+  (`GPT.hidden`).
 
-Decay follows the learning rate inversely, so that their product, the share of a weight that a step
-takes away, is the same at any width (Dey et al. 2025, arXiv:2505.01618, table 1). Depth asks for no
-other rate: CompleteP's residual branches are divided by the depth.
+Weight decay is inverse to the learning rate, so that their product, the share of a weight that a
+step removes, is the same at any width (Dey et al. 2025, arXiv:2505.01618, table 1). Depth needs no
+other rate: CompleteP divides the residual branches by the depth.
 """
 
 from collections.abc import Mapping
@@ -36,12 +36,12 @@ _POWER = {
 
 
 def hidden_parameters(parameters: Mapping[str, ParameterInfo]) -> set[str]:
-  """The matrices that read a width; all other parameters keep their learning rate."""
+  """Names of the matrices whose fan-in is a width; other parameters keep their learning rate."""
   return {name for name, info in parameters.items() if info.role in _HIDDEN}
 
 
 def learning_rate_multiplier(algorithm: str, width_ratio: float) -> float:
-  """Of the hidden matrices that `algorithm` updates.
+  """Multiplier of the learning rate of hidden matrices that `algorithm` updates.
 
   Raises:
     UserError: the algorithm has no rule.

@@ -1,6 +1,6 @@
-"""How good answers are: the field's metrics, by its libraries, with bootstrap intervals.
+"""Metrics of answers, by the field's own libraries, with bootstrap intervals.
 
-A `Measure` is a statistic of the examples with given indices, so that each can be resampled. The
+A `Measure` is a statistic of the examples with given indices, so that it can be resampled. The
 libraries are imported where they are used: some take seconds, and few tasks need all of them.
 """
 
@@ -23,7 +23,7 @@ Measure = Callable[[np.ndarray], float]
 
 RESAMPLES = 1000
 
-# What the metrics of a kind of task need.
+# Libraries that the metrics of a kind of task need.
 LIBRARIES = {
   "classification": "sklearn.metrics",
   "summarization": "rouge_score.rouge_scorer",
@@ -34,7 +34,7 @@ LIBRARIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A value of n examples, and its 95 % interval [low, high], None where none is known."""
+  """The value of a metric on n examples, and its 95 % interval [low, high], None if not known."""
 
   value: float
   low: float | None
@@ -44,10 +44,10 @@ class Metric:
 
 def bootstrap(measure: Measure, n: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Metric:
   """The measure of n examples and its percentile interval (Efron 1979), from `resamples` draws of n
-  with replacement; no interval of one example, nor of a measure that is not finite on a draw.
+  with replacement; no interval for one example, nor for a measure that is not finite on a draw.
 
-  The draws of a `Biased` measure are moved by their bias, to 0 at least (Efron and Tibshirani 1993,
-  section 10.2): what is reported is where the measure of so many examples lies.
+  The draws of a `Biased` measure are shifted by their bias, but not below 0 (Efron and Tibshirani
+  1993, section 10.2), so that the interval is that of the measure on so many examples.
   """
   value = float(measure(np.arange(n)))
   if n < 2:
@@ -64,8 +64,8 @@ def bootstrap(measure: Measure, n: int, *, resamples: int = RESAMPLES, seed: int
 
 @dataclasses.dataclass(frozen=True)
 class Biased:
-  """A measure, not below 0, that noise makes larger, and so a draw of its examples, which has the
-  noise twice."""
+  """A measure of at least 0 that noise makes larger. A bootstrap draw has the noise twice, so its
+  value is biased."""
 
   measure: Measure
 
@@ -82,8 +82,8 @@ def mean_of(values: Sequence[float]) -> Measure:
 
 
 def classification(gold: Sequence[str], predicted: Sequence[str]) -> dict[str, Measure]:
-  """Accuracy, macro F1 over the labels there are, and Matthews' correlation (scikit-learn); and the
-  accuracy of always answering with the commonest label."""
+  """Accuracy, macro F1 over the labels that occur, and Matthews' correlation (scikit-learn); and
+  the accuracy of always answering with the most frequent label."""
   metrics = need("sklearn.metrics")
   gold, predicted = np.array(gold), np.array(predicted)
   commonest = collections.Counter(gold.tolist()).most_common(1)[0][0]
@@ -93,7 +93,7 @@ def classification(gold: Sequence[str], predicted: Sequence[str]) -> dict[str, M
     return metrics.f1_score(gold[i], predicted[i], labels=present, average="macro", zero_division=0)
 
   def mcc(i):
-    # Of one label alone it is 0 by definition, with a warning.
+    # With a single label it is 0 by definition, and scikit-learn warns.
     several = len({*gold[i], *predicted[i]}) > 1
     return metrics.matthews_corrcoef(gold[i], predicted[i]) if several else 0.0
 
@@ -101,14 +101,14 @@ def classification(gold: Sequence[str], predicted: Sequence[str]) -> dict[str, M
     "accuracy": mean_of(gold == predicted),
     "f1_macro": macro_f1,
     "mcc": mcc,
-    "accuracy_of_commonest": mean_of(gold == commonest),
+    "majority_baseline": mean_of(gold == commonest),
   }
 
 
 def classification_report(
   gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]
 ) -> dict[str, Any]:
-  """scikit-learn's report of each label, and the confusion matrix, rows being what is right."""
+  """scikit-learn's report on each label, and the confusion matrix, a row per right label."""
   metrics = need("sklearn.metrics")
   report = metrics.classification_report(
     gold, predicted, labels=labels, output_dict=True, zero_division=0
@@ -121,8 +121,8 @@ def classification_report(
 
 
 def multi_label(gold_NK: np.ndarray, predicted_NK: np.ndarray) -> dict[str, Measure]:
-  """The share of examples with exactly their labels (booleans), and F1 over all decisions and as
-  the mean of the labels (scikit-learn)."""
+  """The share of examples with exactly the right labels (booleans), and F1 over all decisions and
+  averaged over labels (scikit-learn)."""
   metrics = need("sklearn.metrics")
 
   def f1(average: str) -> Measure:
@@ -148,8 +148,8 @@ def spearman(gold: Sequence[float], predicted: Sequence[float]) -> Measure:
 def calibration_error(
   confidence: Sequence[float], correct: Sequence[bool], bins: int = 10
 ) -> Measure:
-  """Expected calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3): the mean distance
-  of accuracy from confidence over bins of equal width, weighted by how many examples they have."""
+  """Expected calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3): the mean difference
+  between accuracy and confidence over bins of equal width, weighted by their examples."""
   confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
   number = bin_of(confidence, bins)
 
@@ -168,7 +168,7 @@ def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
 def spans(
   golds: Sequence[tuple[int, int]], predicted: Sequence[tuple[int, int]]
 ) -> dict[str, Measure]:
-  """The share of spans, (first, last) tokens, that are exactly right, and the mean F1 of tokens."""
+  """The share of spans (first, last token) that are exactly right, and the mean F1 of tokens."""
   exact, f1 = [], []
   for gold, found in zip(golds, predicted, strict=True):
     common = max(min(gold[1], found[1]) - max(gold[0], found[0]) + 1, 0)
@@ -182,21 +182,21 @@ def spans(
 
 
 def ranking_order(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-  """Indices [C] of candidates from the highest score, what is right after what it is tied with."""
+  """Indices [C] of candidates from the highest score; at equal scores right ones come last."""
   return np.lexsort((right, -scores))
 
 
 def ranking(right: Sequence[np.ndarray], k: Sequence[int]) -> dict[str, Measure]:
-  """How far ahead the right candidates are.
+  """Metrics of how far ahead the right candidates are ranked.
 
-  Accuracy, and hit@k of each `k` above 1: whether a right one is the first, or one of the first k.
-  mrr: the mean reciprocal rank of the first that is right (Voorhees 1999). ndcg: the discounted
-  cumulative gain over that of the best order (Järvelin & Kekäläinen 2002), with a discount of
-  log2(1 + rank) (Burges et al. 2005). accuracy_of_chance: what guessing gets in the mean.
+  accuracy, and hit@k for each `k` above 1: whether a right candidate is the first, or one of the
+  first k. mrr: the mean reciprocal rank of the first right one (Voorhees 1999). ndcg: the
+  discounted cumulative gain, in parts of the best order's (Järvelin & Kekäläinen 2002), with a
+  discount of log2(1 + rank) (Burges et al. 2005). accuracy_of_chance: expected when guessing.
 
   Args:
-    right: whether each candidate is right, bool [C] of each example, in their order; one is.
-    k: of hit@k.
+    right: bool [C] for each example, whether each candidate in ranked order is right; one must be.
+    k: the k of hit@k.
   """
   first = np.array([one.argmax() for one in right])
 
@@ -220,7 +220,7 @@ def question_answering(
   golds: Sequence[str | Sequence[str]], answers: Sequence[str], language: str = "en"
 ) -> dict[str, Measure]:
   """Exact match and F1 of words, the best over the right answers (Rajpurkar et al. 2016, section
-  6.1); of Chinese, F1 of characters (Cui et al. 2019, arXiv:1810.07366)."""
+  6.1); for Chinese, F1 of characters (Cui et al. 2019, arXiv:1810.07366)."""
   exact, f1 = [], []
   for gold, answer in zip(golds, answers, strict=True):
     found = _words(answer, language)
@@ -234,7 +234,7 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 
 def _words(text: str, language: str) -> list[str]:
-  """Lower case, without punctuation and English articles."""
+  """The words of a text in lower case, without punctuation and English articles."""
   kept = (
     c for c in text.lower() if c not in _PUNCTUATION and not unicodedata.category(c).startswith("P")
   )
@@ -252,15 +252,15 @@ def _overlap(found: list[str], right: list[str]) -> float:
 
 
 def chinese_units(text: str) -> list[str]:
-  """Each Chinese character, and each run of letters or digits."""
+  """Splits a text into Chinese characters and runs of letters or digits."""
   return re.findall(r"[a-z0-9]+|[^\sa-z0-9]", text.lower())
 
 
 def summarization(
   golds: Sequence[str], answers: Sequence[str], language: str = "en"
 ) -> dict[str, Measure]:
-  """F-measures of ROUGE-1, -2 and -L (Lin 2004; rouge-score, with Porter's stemmer), of Chinese by
-  characters, which its own tokenizer would drop."""
+  """F-measures of ROUGE-1, -2 and -L (Lin 2004; rouge-score, with Porter's stemmer); Chinese by
+  characters, which the library's own tokenizer would drop."""
   rouge_scorer = need("rouge_score.rouge_scorer")
 
   class Characters:
@@ -280,7 +280,7 @@ def translation(
   """Corpus BLEU and chrF2 (Papineni et al. 2002, Popović 2015; sacreBLEU), from 0 to 100."""
 
   def corpus_score(scorer):
-    # What its own bootstrap resamples; tokenising each draw anew would take minutes.
+    # sacreBLEU's own bootstrap resamples these counts too; tokenising each draw would take minutes.
     counts = np.array(scorer._extract_corpus_statistics(answers, [golds]))
     return lambda i: scorer._compute_score_from_stats(counts[i].sum(axis=0).tolist()).score
 
@@ -299,7 +299,7 @@ def translation_signatures(language: str) -> dict[str, str]:
   """sacreBLEU's own descriptions, without which its scores cannot be compared."""
   signatures = {}
   for name, scorer in _translation_scorers(language).items():
-    scorer.corpus_score(["text"], [["text"]])  # Which tells it the number of references.
+    scorer.corpus_score(["text"], [["text"]])  # Tells the scorer the number of references.
     signatures[name] = str(scorer.get_signature())
   return signatures
 
@@ -307,10 +307,10 @@ def translation_signatures(language: str) -> dict[str, str]:
 def tagging(
   golds: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> dict[str, Measure]:
-  """Precision, recall and F1 of whole entities, over all of them (seqeval, as conlleval).
+  """Precision, recall and F1 over all whole entities (seqeval, as conlleval).
 
   Args:
-    golds, predicted: tags as 'B-PER', 'I-PER', 'O', equally many of each example.
+    golds, predicted: tags such as 'B-PER', 'I-PER', 'O', equally many for each example.
   """
   labeling = need("seqeval.metrics.sequence_labeling")
   counts = []
@@ -335,8 +335,8 @@ def tagging(
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-  """The probability that one of k samples is correct, without bias: 1 - C(n - c, k) / C(n, k) (Chen
-  et al. 2021, arXiv:2107.03374, equation 1)."""
+  """Unbiased estimate of the probability that one of k samples is correct:
+  1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374, equation 1)."""
   if not 1 <= k <= samples:
     raise UserError(f"pass@{k} of {samples} samples: k must be from 1 to {samples}.")
   if samples - correct < k:
@@ -345,7 +345,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def code(passed: Sequence[Sequence[bool]], k: Sequence[int]) -> dict[str, Measure]:
-  """pass@k over problems, of each of which `passed` says which samples were correct."""
+  """pass@k over problems; `passed` says of each problem which samples were correct."""
   return {
     f"pass@{one}": mean_of([pass_at_k(len(samples), sum(samples), one) for samples in passed])
     for one in k
@@ -358,8 +358,8 @@ def code(passed: Sequence[Sequence[bool]], k: Sequence[int]) -> dict[str, Measur
 def language_modelling(
   nats: Sequence[float], tokens: Sequence[int], texts: Sequence[str]
 ) -> dict[str, Measure]:
-  """Perplexity of tokens and of words, and bits per byte, over documents; `nats` of each is minus
-  its log-likelihood."""
+  """Perplexity of tokens and of words, and bits per byte, over documents; `nats` are their negative
+  log-likelihoods."""
   sizes = [(len(text.split()), len(text.encode())) for text in texts]
   table = np.array([(a, b, *c) for a, b, c in zip(nats, tokens, sizes, strict=True)], float)
 

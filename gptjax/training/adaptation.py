@@ -16,7 +16,7 @@ from gptjax.optim.optimizer import Optimizer
 class WholeModel:
   """Trains every parameter of the model.
 
-  What else can be trained (`gptjax.peft.adaptation.Adapters`) has the same attributes and methods.
+  The alternative, `gptjax.peft.adaptation.Adapters`, has the same attributes and methods.
 
   Attributes:
     method: `config.peft.method`.
@@ -29,7 +29,7 @@ class WholeModel:
   kind: type[nnx.Variable] = nnx.Param
 
   def abstract_model(self, config: ModelConfig) -> GPT:
-    """The model as it is trained; nothing is allocated."""
+    """The model with what is trained, without allocating anything."""
     return abstract_model(config)
 
   def trained(self, config: ModelConfig) -> dict[str, ParameterInfo]:
@@ -39,14 +39,14 @@ class WholeModel:
   def initial_params(
     self, config: ModelConfig, seed: int, base: Mapping[str, Any] | None
   ) -> dict[str, Any]:
-    """The trained parameters at step 0, a nested dict; `base` are those of a frozen model."""
+    """The trained parameters at step 0, a nested dict; `base` are a frozen model's parameters."""
     del base
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
 
   def wrap(
     self, optimizer: Optimizer, trained: Mapping[str, ParameterInfo], length: RunLength | None
   ) -> Optimizer:
-    """The optimizer with what the method adds to it; without a length it is only traced."""
+    """The optimizer with the method's additions; without a length it is only traced."""
     del trained, length
     return optimizer
 
@@ -59,15 +59,15 @@ class WholeModel:
     """The frozen parameters that the step takes beside the state.
 
     Args:
-      base: the model's parameters, a nested dict, which is not to be used any more.
+      base: the model's parameters, a nested dict, which must not be used afterwards.
       parameters: describes them.
-      trained: describes those that are trained.
+      trained: describes the trained parameters.
     """
     del base, parameters, trained
     return None
 
   def merge(self, model: GPT) -> GPT:
-    """The model as it is used: what was trained beside it is part of it where that is possible."""
+    """The model for use, with adapters merged into it where that is possible."""
     return model
 
 

@@ -1,4 +1,4 @@
-"""What needs no neural network reaches on a text, in bits per byte."""
+"""Baselines without a neural network on a text, in bits per byte."""
 
 import gzip
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ def ngram_bits_per_byte(
 
   Args:
     training, validation: documents; each side is read as one stream.
-    order: bytes of a gram, the predicted one included; at most 7.
+    order: bytes of an n-gram, the predicted one included; at most 7.
   """
   if not 1 <= order <= 7:
     raise ValueError(f"order {order} is not from 1 to 7: a gram is packed into 64 bits")
@@ -32,7 +32,7 @@ def ngram_bits_per_byte(
   keys, counts = np.unique(_grams(train, order), return_counts=True)
   for length in range(order, 0, -1):
     levels.append(_Level(keys, counts))
-    # How many distinct bytes come before the shorter gram, in place of how often it comes.
+    # Counts how many distinct bytes precede the shorter gram, not how often it occurs.
     shorter = keys & np.uint64(256 ** (length - 1) - 1)
     keys, counts = np.unique(shorter, return_counts=True)
   probability = np.full(len(valid), 1 / 256)
@@ -42,12 +42,12 @@ def ngram_bits_per_byte(
 
 
 class _Level:
-  """The grams of one length: how often each was counted, and what followed each context."""
+  """The n-grams of one length: the count of each, and the bytes that followed each context."""
 
   def __init__(self, keys: np.ndarray, counts: np.ndarray):
     self.keys, self.counts = keys, counts
     once, twice = (counts == 1).sum(), (counts == 2).sum()
-    # Were it 0, as the estimate is with nothing counted once, what is new would be impossible.
+    # A discount of 0, the estimate if nothing was counted once, would make new grams impossible.
     self.discount = once / (once + 2 * twice) if once else 0.5
     # Keys are sorted, so the grams of a context, which differ in their last byte, are neighbours.
     self.contexts, first = np.unique(keys >> np.uint64(8), return_index=True)
@@ -55,7 +55,7 @@ class _Level:
     self.followers = np.diff(np.append(first, len(keys)))
 
   def interpolate(self, grams: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-    """Probabilities of the last bytes of `grams`, given those of the grams one byte shorter."""
+    """Probabilities of the last bytes of `grams`, given those under one byte less of context."""
     counts = _look_up(self.keys, self.counts, grams)
     context = grams >> np.uint64(8)
     totals = _look_up(self.contexts, self.totals, context)

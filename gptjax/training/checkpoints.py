@@ -1,13 +1,13 @@
-"""Checkpoints: Orbax writes them, checksums prove them, retention thins them out.
+"""Checkpoints: Orbax writes them, checksums verify them, old ones are deleted.
 
     <directory>/<step>/state/      the arrays, each under its path in the state: params/blocks/...
     <directory>/<step>/manifest/   shape, dtype and checksum of every array
-    <directory>/metrics.json       the metric that tells which checkpoint is the best
+    <directory>/metrics.json       the metric that decides which checkpoint is the best
 
 Orbax commits a checkpoint by renaming a temporary folder (on object stores: by a marker file), so
-one that was being written when the process died is never seen. It does not notice bytes that
-changed later: a bit flipped inside a chunk restores as another number, without an error. Hence the
-checksums, taken of the arrays on their devices before the save and compared after the restore.
+a checkpoint that was being written when the process died is never seen. It does not notice bytes
+that changed later: a bit flipped inside a chunk restores as another number, without an error. Hence
+the checksums, of the arrays on their devices before the save, compared after the restore.
 """
 
 import contextlib
@@ -36,14 +36,13 @@ from gptjax.small_files import read_json, write_atomically
 
 T = TypeVar("T")
 
-# Of the model that adapters were put on, in the checkpoint of a run that trains those alone.
+# Checksum of the model that adapters were put on, in the checkpoint of a run that trains adapters.
 BASE_CHECKSUM = "base_checksum"
 
 _SCORES = "metrics.json"
 _LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "ece", "mean_absolute_error")
 
-# Orbax logs every fault with several tracebacks and then raises it, and what it raises is put into
-# one sentence here.
+# Orbax logs each fault with several tracebacks before it raises; here the error becomes a sentence.
 python_logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
 
 
@@ -51,11 +50,10 @@ class Checkpoints:
   """The checkpoints of one run. Every process of the run makes the same calls in the same order.
 
   Args:
-    directory: where they are kept, on a local disk or gs://. Created if need be.
+    directory: their folder, on a local disk or gs://. Created if necessary.
     keep: how many of the newest stay.
     keep_every_steps: checkpoints at multiples of this stay for ever; 0 is none.
-    best_metric: the checkpoint with the best value of this metric (`is_better`) stays too; '' is
-      none.
+    best_metric: the checkpoint with the best value of this metric (`is_better`) stays too, or ''.
 
   Raises:
     UserError: `keep` is below 1, or the directory cannot be written.
@@ -119,13 +117,13 @@ class Checkpoints:
       manifest=ocp.args.JsonSave(_make_manifest(arrays)),
     )
     with _write_errors(self.directory):
-      if step in self._manager.all_steps():  # A damaged one, which must make room.
+      if step in self._manager.all_steps():  # It is damaged, and must make room.
         self._manager.delete(step)
       self._retention.damaged.discard(step)
       self._manager.save(
         step,
         args=items,
-        force=True,  # Whether it is time to save is for the loop to say.
+        force=True,  # The loop decides when to save.
       )
 
   def wait(self) -> None:
@@ -138,7 +136,7 @@ class Checkpoints:
       try:
         self._manager.wait_until_finished()
       except BaseException:
-        # Orbax forgets the checkpoints that this save was to replace; they are still there.
+        # Orbax forgets the checkpoints that this save was to replace; they still exist.
         self._manager.reload()
         raise
 
@@ -158,7 +156,7 @@ class Checkpoints:
     return max(self.steps(), default=None)
 
   def thin_out(self) -> None:
-    """Deletes what a process that died had yet to delete. Call after `restore_latest`."""
+    """Deletes checkpoints that a process died before deleting. Call after `restore_latest`."""
     kept = self._retention.kept(self.steps())
     for step in self.steps():
       if step not in kept:
@@ -166,7 +164,7 @@ class Checkpoints:
           self._manager.delete(step)
 
   def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Tells how good the checkpoint of `step` is; decides what is deleted after the next save.
+    """Records the metrics of the checkpoint of `step`, for the deletions after the next save.
 
     A value that is not finite never makes a checkpoint the best.
 
@@ -187,7 +185,7 @@ class Checkpoints:
   def restore_latest(self, abstract_state: Any) -> tuple[Any, int] | None:
     """Restores the newest whole checkpoint, bit for bit, onto the shardings of `abstract_state`.
 
-    A damaged checkpoint is passed over with a warning, and deleted after the next save.
+    A damaged checkpoint is skipped with a warning, and deleted after the next save.
 
     Args:
       abstract_state: the state's pytree of jax.ShapeDtypeStruct, each with its sharding. The mesh
@@ -234,7 +232,7 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class ParamsReport:
-  """What `restore_params` found, by parameter name. Only what is `matched` was loaded.
+  """Report of `restore_params`, by parameter name. Only `matched` parameters were loaded.
 
   Attributes:
     source: the checkpoint's folder.
@@ -242,7 +240,7 @@ class ParamsReport:
     missing: wanted, but not in the checkpoint.
     left_over: in the checkpoint, but not wanted.
     mismatched: in both with other shapes: (saved, wanted).
-    base_checksum: of the model that adapters were put on; None where there are none.
+    base_checksum: checksum of the model that adapters were put on; None without adapters.
   """
 
   source: epath.Path
@@ -354,7 +352,7 @@ def restore_params(
 
 @dataclasses.dataclass
 class _Retention:
-  """Which checkpoints stay. Orbax asks at every save and deletes once that save is committed."""
+  """Decides which checkpoints stay. Orbax asks at each save, and deletes after its commit."""
 
   keep: int
   keep_every_steps: int
@@ -368,11 +366,11 @@ class _Retention:
     return [checkpoint.step in kept for checkpoint in checkpoints]
 
   def kept(self, steps: Sequence[int]) -> set[int | None]:
-    """Returns which of the steps stay, as was decided when the newest of them was saved."""
+    """Returns the steps that stay, as decided when the newest of them was saved."""
     kept = {*steps[-self.keep :]}
     if self.keep_every_steps:
       kept.update(step for step in steps if step % self.keep_every_steps == 0)
-    # How good the newest is was not known then.
+    # The newest had no metrics yet when it was saved.
     kept.add(_best_step(self.metric, {s: self.scores[s] for s in steps[:-1] if s in self.scores}))
     return kept
 
@@ -383,12 +381,12 @@ def is_better(metric: str, value: float, other: float) -> bool:
 
 
 def lower_is_better(metric: str) -> bool:
-  """Of a metric ('val/NAME')."""
+  """Whether a lower value of a metric ('val/NAME') is the better one."""
   return metric.removeprefix("val/") in _LOWER_IS_BETTER
 
 
 def _best_step(metric: str, scores: Mapping[int, float]) -> int | None:
-  """The first of those with the best score; None if there is none."""
+  """The first step with the best score; None if there is none."""
   best = None
   for step in sorted(scores):
     if best is None or is_better(metric, scores[step], scores[best]):
@@ -397,7 +395,7 @@ def _best_step(metric: str, scores: Mapping[int, float]) -> int | None:
 
 
 def _read_scores(path: epath.Path) -> tuple[str, dict[int, float]]:
-  """The metric, and its value of each step."""
+  """Reads the metric's name, and its value at each step."""
   try:
     saved = read_json(path)
     return saved["metric"], {int(step): score for step, score in saved["scores"].items()}
@@ -423,7 +421,7 @@ def _newest_whole(
 
 
 def checksum(params: Any) -> int:
-  """Of all arrays of a tree, their names and shapes: uint32, the same for every sharding."""
+  """Checksum of a tree's arrays, their names and shapes: uint32, the same for every sharding."""
   return _make_manifest(tree.named_leaves(params))["checksum"]
 
 
@@ -490,7 +488,7 @@ def _read_arrays(
   )
   arrays = {name: restored.get(name) for name in targets}
   for name, array in arrays.items():
-    # What Orbax does not find by its name it leaves as it was asked for.
+    # Orbax returns the abstract value of an array that it does not find by name.
     if not isinstance(array, jax.Array):
       raise _DamagedError(f"{name} has no values in it")
   checksums = jax.device_get({name: _checksum(array) for name, array in arrays.items()})
@@ -501,7 +499,7 @@ def _read_arrays(
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, **item: ocp.args.CheckpointArgs) -> Any:
-  """Returns the one item that is asked for. Raises _DamagedError if Orbax cannot read it."""
+  """Restores one item of a checkpoint. Raises _DamagedError if Orbax cannot read it."""
   (name,) = item
   # After one unreadable chunk Orbax abandons its other reads, and each would print a traceback of
   # its own when it is collected.

@@ -1,4 +1,4 @@
-"""The data of a run: opened by its config and task, the same on all hosts."""
+"""Opens the data of a run by its config and task, the same on all hosts."""
 
 import json
 import zlib
@@ -55,12 +55,12 @@ def open_data(setup: Setup, workdir: epath.PathLike) -> Dataset:
 
 
 def check_data(dataset: Dataset, workdir: epath.Path, start: int) -> None:
-  """Keeps the fingerprints of a run's data with the run; UserError if it is to go on with others.
+  """Saves the fingerprints of a run's data; UserError if the run is resumed with other data.
 
   Args:
-    dataset: that the run is to use.
-    workdir: of the run.
-    start: the step that it goes on from; 0 at its beginning.
+    dataset: the data that the run will use.
+    workdir: folder of the run.
+    start: the step that the run goes on from; 0 at its beginning.
   """
   path, found = workdir / DATA_FILE, dataset.fingerprints
   if start and path.exists():

@@ -1,4 +1,4 @@
-"""What a run would be and take, without allocating anything."""
+"""Prints the size and memory of a run without allocating anything."""
 
 import math
 from typing import Any
@@ -11,11 +11,10 @@ from gptjax.training.setup import make_setup
 
 
 def dry_run(config: Any) -> None:
-  """Traces the training step on abstract values and prints what it would take.
+  """Traces the training step on abstract values and prints the memory that it would take.
 
   Raises:
-    UserError: as `resolve` and `make_setup`, and for what the optimizer, the schedule or the mesh
-      refuses.
+    UserError: as `resolve` and `make_setup`, and from the optimizer, the schedule or the mesh.
   """
   setup = make_setup(resolve(config))
   config, length = setup.config, setup.run_length
@@ -44,7 +43,7 @@ def dry_run(config: Any) -> None:
 
 
 def tree_bytes(abstract: Any) -> tuple[int, int]:
-  """Bytes of all arrays of an abstract tree, in all and on one device."""
+  """Bytes of the arrays of an abstract tree, in total and on one device."""
   leaves = jax.tree.leaves(abstract)
   total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   shard = sum(

@@ -18,15 +18,14 @@ def flops_per_token(
   sequence_length: int,
   target_length: int,
 ) -> float:
-  """Forward and backward, by the rule of `chips.flops_per_token`.
+  """FLOPs of training on one token, forward and backward, by the rule of `chips.flops_per_token`.
 
   Args:
     model: the model.
     parameters: describes its parameters.
-    trained: describes those that are trained. A frozen matrix has no gradient, and so two thirds of
-      the products.
-    sequence_length: of a row; beside an encoder, of the encoder's row, whose tokens are counted.
-    target_length: of the decoder's row.
+    trained: describes the trained ones. A frozen matrix has no gradient: two thirds of the FLOPs.
+    sequence_length: tokens of a row; with an encoder, of its row, whose tokens are counted.
+    target_length: tokens of the decoder's row.
   """
   whole = trained.keys() >= parameters.keys()
 
@@ -40,7 +39,7 @@ def flops_per_token(
     )
 
   attention = {"heads": model.num_heads, "head_dim": model.head_dim}
-  # The decoder's own, and what it makes of the encoder's tokens.
+  # The decoder's own tokens, and its cross-attention keys and values of the encoder's tokens.
   decoder = matmul_params(f"(?!{_ENCODER})")
   if model.tied_head and not model.num_labels:
     decoder += model.vocab_size * model.embed_dim * (1 if whole else 2 / 3)

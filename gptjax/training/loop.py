@@ -35,7 +35,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
 
   Args:
     config: from configs/pretrain.py, or with the same keys.
-    workdir: created if need be; any path that etils takes, gs:// included.
+    workdir: created if necessary; any path that etils supports, gs:// included.
 
   Returns:
     The last validation, or the best if `checkpoint.final` is: 'val/loss' (nats a token),
@@ -112,7 +112,7 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
       history.tell(checkpoints)
       checkpoints.thin_out()
       # A run that was killed between saving and evaluating catches up here. Process 0 decides: the
-      # others may have read what it has dropped from metrics.jsonl since.
+      # others may have read lines of metrics.jsonl that it has dropped since.
       behind = history.last.get("step") != start
       if from_all_hosts(behind)[0] and (start in (0, total) or due(evaluate_every, start)):
         validate(start)
@@ -128,8 +128,8 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
           batch = sharding.to_global(next(batches), setup.mesh)
           if due(observe_every, step + 1):
             log.interrupt()
-            figures = jax.device_get(observe_step(state, batch, frozen))
-            writer.write(step + 1, step_lib.name_layers(figures))
+            stats = jax.device_get(observe_step(state, batch, frozen))
+            writer.write(step + 1, step_lib.name_layers(stats))
           state, metrics = train_step(state, batch, frozen)  # dispatched, not awaited
           outputs.append(metrics)
         done = step + 1
@@ -154,13 +154,13 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
         writer.message(f"the best of the run is step {result['step']}, which is what it has made")
       conclude(writer, config, dataset, result, workdir)
   loss = result.get("val/loss", 0.0)
-  if loss is None or not math.isfinite(loss):  # None is what metrics.jsonl has of it.
+  if loss is None or not math.isfinite(loss):  # metrics.jsonl writes it as null.
     raise UserError(f"{workdir}: the run ended with val/loss=nan; it has learnt nothing of use.")
   return without_step(result)
 
 
 def make_workdir(workdir: epath.PathLike) -> epath.Path:
-  """Creates it, and refuses one that process 0 cannot write or the others do not see."""
+  """Creates the work directory; UserError if process 0 cannot write it or others do not see it."""
   workdir = epath.Path(workdir).expanduser()
   probe = workdir / ".writable"
   problem = None
@@ -168,7 +168,7 @@ def make_workdir(workdir: epath.PathLike) -> epath.Path:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
       probe.write_text("")
-    except (OSError, ImportError) as error:  # etils imports what gs:// needs when it is used.
+    except (OSError, ImportError) as error:  # etils imports the libraries for gs:// on first use.
       problem = error
   if from_all_hosts(problem is not None)[0]:
     reason = getattr(problem, "strerror", None) or problem or "process 0 says why"
@@ -187,8 +187,8 @@ def make_workdir(workdir: epath.PathLike) -> epath.Path:
 def init_or_restore(
   setup: Setup, optimizer: Optimizer, checkpoints: Checkpoints
 ) -> tuple[TrainState, Any]:
-  """The newest whole checkpoint of this run, or another model's weights, or a fresh start; and
-  beside adapters the parameters that are not trained."""
+  """The state from this run's newest whole checkpoint, another model's weights or a fresh start;
+  and the frozen parameters beside adapters."""
   abstract = setup.abstract_state(optimizer)
   restored = checkpoints.restore_latest(abstract)
   if not setup.adaptation.is_whole:
@@ -214,15 +214,15 @@ def init_or_restore(
 
 
 def without_step(line: Mapping[str, Any]) -> dict[str, float]:
-  """The metrics of a validation."""
+  """The metrics of a validation, without its step."""
   return {name: value for name, value in line.items() if name.startswith("val/")}
 
 
 def seconds_before(workdir: epath.Path, start: int) -> float | None:
-  """Training seconds of the run that is resumed at step `start`; None if it did not say."""
+  """Training seconds before step `start` of a resumed run; None if they are not known."""
   if start == 0:
     return 0.0
-  # On an object store the steps that are dropped are there until the next upload.
+  # On an object store, dropped steps remain until the next upload.
   lines = [line for line in read_metrics(workdir) if line["step"] <= start]
   known = [line["seconds"] for line in lines if line.get("seconds") is not None]
   return known[-1] if known else None
@@ -243,9 +243,9 @@ def write_samples(
 def introduce(
   writer: Writer, setup: Setup, dataset: Dataset, length: RunLength, start: int, workdir: epath.Path
 ) -> None:
-  """Saves and prints the config, and says what is about to happen.
+  """Saves and prints the config, and a summary of the run that starts.
 
-  The config of a run that is complete stays as it was run.
+  The config of a completed run stays unchanged.
   """
   config, complete = setup.config, 0 < length.total_steps <= start
   changes = config_lib.changes(config, workdir)
@@ -279,7 +279,7 @@ def conclude(
   result: Mapping[str, float],
   workdir: epath.Path,
 ) -> None:
-  """Draws the loss curve and prints the result as the last line, beside what it has to beat."""
+  """Draws the loss curve and prints the result as the last line, beside its baselines."""
   if jax.process_index() != 0:
     return
   others = {}
@@ -302,7 +302,7 @@ def conclude(
 def check_finite(
   metrics: Mapping[str, Any], setup: Setup, step: int, checkpoints: Checkpoints
 ) -> None:
-  """Stops the run when too many updates were skipped; `metrics` are those of `step`, or empty."""
+  """Stops the run when too many updates were skipped; `metrics` of `step` may be empty."""
   skipped = int(metrics.get("skipped", 0))
   if skipped > setup.config.max_skipped_steps:
     raise UserError(

@@ -1,4 +1,4 @@
-"""What a run reports: exact means, tokens per second, and where the figures go."""
+"""Metrics of a run: exact means, tokens per second, and writers to files and services."""
 
 import contextlib
 import json
@@ -29,8 +29,8 @@ _PLAIN_LINE_SECONDS = 15.0
 class Sums:
   """Sums of (value, weight) pairs over many batches, finished into means.
 
-  The sums stay on the device until `finish`, so that adding never waits for a step, and are added
-  up in float64 without rounding: float32 could not count beyond 2**24 tokens.
+  The sums stay on the device until `finish`, so that adding never waits for a step, and are then
+  added in float64: float32 could not count beyond 2**24 tokens.
   """
 
   def __init__(self):
@@ -41,10 +41,10 @@ class Sums:
     self._pairs.append(dict(pairs))
 
   def finish(self, *, text_bytes: float | None = None) -> dict[str, float]:
-    """Returns each metric's mean, NaN where the weights are all zero.
+    """Returns each metric's mean, NaN if the weights are all zero.
 
-    With a `loss` among them (nats, summed over tokens) also `perplexity`, and `bits_per_byte` if
-    `text_bytes` tells how many bytes of UTF-8 those tokens stand for.
+    If `loss` is among them (nats, summed over tokens) also `perplexity`, and `bits_per_byte` given
+    `text_bytes`, the UTF-8 bytes of those tokens.
     """
     batches = jax.device_get(self._pairs)
     sums, means = {}, {}
@@ -61,11 +61,11 @@ class Sums:
 
 
 class Throughput:
-  """Tokens per second of the training alone.
+  """Measures tokens per second of training alone.
 
   The clock runs from one `tick` to the next, each after the results of a step have arrived. The
-  first tick only starts it, so compilation is left out; so does the first one after a `restart`,
-  which is called wherever the loop does something else (evaluates, saves).
+  first tick only starts it, so compilation is left out; so does the first after a `restart`, which
+  the loop calls whenever it does something else (evaluates, saves).
   """
 
   def __init__(self):
@@ -86,7 +86,7 @@ class Throughput:
     self._since = now
 
   def restart(self) -> None:
-    """Leaves the time until the next tick out."""
+    """Excludes the time until the next tick."""
     self._since = None
 
   def rate(self) -> float | None:
@@ -103,9 +103,9 @@ class Throughput:
 class Writer:
   """Writes metrics to `WORKDIR/metrics.jsonl`, TensorBoard, Weights & Biases and the terminal.
 
-  metrics.jsonl holds one JSON object a line, `step` first, floats with all their digits. JSON knows
-  no NaN or infinity: they are null there, and named in `nonfinite`, {"loss": "nan"}. A value that
-  is not known (None) is null alone.
+  metrics.jsonl holds one JSON object a line, `step` first, floats with all their digits. JSON has
+  no NaN or infinity: they are null there, and named in `nonfinite`, {"loss": "nan"}. An unknown
+  value (None) is null alone.
 
   A run that resumes at step S writes S + 1 and later steps again, so they are dropped first.
 
@@ -113,7 +113,7 @@ class Writer:
   gs:// the files grow in a temporary folder and are copied there once a minute and at the end.
 
   Args:
-    workdir: the run's folder. Created if need be.
+    workdir: the run's folder. Created if necessary.
     total_steps: for the progress bar.
     resume_step: the step that the run goes on from; 0 at its beginning.
     tensorboard: write event files to `WORKDIR/tensorboard`.
@@ -199,7 +199,7 @@ class Writer:
       self.upload()
 
   def write_text(self, step: int, name: str, text: str) -> None:
-    """Writes a text, a sample for instance, to TensorBoard and shows it in the terminal."""
+    """Writes a text, such as a sample, to TensorBoard and the terminal."""
     if not self._active:
       return
     if self._tensorboard is not None:
@@ -219,11 +219,11 @@ class Writer:
     self._active = False
     with self._resources:
       if self._tensorboard is not None:
-        self._tensorboard.close()  # Only this writes all that is queued.
+        self._tensorboard.close()  # Only this writes everything that is queued.
       self.upload()
 
   def upload(self) -> None:
-    """Brings what is written so far to the object store, where the work directory is on one."""
+    """Copies the files to the object store, if the work directory is on one."""
     if not self._remote:
       return
     for path in self._folder.rglob("*"):
@@ -246,12 +246,12 @@ class StepLog:
   """Writes the metrics of each training step one step late, when they have already arrived.
 
   Args:
-    writer: where they go.
+    writer: receives them.
     every_steps: how often a line is written; 0 is never.
-    tokens_per_step: of the global batch.
-    flops_per_token: of forward and backward, see `chips.flops_per_token`.
-    first_step: steps that were done before, by the run that this one resumes.
-    first_seconds: what `spent` said of them; None if it is not known.
+    tokens_per_step: tokens of the global batch.
+    flops_per_token: forward and backward, see `chips.flops_per_token`.
+    first_step: steps done before a resumption.
+    first_seconds: the seconds that they took, from `spent`; None if not known.
   """
 
   def __init__(
@@ -273,7 +273,7 @@ class StepLog:
     self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
   def step(self, step: int, metrics: Mapping[str, jax.Array]) -> Mapping[str, Any]:
-    """Takes the metrics of a step that was just dispatched, and returns those of the one before."""
+    """Takes the metrics of a step that was just dispatched; returns those of the step before."""
     arrived = self.flush()
     self._pending = (step, metrics)
     return arrived
@@ -303,10 +303,10 @@ class StepLog:
     return metrics
 
   def spent(self, step: int) -> dict[str, float | None]:
-    """What `step` steps cost: `tokens`, `flops` and `seconds`.
+    """Cost of `step` steps: `tokens`, `flops` and `seconds`.
 
-    The seconds are of training alone: the mean of the timed steps, times the number of all. So a
-    step that also compiled, or followed an evaluation, counts as much as any other.
+    The seconds are of training alone: the mean of the timed steps, times the number of all steps.
+    So a step that also compiled, or followed an evaluation, counts as much as any other.
     """
     tokens = step * self._tokens_per_step
     mean, since = self._throughput.seconds_per_tick(), step - self._first_step
@@ -316,9 +316,9 @@ class StepLog:
     return {"tokens": tokens, "flops": tokens * self._flops_per_token, "seconds": seconds}
 
   def interrupt(self) -> Mapping[str, Any]:
-    """Writes what is pending before the loop does something else, whose time is not counted."""
-    # Not timed: where the dispatch of a step waits for it, as on a CPU it may, the step has arrived
-    # with the one before, and would seem to take no time.
+    """Writes pending metrics before the loop does something else, whose time is not counted."""
+    # Not timed: if dispatching a step waits for it, as it may on a CPU, the step has arrived with
+    # the one before, and would seem to take no time.
     arrived = self._write_pending(timed=False)
     self._throughput.restart()
     return arrived
@@ -353,7 +353,7 @@ class _Progress:
       self._bar.update(step - self._bar.n)
       return
     now = time.monotonic()
-    # The first step compiles, so the time that is left is reckoned from the end of it.
+    # The first step compiles, so the remaining time is estimated from its end on.
     self._started = self._started or (now, step)
     if step < self._total and now - self._last_line < _PLAIN_LINE_SECONDS:
       return
@@ -398,7 +398,7 @@ def _json_line(step: int, values: Mapping[str, int | float | None]) -> str:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Drops the lines of later steps, and what a killed run left half-written at the end."""
+  """Drops the lines of later steps, and a line that a killed run left half-written at the end."""
   if not path.exists():
     return
   kept = []

@@ -12,7 +12,7 @@ def loss_curve(workdir: epath.PathLike, baselines: dict[str, float] | None = Non
   """Draws training loss and validation bits per byte of `metrics.jsonl` into `loss.png`.
 
   Args:
-    workdir: of the run.
+    workdir: folder of the run.
     baselines: bits per byte of other methods, drawn as lines with their names.
 
   Returns:

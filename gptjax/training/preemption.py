@@ -1,4 +1,4 @@
-"""Asked to stop: by a signal on one host, by a notice to the cluster on many."""
+"""Stops a run on a signal, or on a notice to the cluster if there are many hosts."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stopped(SystemExit):
   """Ends a run that a signal asked to stop, once it has saved.
 
-  Where nobody catches it, the program ends with 128 + the number of the signal, which is what
-  shells and schedulers take for a program that was stopped and not for one that is done.
+  Uncaught, it ends the program with 128 + the number of the signal, so that shells and schedulers
+  see a program that was stopped, not one that is done.
   """
 
   def __init__(self, number: int):
@@ -27,9 +27,9 @@ class Preemption:
 
   def __enter__(self) -> "Preemption":
     self._signal: int | None = None
-    # Of several processes JAX handles SIGTERM: one that gets it tells the others, and a handler of
-    # ours would take its place. Python lets only the main thread handle signals; in another, the
-    # caller has to.
+    # With several processes JAX handles SIGTERM: the process that gets it tells the others, and our
+    # handler would take its place. Python lets only the main thread handle signals; in another
+    # thread, the caller has to.
     handled = SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
     if threading.current_thread() is not threading.main_thread():
       handled = ()
@@ -52,8 +52,8 @@ class Preemption:
 
   def _request(self, number: int, frame: Any) -> None:
     del frame
-    if self._signal is not None:  # Whoever asks twice does not want to wait.
+    if self._signal is not None:  # A second signal means: do not wait.
       raise KeyboardInterrupt
     self._signal = number
     if jax.process_count() > 1:
-      os.kill(os.getpid(), signal.SIGTERM)  # Which JAX passes on.
+      os.kill(os.getpid(), signal.SIGTERM)  # JAX passes it on.

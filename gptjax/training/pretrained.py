@@ -1,4 +1,4 @@
-"""A trained model to use: weights, tokenizer and config, of a run or of another library's files.
+"""Loads a trained model: weights, tokenizer and config, from a run or another library's files.
 
 A checkpoint is named by the work directory of a run, by hf:FOLDER or hf:ORG/NAME (Hugging Face), or
 by gguf:FILE.
@@ -46,9 +46,9 @@ class ForeignModel(Protocol):
   """A model in another library's files, opened and checked, whose weights are not read yet.
 
   Attributes:
-    config: our config of it.
-    parameters: {name: shape and axes} of ours.
-    labels: what its head of labels scores; None of a language model.
+    config: its config in this package.
+    parameters: {name: shape and axes} in this package.
+    labels: the labels of its head; None for a language model.
     tokenizer: the spec of its tokenizer.
   """
 
@@ -58,12 +58,12 @@ class ForeignModel(Protocol):
   tokenizer: str
 
   def load(self, shardings: Mapping[str, Sharding], *, progress: bool) -> dict[str, Any]:
-    """The parameters of which there are shardings, float32, each where its sharding says."""
+    """Loads the parameters named in `shardings`, float32, placed accordingly."""
     ...
 
 
 def number_labels(count: int) -> tuple[str, ...]:
-  """The names that `transformers` gives labels without names."""
+  """The default names of labels in `transformers`."""
   return tuple(f"LABEL_{index}" for index in range(count))
 
 
@@ -76,7 +76,7 @@ def open_foreign(checkpoint: epath.PathLike) -> ForeignModel | None:
   """Opens hf:PATH or gguf:PATH; None if the checkpoint is not named so.
 
   Raises:
-    UserError: there is no model that can be read.
+    UserError: there is no readable model.
   """
   for prefix, path in _FORMATS.items():
     if str(checkpoint).startswith(prefix):
@@ -87,8 +87,8 @@ def open_foreign(checkpoint: epath.PathLike) -> ForeignModel | None:
 def load_model(
   checkpoint: epath.PathLike, *, ema: bool = False, progress: bool = True
 ) -> tuple[GPT, Tokenizer]:
-  """Loads a model on one device, of a run the newest whole checkpoint. Adapters are merged into the
-  model that they are for, where that is possible.
+  """Loads a model on one device, from a run its newest whole checkpoint. Adapters are merged into
+  their base model where that is possible.
 
   Args:
     checkpoint: the work directory of a run, hf:PATH or gguf:PATH.
@@ -96,8 +96,8 @@ def load_model(
     progress: show a bar, on stderr, while another library's files are read.
 
   Raises:
-    UserError: no model or no tokenizer is there, a run has no checkpoint yet, the weights are not
-      of the config, or the tokenizer has more tokens than the model.
+    UserError: there is no model or no tokenizer, a run has no checkpoint yet, the weights do not
+      fit the config, or the tokenizer has more tokens than the model.
   """
   keep_compiled_programs()
   if (foreign := open_foreign(checkpoint)) is None:
@@ -131,7 +131,7 @@ def on_one_device(parameters: Mapping[str, Any]) -> dict[str, Sharding]:
 
 
 def read_model_config(checkpoint: epath.PathLike) -> ModelConfig:
-  """The config of a checkpoint's model, of whatever kind; UserError if there is none."""
+  """The model config of a checkpoint of any kind; UserError if there is none."""
   foreign = open_foreign(checkpoint)
   if foreign is not None:
     return foreign.config
@@ -139,7 +139,7 @@ def read_model_config(checkpoint: epath.PathLike) -> ModelConfig:
 
 
 def labels_of(checkpoint: epath.PathLike) -> Labels | None:
-  """What a checkpoint's head of labels scores; None if it has none, UserError without a model."""
+  """The labels of a checkpoint's label head; None if it has none, UserError without a model."""
   foreign = open_foreign(checkpoint)
   if foreign is not None:
     return foreign.labels
@@ -163,14 +163,14 @@ def load_params_into(
   abstract: Mapping[str, Any],
   labels: Sequence[str] = (),
 ) -> tuple[dict[str, Any], str]:
-  """The parameters of a checkpoint, each where `abstract` puts it, and a report of what was found.
+  """Loads a checkpoint's parameters with the shardings of `abstract`, and a report on the matches.
 
   Args:
-    checkpoint: as of `load_model`.
-    config: of the model that they are for.
+    checkpoint: as in `load_model`.
+    config: the model to load them into.
     abstract: its parameters as `jax.ShapeDtypeStruct`s with shardings.
-    labels: what its head of labels scores, if they have names. A head of another library's files
-      that is of others is left out, as is one that reads something else.
+    labels: the names of its labels, if any. A label head in another library's files is left out if
+      it has other labels or another input.
 
   Raises:
     UserError: the weights do not fit the model.
@@ -205,9 +205,9 @@ def load_params_into(
 def _differences_of_heads(
   config: ModelConfig, labels: Sequence[str], foreign: ForeignModel
 ) -> list[str]:
-  """Why the head of labels of another library's files is not that of a config."""
+  """Reasons why the label head in another library's files does not fit a config."""
   theirs = foreign.config
-  if not theirs.label_bias:  # A bias that is new is 0.
+  if not theirs.label_bias:  # A new bias is 0.
     theirs = dataclasses.replace(theirs, label_bias=config.label_bias)
   differences = config.head_differences(theirs)
   if differences or not labels:
@@ -221,8 +221,8 @@ def _differences_of_heads(
 def load_base(
   checkpoint: epath.PathLike, config: ModelConfig, abstract: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int]:
-  """The parameters of the model that adapters are put on, and their checksum; as
-  `load_params_into`, but all of them are there. A head of labels is trained with the adapters."""
+  """The parameters of the model that adapters are put on, and their checksum; like
+  `load_params_into`, but none is missing. A label head is trained with the adapters."""
   abstract = tree.without(abstract, LABEL_HEAD)
   loaded, report = load_params_into(checkpoint, config, abstract)
   if missing := set(tree.named_leaves(abstract)) - set(tree.named_leaves(loaded)):
@@ -233,7 +233,7 @@ def load_base(
 
 
 def check_base(saved: int | None, found: int, checkpoint: epath.PathLike, config: Any) -> None:
-  """Raises UserError if adapters were trained on another model than the one of `init_from`."""
+  """Raises UserError if adapters were trained on another model than `init_from`."""
   if saved != found:
     raise UserError(
       f"{checkpoint}: its adapters were trained on another model than init_from="
@@ -244,9 +244,8 @@ def check_base(saved: int | None, found: int, checkpoint: epath.PathLike, config
 def load_checkpoint(
   workdir: epath.PathLike, *, ema: bool = False, near: int | None = None
 ) -> tuple[GPT, int]:
-  """The model of a run and the step of its checkpoint: of those kept the newest, or the one whose
-  step is nearest to `near`. Of a run that trained adapters, they are on the model of its
-  `init_from`."""
+  """The model of a run and the step of its checkpoint: the newest, or the nearest to `near`.
+  Adapters are put on the model of the run's `init_from`."""
   device = SingleDeviceSharding(jax.devices()[0])
   return _restore(epath.Path(workdir), lambda name: device, ema=ema, near=near)
 
@@ -258,7 +257,7 @@ def _restore(
   ema: bool = False,
   near: int | None = None,
 ) -> tuple[GPT, int]:
-  """As `load_checkpoint`, each parameter where `sharding_of` its name says."""
+  """Loads like `load_checkpoint`, with the sharding `sharding_of` each parameter's name."""
   config = config_lib.open_saved(workdir)
   model_config = ModelConfig.from_config(config.model)
   adaptation = make_adaptation(config.get("peft"))
@@ -290,12 +289,12 @@ def _restore(
 
 
 def _makes_best(config: Any) -> bool:
-  """Whether what a run has made is its best checkpoint, not its newest."""
+  """Whether the result of a run is its best checkpoint, not its newest."""
   return config.get("checkpoint", {}).get("final") == "best"
 
 
 def _load_merged(source: epath.Path, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-  """As `load_params_into`, of a run that trained adapters."""
+  """Loads like `load_params_into`, from a run that trained adapters, merged into their base."""
   wanted = tree.named_leaves(abstract)
   of_adapters = next(iter(wanted.values())).sharding
   if isinstance(of_adapters, NamedSharding):

@@ -1,4 +1,4 @@
-"""What a config leaves to files: the model to start from, its tokenizer, the labels of the data."""
+"""Completes a config from files: the model to start from, its tokenizer, the labels of the data."""
 
 import dataclasses
 from typing import Any
@@ -25,11 +25,11 @@ _PRETRAINING = {
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-  """Returns a copy of a config in which all is said that a run depends on.
+  """Returns a copy of a config with everything that a run depends on filled in.
 
-  It settles the tokenizer and the model of `init_from`, the vocabulary's size, the task that the
+  These are the tokenizer and the model of `init_from`, the vocabulary's size, the task that the
   model was made for, and the labels of the training records with the size of their head. Nothing is
-  written, and a config that says everything comes out as it is.
+  written, and a complete config is returned unchanged.
 
   Raises:
     UserError: a file cannot be read, or a key contradicts what it says.
@@ -49,7 +49,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def _architecture_to_start_from(config: ConfigDict) -> dict[str, Any]:
-  """That of the checkpoint `init_from`; UserError if there is none, or a key was set otherwise."""
+  """The architecture of the checkpoint `init_from`; UserError if there is none or a key differs."""
   if not config.init_from:
     raise UserError("model=init_from needs init_from: a run, hf:PATH or gguf:PATH.")
   architecture = read_model_config(config.init_from).architecture

@@ -1,6 +1,6 @@
-"""Reads and writes safetensors, in one file or in shards with an index; no other format of weights.
+"""Reads and writes safetensors, in one file or in shards with an index.
 
-A tensor is read when it is asked for, so that a model need not be in memory twice.
+A tensor is read only when asked for, so that a model need not be in memory twice.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class TensorFiles(contextlib.ExitStack):
     return tuple(self._files[name].get_slice(name).get_shape())
 
   def read(self, name: str) -> np.ndarray:
-    """Returns a tensor in its own floating dtype; UserError if it is not one of floats."""
+    """Returns a tensor in its own dtype; UserError if that is not a floating one."""
     dtype = self._files[name].get_slice(name).get_dtype()
     if dtype not in _FLOATS:
       raise UserError(
@@ -79,7 +79,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _indexed(path: Path) -> list[str]:
-  """The files that an index names."""
+  """The names of the files that an index lists."""
   try:
     names = set(read_json(path)["weight_map"].values())
   except (KeyError, TypeError, AttributeError) as error:
@@ -124,4 +124,4 @@ def _write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
   path.touch()
   mode = path.stat().st_mode
   safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
-  path.chmod(mode)  # The library makes files that their owner alone can read.
+  path.chmod(mode)  # The library makes files that only their owner can read.

@@ -1,4 +1,4 @@
-"""What a resolved config amounts to before any data is read: model, task, mesh, optimizer, step."""
+"""The objects of a resolved config, before any data is read: model, task, mesh, optimizer, step."""
 
 import dataclasses
 import math
@@ -29,9 +29,11 @@ from gptjax.training.step import TrainState
 class Setup:
   """A checked config, its model, task and mesh. Made by `make_setup`; nothing is allocated.
 
-  parameters: {name: shape and axes} of the model. adaptation: which parameters are trained.
-  trained: {name: shape and axes} of those; adapters are not among the model's own. graph:
-  `nnx.merge(graph, params)` is the model, and beside adapters `nnx.merge(graph, params, frozen)`.
+  Attributes:
+    parameters: {name: shape and axes} of the model.
+    adaptation: decides which parameters are trained.
+    trained: {name: shape and axes} of the trained parameters, which may be adapters.
+    graph: the model is `nnx.merge(graph, params)`; with adapters, `frozen` comes third.
   """
 
   config: Any
@@ -46,12 +48,12 @@ class Setup:
 
   @property
   def num_parameters(self) -> int:
-    """All parameters of the model itself."""
+    """Number of parameters of the model, without adapters."""
     return count_parameters(self.model)
 
   @property
   def num_trained(self) -> int:
-    """Trainable parameters, excluding those that `config.optim` freezes."""
+    """Number of trained parameters, without those that `config.optim` freezes."""
     groups = self.make_optimizer(None).groups
     return sum(
       math.prod(info.shape) for name, info in self.trained.items() if not groups[name].frozen
@@ -59,7 +61,7 @@ class Setup:
 
   @property
   def flops_per_token(self) -> float:
-    """Forward and backward, of a token of the row (`flops.flops_per_token`)."""
+    """FLOPs per token of a row, forward and backward (`flops.flops_per_token`)."""
     return flops.flops_per_token(
       self.model,
       self.parameters,
@@ -106,8 +108,8 @@ class Setup:
     return traverse_util.unflatten_dict(flat, sep="/")
 
   def frozen(self, base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The model's parameters that are not trained, which the step takes beside the state; `base` is
-    not to be used any more."""
+    """The model's frozen parameters, which the step takes beside the state; `base` must not be used
+    afterwards."""
     return self.adaptation.freeze(base, self.parameters, self.trained)
 
   def require_whole_model(self) -> None:
@@ -141,12 +143,12 @@ class Setup:
 
   @property
   def run_length(self) -> RunLength | None:
-    """As of `length_without_data`."""
+    """The length of the run; see `length_without_data`."""
     return length_without_data(self.config)
 
   @property
   def compiler_options(self) -> dict[str, str]:
-    """Those of `config.compile.options` for the platform of the mesh."""
+    """The options in `config.compile.options` for the platform of the mesh."""
     platform = sharding.platform_of(self.mesh.devices.flat[0].platform)
     options = {}
     for item in filter(None, self.config.compile.options[platform].split(",")):
@@ -157,8 +159,8 @@ class Setup:
     return options
 
   def abstract_batch(self) -> Batch:
-    """The shapes of a batch and where its parts lie; where examples are packed anew for each batch,
-    of the largest, in which each takes a row."""
+    """Shapes and shardings of a batch; if examples are packed anew for each batch, of the largest
+    batch, in which each example takes a row."""
     rows, where = self.config.batch_size, sharding.batch_sharding(self.mesh)
     rows = -(-rows // self.row_multiple) * self.row_multiple
 
@@ -172,13 +174,13 @@ class Setup:
 
   @property
   def row_multiple(self) -> int:
-    """The number of a batch's rows is a multiple of this."""
+    """The number of which a batch's rows are a multiple."""
     return sharding.rows_multiple(self.config.grad_accumulation, self.mesh)
 
 
 def length_without_data(config: Any) -> RunLength | None:
-  """The length of a run as its config tells it; None if it is given in epochs, whose length only
-  the data tell."""
+  """The length of a run by its config alone; None if it is given in epochs, whose length depends on
+  the data."""
   if "total_epochs" in config:
     return None
   tokens = config.batch_size * config.sequence_length
@@ -203,7 +205,7 @@ def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setu
 
   Args:
     config: as `resolve` returns it.
-    devices: to make the mesh of; by default all that JAX sees.
+    devices: devices of the mesh; by default all that JAX sees.
 
   Raises:
     UserError: a value that cannot be used, by its key.

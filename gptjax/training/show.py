@@ -1,4 +1,4 @@
-"""A row of training data as text, what is learnt in it set apart."""
+"""Shows a row of training data as text, with the learnt targets highlighted."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import numpy as np
 from gptjax.data.batch import Batch
 from gptjax.data.tokenizer import Tokenizer
 
-# Learnt, not learnt: bold green and faint of ECMA-48.
+# Colours for learnt and not learnt: bold green and faint (ECMA-48).
 _COLOURS = (("\033[1;32m", "\033[0m"), ("\033[2m", "\033[0m"))
 _MARKS = (("⟦", "⟧"), ("", ""))
 
@@ -35,7 +35,7 @@ def describe_row(row: Batch, tokenizer: Tokenizer, *, colours: bool) -> Iterator
 
 
 def text_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
-  """The text of a piece of a document, special tokens by their names."""
+  """The text of a piece of a document, with special tokens by name."""
   names = {token: text.encode() for text, token in tokenizer.specials.items()}
   pieces = (names.get(token) or tokenizer.decode_bytes([token]) for token in tokens)
   return b"".join(pieces).decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""The training step: its state, born sharded, and the pure functions that are compiled."""
+"""The training step: its state, created sharded, and the pure functions that are compiled."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,8 +14,8 @@ from gptjax import tree
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.model.config import ModelConfig
-from gptjax.model.figures import Figures, Routing
 from gptjax.model.gpt import ParameterInfo
+from gptjax.model.stats import ActivationStats, RouterStats
 from gptjax.objectives.task import Task
 from gptjax.optim.optimizer import Optimizer
 from gptjax.training.adaptation import WHOLE, WholeModel
@@ -24,12 +24,14 @@ from gptjax.training.adaptation import WHOLE, WholeModel
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that a checkpoint holds.
+  """State of training, everything that a checkpoint holds.
 
-  step: int32, updates done or skipped, which is the index of the next batch. skipped: int32, how
-  many of them were not finite. params: those that are trained, nested dict of float32. ema: their
-  moving average, or None. base_checksum: uint32, `checkpoint.checksum` of the model that adapters
-  were put on; None where there are none.
+  Attributes:
+    step: int32, updates done or skipped, and so the index of the next batch.
+    skipped: int32, updates that were not finite.
+    params: trained parameters, a nested dict of float32.
+    ema: moving average of the parameters, or None.
+    base_checksum: uint32, `checkpoints.checksum` of the model under adapters; None without them.
   """
 
   step: jax.Array
@@ -53,12 +55,12 @@ def make_state(
 
   Args:
     model_config: the model.
-    optimizer: makes the state that it keeps.
+    optimizer: makes its own state.
     seed: decides the initial parameters.
     ema: whether a moving average of the parameters is kept.
-    adaptation: which parameters are trained.
-    base: the parameters of the frozen model, beside which others are trained.
-    base_checksum: uint32, theirs.
+    adaptation: decides which parameters are trained.
+    base: the parameters of a frozen model under adapters.
+    base_checksum: uint32, checksum of `base`.
   """
   params = adaptation.initial_params(model_config, seed, base)
   return TrainState(
@@ -83,7 +85,7 @@ def abstract_state(
 ) -> TrainState:
   """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
 
-  What an optimizer keeps for a parameter, in its shape, is sharded as the parameter is.
+  Optimizer state in the shape of a parameter is sharded like the parameter.
   """
 
   def make() -> TrainState:
@@ -113,7 +115,7 @@ def init_state(
   base: Mapping[str, Any] | None = None,
   base_checksum: int | None = None,
 ) -> TrainState:
-  """Makes the state of step 0, each array on the devices that will hold it; as `make_state`."""
+  """Makes the state of step 0 like `make_state`, each array on the devices that will hold it."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   ema = abstract.ema is not None
 
@@ -144,31 +146,30 @@ def _make_gradients(
   reduce_dtype: str,
   observe: bool = False,
 ) -> Callable[..., tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
-  """Returns (state, batch, frozen) -> (metrics, gradient, figures).
+  """Returns (state, batch, frozen) -> (metrics, gradient, stats).
 
   Gradients of matrices are added up over devices in `reduce_dtype`.
   `frozen` are the parameters of the model that are not in the state, and have no gradient.
 
-  The metrics are the loss that the task tells, the weight of the batch, and what the routers of a
-  mixture of experts tell; the routers' two losses, means over the layers, are minimised with the
-  task's, times their factors. The loss is the mean over the valid targets of the whole global
-  batch: each micro-batch is divided by that one count, so their gradients add up to the gradient of
-  the whole. Randomness is a function of (seed, step). The
-  figures, [L] each, are none unless `observe`.
+  The metrics are the task's loss, the weight of the batch, and the routers' statistics in a mixture
+  of experts; the routers' two losses, means over the layers, are minimised with the task's, times
+  their factors. The loss is the mean over the valid targets of the whole global batch: each
+  micro-batch is divided by that one count, so their gradients add up to the gradient of the whole.
+  Randomness is a function of (seed, step). The stats, [L] each, are empty unless `observe`.
   """
 
   def loss(params, micro: Batch, key, weight, frozen):
     model = nnx.merge(graph, params, frozen or {})
-    figures = Figures() if observe else None
-    routing = Routing() if model.config.num_experts else None
-    sums = task.loss(model, micro, key, figures=figures, routing=routing)
+    stats = ActivationStats() if observe else None
+    router_stats = RouterStats() if model.config.num_experts else None
+    sums = task.loss(model, micro, key, stats=stats, router_stats=router_stats)
     share = micro.weights.sum() / weight
     total = sums.total / weight
-    if routing is not None:
-      balance, z = routing["balance_loss"].mean(), routing["z_loss"].mean()
+    if router_stats is not None:
+      balance, z = router_stats["balance_loss"].mean(), router_stats["z_loss"].mean()
       total += share * (router_balance_loss * balance + router_z_loss * z)
-    told = {f"router/{name}": x * share for name, x in (routing or {}).items()}
-    return total, ({"loss": sums.cross_entropy / weight} | told, dict(figures or {}))
+    told = {f"router/{name}": x * share for name, x in (router_stats or {}).items()}
+    return total, ({"loss": sums.cross_entropy / weight} | told, dict(stats or {}))
 
   @sharding.reducing_in(reduce_dtype)
   def gradients(state: TrainState, batch: Batch, frozen: Any):
@@ -183,25 +184,25 @@ def _make_gradients(
       return jax.tree.map(jnp.add, carry, grads), told
 
     if grad_accumulation == 1:
-      (_, (metrics, figures)), grads = value_and_grad(state.params, batch, key, weight, frozen)
+      (_, (metrics, stats)), grads = value_and_grad(state.params, batch, key, weight, frozen)
     else:
       keys = None if key is None else jax.random.split(key, grad_accumulation)
       zero = jax.tree.map(jnp.zeros_like, state.params)
       micro_batches = _micro_batches(batch, grad_accumulation)
-      grads, (metrics, figures) = jax.lax.scan(add, zero, (micro_batches, keys))
+      grads, (metrics, stats) = jax.lax.scan(add, zero, (micro_batches, keys))
       metrics = {name: x.sum(0) for name, x in metrics.items()}
-      # Micro-batches are equally large, so the mean of their mean squares is that of the batch.
-      figures = {
+      # Micro-batches are equally large, so the mean of their mean squares is the batch's.
+      stats = {
         name: jnp.sqrt(jnp.square(x).mean(0)) if name.endswith("_rms") else x.max(0)
-        for name, x in figures.items()
+        for name, x in stats.items()
       }
-    return _over_layers(metrics) | {"batch_tokens": tokens}, grads, figures
+    return _over_layers(metrics) | {"batch_tokens": tokens}, grads, stats
 
   return gradients
 
 
 def _over_layers(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Means over the layers of what routers tell, [L]; of their load [L, E], the `largest_load` of an
+  """Means over the layers of router statistics [L]; for the load [L, E], the `largest_load` of an
   expert in shares of 1 / E, which is 1 in balance."""
   means = {name: x.mean() for name, x in metrics.items() if name != "router/load"}
   if (load_LE := metrics.get("router/load")) is not None:
@@ -225,8 +226,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns jit(state, batch, frozen=None) -> (state, metrics), which donates the state alone.
 
-  Metrics and gradient are those of `_make_gradients`. An update whose loss or gradient is not
-  finite is not applied.
+  Metrics and gradient come from `_make_gradients`. An update whose loss or gradient is not finite
+  is not applied.
   """
   gradients = _make_gradients(
     graph,
@@ -282,11 +283,11 @@ def make_observe_step(
   reduce_dtype: str = "float32",
   compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., dict[str, jax.Array]]:
-  """Returns jit(state, batch, frozen=None) -> figures of the update that the step would make.
+  """Returns jit(state, batch, frozen=None) -> stats of the update that the step would make.
 
-  `layers/NAME` [L]: those of `model.gpt.Block`. `gradient_norm/PARAMETER`, `update_norm/PARAMETER`
-  (new - old) and `parameter_norm/PARAMETER`: Euclidean, [L] for a parameter of the stack and a
-  scalar for any other, float32; the gradient is that before clipping. Nothing is applied, and the
+  `layers/NAME` [L]: the stats of `model.block.Block`. `gradient_norm/PARAMETER` (before clipping),
+  `update_norm/PARAMETER` (new - old) and `parameter_norm/PARAMETER`: Euclidean, [L] for a parameter
+  of the stack and a scalar for any other, float32. Nothing is applied, and the
   state is not donated. A call costs one more forward and backward pass, and a second copy of
   parameters and optimizer state while it lasts.
   """
@@ -311,21 +312,21 @@ def make_observe_step(
     }
 
   def observe_step(state: TrainState, batch: Batch, frozen: Any = None):
-    _, grads, figures = gradients(state, batch, frozen)
+    _, grads, stats = gradients(state, batch, frozen)
     params, _, _ = optimizer.update(grads, state.opt_state, state.params, state.step)
-    figures = {f"layers/{name}": x for name, x in figures.items()}
-    figures |= norms("gradient_norm", grads) | norms("parameter_norm", state.params)
-    figures |= norms("update_norm", jax.tree.map(jnp.subtract, params, state.params))
-    # Whole on every host, to be read there.
-    return {name: sharding.constrain(x, *(None,) * x.ndim) for name, x in figures.items()}
+    stats = {f"layers/{name}": x for name, x in stats.items()}
+    stats |= norms("gradient_norm", grads) | norms("parameter_norm", state.params)
+    stats |= norms("update_norm", jax.tree.map(jnp.subtract, params, state.params))
+    # Replicated, so that every host can read them.
+    return {name: sharding.constrain(x, *(None,) * x.ndim) for name, x in stats.items()}
 
   return jax.jit(observe_step, compiler_options=compiler_options)
 
 
-def name_layers(figures: Mapping[str, Any]) -> dict[str, float]:
-  """{NAME: [L] or scalar}, on the host -> one float a name: NAME/00, NAME/01 ... of what has L."""
+def name_layers(stats: Mapping[str, Any]) -> dict[str, float]:
+  """{NAME: [L] or scalar}, on the host -> floats by name; arrays become NAME/00, NAME/01 ..."""
   named = {}
-  for name, x in figures.items():
+  for name, x in stats.items():
     layers = {f"{name}/{i:02}": float(one) for i, one in enumerate(x)} if x.ndim else None
     named |= layers or {name: float(x)}
   return named
@@ -339,8 +340,8 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 def make_eval_step(
   graph: nnx.GraphDef, task: Task
 ) -> Callable[..., tuple[dict[str, tuple[jax.Array, jax.Array]], Any]]:
-  """Returns jit(params, batch, frozen=None) -> what `Task.evaluate` tells: sums over targets, and
-  outputs, whole on every host."""
+  """Returns jit(params, batch, frozen=None) -> the results of `Task.evaluate`, sums over targets
+  and outputs, replicated on every host."""
 
   def eval_step(params, batch: Batch, frozen: Any = None):
     batch = sharding.balance_time(batch)

@@ -1,4 +1,4 @@
-"""How good a run is while it goes on: its validations, the best of them, and when to stop."""
+"""Validations of a run, the best of them, and early stopping."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from gptjax.training.step import TrainState
 
 
 def check(config: Any, task: Task) -> None:
-  """Refuses a metric that the validation does not tell, or a library of one that is missing."""
+  """Refuses a metric that the validation does not compute, or whose library is missing."""
   best = config.checkpoint.best_metric
   if best:
     check_metric("checkpoint.best_metric", best, task)
@@ -33,7 +33,7 @@ def check(config: Any, task: Task) -> None:
 
 
 def check_metric(key: str, metric: str, task: type[Task] | Task) -> None:
-  """Refuses a metric that the validation of a task does not tell; UserError names the key."""
+  """Refuses a metric that the validation of a task does not compute; UserError names the key."""
   known = metrics_of(task)
   if metric not in known:
     hint = did_you_mean(metric, known)
@@ -42,7 +42,7 @@ def check_metric(key: str, metric: str, task: type[Task] | Task) -> None:
 
 def make_evaluate(setup: Setup, dataset: Dataset) -> Callable[[TrainState, Any], dict[str, float]]:
   """Returns (state, frozen) -> {'val/NAME': value}, exact over the whole validation set: the loss
-  and the metrics of the task. The weights are those of the moving average, where there is one."""
+  and the metrics of the task. The moving average of the weights is evaluated if there is one."""
   run = step.make_eval_step(setup.graph, setup.task)
   names = ("loss", *setup.task.metrics)
 
@@ -63,7 +63,7 @@ def make_evaluate(setup: Setup, dataset: Dataset) -> Callable[[TrainState, Any],
 
 
 def describe(validation: Mapping[str, float]) -> str:
-  """One line of what `make_evaluate` told."""
+  """Formats the results of a validation as one line."""
   shown = {"val/loss": "validation loss", "val/bits_per_byte": "bits per byte"}
   parts = []
   for name, value in validation.items():
@@ -78,8 +78,10 @@ def describe(validation: Mapping[str, float]) -> str:
 class History:
   """The validations of a run, oldest first, each with its `step`.
 
-  metric: what tells the best of them. patience: how many in a row may fail to be better than the
-  best before; 0 is any number. final: which of them the run has made, the 'best' or the 'newest'.
+  Attributes:
+    metric: decides which of them is the best.
+    patience: how many in a row may be no better than the best before; 0 is any number.
+    final: the validation that counts as the run's result, 'best' or 'newest'.
   """
 
   lines: list[Mapping[str, Any]]
@@ -89,12 +91,12 @@ class History:
 
   @classmethod
   def start(cls, config: Any) -> "History":
-    """That of a run which has not validated yet."""
+    """The history of a run before its first validation."""
     return cls([], config.checkpoint.best_metric, config.eval.patience, config.checkpoint.final)
 
   @classmethod
   def read(cls, workdir: epath.PathLike, config: Any, last_step: int) -> "History":
-    """Those that metrics.jsonl has up to a step."""
+    """Reads the validations in metrics.jsonl up to a step."""
     lines = [line for line in read_metrics(workdir) if "val/loss" in line]
     history = cls.start(config)
     history.lines += [line for line in lines if line["step"] <= last_step]
@@ -104,7 +106,7 @@ class History:
     self.lines.append({"step": step, **validation})
 
   def tell(self, checkpoints: Checkpoints) -> None:
-    """Repeats to the checkpoints what was told of them before, but for a process that died."""
+    """Records the metrics of older checkpoints again, in case a process died before doing so."""
     for line in self.lines:
       if line["step"] in checkpoints.steps() and line.get(self.metric) is not None:
         checkpoints.record_metrics(line["step"], line)
@@ -115,18 +117,18 @@ class History:
 
   @property
   def best(self) -> Mapping[str, Any]:
-    """The first of the best after a step; empty if there is none."""
+    """The first of the best validations after a step; empty if there is none."""
     index = self._best_index
     return {} if index is None else self.lines[index]
 
   @property
   def result(self) -> Mapping[str, Any]:
-    """That of what the run has made; empty if there is none."""
+    """The validation of the run's result; empty if there is none."""
     return (self.best if self.final == "best" else {}) or self.last
 
   @property
   def exhausted(self) -> bool:
-    """Whether the patience is at its end."""
+    """Whether the patience has run out."""
     index = self._best_index
     return (
       bool(self.patience) and index is not None and (len(self.lines) - 1 - index >= self.patience)

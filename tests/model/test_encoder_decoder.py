@@ -5,8 +5,8 @@ import pytest
 from flax import nnx
 
 from gptjax.errors import UserError
-from gptjax.model.figures import Figures
 from gptjax.model.gpt import GPT, model_graph
+from gptjax.model.stats import ActivationStats
 
 S, T = 6, 5
 SOURCE = np.random.default_rng(0).integers(0, 32, (2, S))
@@ -68,10 +68,10 @@ def test_writing_token_by_token_gives_what_a_whole_pass_gives(model):
 
 
 def test_what_cross_attention_adds_is_told(model):
-  figures = Figures()
-  model.hidden(TARGET, encoded=model.encode(SOURCE), figures=figures)
-  assert figures["cross_attention_rms"].shape == (2,)
-  assert (figures["cross_attention_rms"] > 0).all()
+  stats = ActivationStats()
+  model.hidden(TARGET, encoded=model.encode(SOURCE), stats=stats)
+  assert stats["cross_attention_rms"].shape == (2,)
+  assert (stats["cross_attention_rms"] > 0).all()
 
 
 def test_a_model_with_an_encoder_needs_what_it_made_and_others_refuse_it(model, tiny_config):

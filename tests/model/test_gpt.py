@@ -9,8 +9,8 @@ from flax import nnx, traverse_util
 
 from gptjax.errors import UserError
 from gptjax.model.config import CHOICES
-from gptjax.model.figures import Figures
 from gptjax.model.gpt import GPT, count_parameters, describe_parameters, model_graph
+from gptjax.model.stats import ActivationStats
 
 POSITIONS = CHOICES["position"]
 T = 8
@@ -257,13 +257,13 @@ PACKED = {
 
 
 def make_observed(config, whole=False):
-  """jit(params) -> (hidden states, figures), beside a gradient as in training."""
+  """jit(params) -> (hidden states, stats), beside a gradient as in training."""
   graph = model_graph(config)
 
   def loss(params):
-    figures = Figures(whole)
-    hidden, _ = nnx.merge(graph, params).hidden(TOKENS, figures=figures, **PACKED)
-    return jnp.square(hidden).mean(), (hidden, dict(figures))
+    stats = ActivationStats(whole)
+    hidden, _ = nnx.merge(graph, params).hidden(TOKENS, stats=stats, **PACKED)
+    return jnp.square(hidden).mean(), (hidden, dict(stats))
 
   return jax.jit(lambda params: jax.grad(loss, has_aux=True)(params)[1])
 
@@ -280,10 +280,10 @@ def test_the_branches_add_up_to_the_residual_stream(tiny_config, random_params):
   np.testing.assert_allclose(added, (whole["attention"] + whole["mlp"])[1:], atol=1e-5)
   model = nnx.merge(model_graph(config), params)
   np.testing.assert_allclose(model.final_norm(whole["residual"][-1]), hidden, atol=1e-5)
-  _, figures = make_observed(config)(params)
+  _, stats = make_observed(config)(params)
   for name in ("attention", "mlp", "residual"):
     expected = np.sqrt(np.square(whole[name]).mean((1, 2, 3)))
-    np.testing.assert_allclose(figures[f"{name}_rms"], expected, rtol=1e-5)
+    np.testing.assert_allclose(stats[f"{name}_rms"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_nothing_is_told_when_nobody_asks(tiny_config, random_params, monkeypatc
   def refuse(*_, **__):
     raise AssertionError
 
-  monkeypatch.setattr("gptjax.model.figures.root_mean_square", refuse)
+  monkeypatch.setattr("gptjax.model.stats.root_mean_square", refuse)
   monkeypatch.setattr("gptjax.model.attention.largest_logit", refuse)
   config = tiny_config(scan_layers=True)
   loss_and_gradients(config).trace(random_params(config))

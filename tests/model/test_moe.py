@@ -16,8 +16,8 @@ from gptjax.devices import sharding
 from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import activate
-from gptjax.model.figures import Routing
 from gptjax.model.moe import MixtureOfExperts, measure
+from gptjax.model.stats import RouterStats
 
 B, T, D, F, E = 4, 8, 16, 12, 4
 # What is compared sums over 32 tokens and then 16 columns: 512 roundings of 2^-24 are 3e-5 of the
@@ -80,9 +80,9 @@ def make_tokens(padded=True):
 
 
 def by_module(config, params, x, valid):
-  routing = Routing()
-  y = nnx.merge(make_graph(config), params)(x, valid_BT=valid, routing=routing)
-  return y, dict(routing)
+  router_stats = RouterStats()
+  y = nnx.merge(make_graph(config), params)(x, valid_BT=valid, router_stats=router_stats)
+  return y, dict(router_stats)
 
 
 def by_loop(config, params, x, valid):
@@ -120,9 +120,9 @@ def everything(forward, config, params, tokens):
   """Outputs, what the router tells, and the gradients of a function of all of them."""
 
   def objective(params, x, valid, v):
-    y, routing = forward(config, params, x, valid)
-    weighed = jnp.vdot(y, v) + 3 * routing["balance_loss"] + 2 * routing["z_loss"]
-    return weighed, (y * valid[..., None], routing)
+    y, router_stats = forward(config, params, x, valid)
+    weighed = jnp.vdot(y, v) + 3 * router_stats["balance_loss"] + 2 * router_stats["z_loss"]
+    return weighed, (y * valid[..., None], router_stats)
 
   grads, values = jax.jit(jax.grad(objective, (0, 1), has_aux=True))(params, *tokens)
   return jax.device_get((grads, values))
@@ -171,9 +171,9 @@ def test_no_token_is_dropped_when_all_choose_one_expert(mesh):
   params["router"]["bias"] = np.array([0, 0, 30, 0], np.float32)
   wanted = everything(by_loop, config, params, tokens)
   with jax.set_mesh(sharding.make_mesh(ONE | (mesh or {}), None if mesh else jax.devices()[:1])):
-    grads, (y, routing) = everything(by_module, config, params, tokens)
-  assert_close((grads, (y, routing)), wanted)
-  np.testing.assert_array_equal(routing["load"], [0, 0, 1, 0])
+    grads, (y, router_stats) = everything(by_module, config, params, tokens)
+  assert_close((grads, (y, router_stats)), wanted)
+  np.testing.assert_array_equal(router_stats["load"], [0, 0, 1, 0])
   assert np.abs(grads[0]["up"]["kernel"]).max((1, 2)).nonzero()[0].tolist() == [2]
 
 
@@ -183,11 +183,11 @@ def test_padding_goes_nowhere():
   graph, params = make_graph(config), make_params(config)
   x, valid, _ = make_tokens()
   run = jax.jit(lambda x: by_module(config, params, x, valid))
-  y, routing = run(x)
-  y2, routing2 = run(np.where(valid[..., None], x, 100))
+  y, router_stats = run(x)
+  y2, router_stats2 = run(np.where(valid[..., None], x, 100))
   np.testing.assert_array_equal(y[valid], y2[valid])
-  for name in routing:
-    np.testing.assert_array_equal(routing[name], routing2[name])
+  for name in router_stats:
+    np.testing.assert_array_equal(router_stats[name], router_stats2[name])
   no_shared = nnx.merge(graph, params)
   no_shared.shared, no_shared.down.bias = None, None
   assert not no_shared(x, valid_BT=valid)[~valid].any()
@@ -218,10 +218,10 @@ def test_the_router_is_float32_whatever_computes():
   params["router"]["kernel"] = np.zeros((D, E), np.float32)
   params["router"]["kernel"][0] = [0, 1, 1.0001, 0]
   x = np.ones((1, 1, D), np.float32)
-  y, routing = by_module(config, params, x, None)
-  np.testing.assert_array_equal(routing["load"], [0, 0, 1, 0])
+  y, router_stats = by_module(config, params, x, None)
+  np.testing.assert_array_equal(router_stats["load"], [0, 0, 1, 0])
   assert y.dtype == jnp.bfloat16
-  assert {leaf.dtype for leaf in routing.values()} == {jnp.dtype("float32")}
+  assert {leaf.dtype for leaf in router_stats.values()} == {jnp.dtype("float32")}
 
 
 def test_experts_that_the_mesh_does_not_divide_are_refused():
@@ -240,7 +240,7 @@ from gptjax.objectives.forward import token_loss
 from gptjax.devices import sharding
 from gptjax.data.batch import Batch
 from gptjax.model.config import ModelConfig
-from gptjax.model.figures import Routing
+from gptjax.model.stats import RouterStats
 from gptjax.model.gpt import GPT
 
 shape = {"vocab_size": 32, "num_layers": 2, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24}
@@ -251,9 +251,9 @@ ones = np.ones_like(tokens)
 batch = Batch(tokens, tokens, ones.astype(np.float32), ones, np.arange(16)[None] * ones)
 
 def loss(params):
-  model, routing = nnx.merge(graph, params), Routing()
-  total = token_loss(model, batch, routing=routing).total
-  of_routers = 0.1 * routing["balance_loss"].mean() + 0.1 * routing["z_loss"].mean()
+  model, router_stats = nnx.merge(graph, params), RouterStats()
+  total = token_loss(model, batch, router_stats=router_stats).total
+  of_routers = 0.1 * router_stats["balance_loss"].mean() + 0.1 * router_stats["z_loss"].mean()
   return total + batch.weights.sum() * of_routers
 
 def on(mesh, devices):

@@ -6,7 +6,7 @@ import pytest
 
 from gptjax.errors import UserError
 from gptjax.model.gpt import ParameterInfo
-from gptjax.optim.layerwise import Depths
+from gptjax.optim.layerwise import LayerwiseRates
 
 PARAMETERS = {
   "blocks/mlp/up/kernel": ParameterInfo((3, 8, 16), ("layers", "embed", "mlp"), (1,), "hidden"),
@@ -20,12 +20,12 @@ PARAMETERS = {
 
 def make(layer_decay=1.0, freeze_layers=0, unfreeze_steps=0):
   config = types.SimpleNamespace(layer_decay=layer_decay, freeze_layers=freeze_layers)
-  return Depths.from_config(config, PARAMETERS, unfreeze_steps)
+  return LayerwiseRates.from_config(config, PARAMETERS, unfreeze_steps)
 
 
-def factors(depths, step=0):
+def factors(layerwise, step=0):
   """{name: the multiplier of each layer, or of the whole}."""
-  found = {name: depths.factor(name, jnp.int32(step)) for name in PARAMETERS}
+  found = {name: layerwise.factor(name, jnp.int32(step)) for name in PARAMETERS}
   return {name: None if x is None else np.ravel(x).tolist() for name, x in found.items()}
 
 
@@ -52,12 +52,12 @@ def test_the_lowest_layers_and_the_embeddings_freeze():
 
 
 def test_layers_thaw_one_by_one_from_the_head_down():
-  depths = make(unfreeze_steps=10)
+  layerwise = make(unfreeze_steps=10)
   thawed = {
     step: [
-      *factors(depths, step)["embed/embedding"],
-      *factors(depths, step)["blocks/norm/scale"],
-      *factors(depths, step)["label_head/kernel"],
+      *factors(layerwise, step)["embed/embedding"],
+      *factors(layerwise, step)["blocks/norm/scale"],
+      *factors(layerwise, step)["label_head/kernel"],
     ]
     for step in (0, 9, 10, 20, 39, 40)
   }

@@ -54,7 +54,7 @@ def test_a_classification_is_measured_over_the_labels_there_are():
   # F1 of a is 2/3, of b 1/2, of c 1; '(none)' is no label.
   assert found["f1_macro"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
   assert found["accuracy"] == 3 / 5
-  assert found["accuracy_of_commonest"] == 2 / 5
+  assert found["majority_baseline"] == 2 / 5
   report = scores.classification_report(gold, predicted, ["a", "b", "c", "(none)"])
   assert report["confusion"] == [[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
   assert report["report"]["a"]["recall"] == 0.5

@@ -11,8 +11,8 @@ from flax import nnx
 from gptjax import tree
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
-from gptjax.model.figures import Routing
 from gptjax.model.gpt import describe_parameters, model_graph
+from gptjax.model.stats import RouterStats
 from gptjax.objectives.text import NextToken
 from gptjax.optim import optimizer as optim
 from gptjax.presets.parts import optim as presets
@@ -151,20 +151,20 @@ def test_a_mixture_minimises_the_losses_of_its_routers_and_tells_them(
 
   @jax.jit
   def by_hand(params):
-    routing = Routing()
+    router_stats = RouterStats()
     logits_BTV = nnx.merge(model_graph(config), params)(
       batch.inputs,
       positions_BT=batch.positions,
       segment_ids_BT=batch.segment_ids,
-      routing=routing,
+      router_stats=router_stats,
     )
     picked = jax.nn.one_hot(batch.targets, 32) * jax.nn.log_softmax(logits_BTV)
-    loss, balance, z = -picked.sum(-1).mean(), routing["balance_loss"], routing["z_loss"]
+    loss, balance, z = -picked.sum(-1).mean(), router_stats["balance_loss"], router_stats["z_loss"]
     told = {
       "loss": loss,
       "router/balance_loss": balance.mean(),
       "router/z_loss": z.mean(),
-      "router/largest_load": 4 * (routing["load"][0].max() + routing["load"][1].max()) / 2,
+      "router/largest_load": 4 * router_stats["load"].max(-1).mean(),
     }
     return loss + 0.2 * balance.mean() + 0.1 * z.mean(), told
 
@@ -245,7 +245,7 @@ def test_a_batch_without_a_valid_token_changes_nothing(train_step, start, batch)
   jax.tree.map(np.testing.assert_array_equal, state.params, start().params)
 
 
-# --- Figures of the layers ---------------------------------------------------------------------
+# --- Statistics of the layers ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -294,13 +294,13 @@ def test_the_norms_of_a_stack_are_a_layer_each(tiny_config, random_params, batch
   optimizer = make_optimizer(config)
   params = jax.tree.map(jnp.asarray, random_params(config))
   state = step_lib.TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params), ema=None)
-  figures = jax.device_get(observe(config, optimizer)(state, batch))
+  stats = jax.device_get(observe(config, optimizer)(state, batch))
   kernels = np.asarray(params["blocks"]["mlp"]["up"]["kernel"])  # the state was not donated
   expected = [np.linalg.norm(kernel) for kernel in kernels]
-  np.testing.assert_allclose(figures["parameter_norm/blocks/mlp/up/kernel"], expected, rtol=1e-5)
-  named = step_lib.name_layers(figures)
+  np.testing.assert_allclose(stats["parameter_norm/blocks/mlp/up/kernel"], expected, rtol=1e-5)
+  named = step_lib.name_layers(stats)
   assert named["parameter_norm/blocks/mlp/up/kernel/01"] == pytest.approx(expected[1], rel=1e-5)
-  assert named["layers/residual_rms/01"] == figures["layers/residual_rms"][1]
+  assert named["layers/residual_rms/01"] == stats["layers/residual_rms"][1]
   assert isinstance(named["gradient_norm/embed/embedding"], float)
 
 
@@ -318,9 +318,9 @@ def test_figures_do_not_depend_on_accumulation_and_mesh(
   with jax.set_mesh(mesh):
     state = jax.device_put(start(), jax.tree.map(lambda leaf: leaf.sharding, abstract))
     step = observe(config, optimizer, grad_accumulation=grad_accumulation)
-    figures = step(state, sharding.to_global(batch, mesh))
-  assert all(x.is_fully_replicated for x in figures.values())
-  assert_close(jax.device_get(figures), observed)
+    stats = step(state, sharding.to_global(batch, mesh))
+  assert all(x.is_fully_replicated for x in stats.values())
+  assert_close(jax.device_get(stats), observed)
 
 
 # --- The state ---------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
-"""What a forward pass tells of itself when it is asked to."""
+"""Statistics that a forward pass collects on request."""
 
 import jax
 import jax.numpy as jnp
 
 
-class Figures(dict[str, jax.Array]):
-  """Named figures of a forward pass, filled while it is traced.
+class ActivationStats(dict[str, jax.Array]):
+  """Statistics of activations by name, filled while a forward pass is traced; without gradients.
 
-  Of an activation `x` they hold `x_rms`, its root mean square as a float32 scalar; or `x` itself,
-  where `whole` is asked for. Nothing in them has a gradient.
+  An activation `x` is recorded as `x_rms`, its root mean square as a float32 scalar, or itself as
+  `x` if `whole`.
   """
 
   def __init__(self, whole: bool = False):
@@ -20,8 +20,8 @@ class Figures(dict[str, jax.Array]):
     self.update({name: x} if self.whole else {f"{name}_rms": root_mean_square(x)})
 
 
-class Routing(dict[str, jax.Array]):
-  """What the routers of a mixture of experts tell, filled while a forward pass is traced.
+class RouterStats(dict[str, jax.Array]):
+  """Statistics of a mixture of experts' routers, filled while a forward pass is traced.
 
   balance_loss, z_loss: float32 scalars with gradients, to be minimised. load: float32 [E], the
   share of the tokens' choices that fell on each expert, without a gradient.
