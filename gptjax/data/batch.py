@@ -1,4 +1,4 @@
-"""The one schema of a training batch, whatever the task."""
+"""The schema of a training batch, the same for every task."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ class Batch:
     positions: int32 [B, T], distance from the start of the segment within its row, from 0.
     prefix: int32 [B, T], 1 where all of the segment sees the input, for a prefix language model.
     token_types: int32 [B, T], 1 in the second of two texts.
-    values: float32 [B, T, K], what the K labels of an input are worth, where that is no one label.
-    encoder_inputs, encoder_segment_ids, encoder_positions: int32 [B, S], what an encoder reads; a
-      segment of the decoder's row sees the one of the same id.
+    values: float32 [B, T, K], a target value for each of K labels, where no single label is right.
+    encoder_inputs, encoder_segment_ids, encoder_positions: int32 [B, S], the encoder's row; a
+      segment of the decoder's row sees the encoder's segment of the same id.
   """
 
   inputs: np.ndarray | jax.Array

@@ -36,14 +36,14 @@ _CUT = re.compile(r"(?<=\S\n)(?=\w)")
 
 
 class Encoder(Protocol):
-  """What makes ids of documents: a `Tokenizer`, a `ChatEncoder` or a `PromptEncoder`."""
+  """Turns documents into token ids: a `Tokenizer`, a `ChatEncoder` or a `PromptEncoder`."""
 
   vocab_size: int
   end_of_text: int
   adds_space: bool
 
   def encode_batch(self, texts: Sequence[str]) -> Sequence[np.ndarray | list[np.ndarray]]:
-    """Of each text its tokens, or a list of those of several documents that it becomes."""
+    """Returns the tokens of each text, or a list of arrays if a text becomes several documents."""
 
   def fingerprint(self) -> str: ...
 
@@ -56,7 +56,7 @@ class TokenCache:
     tokens: uint16 or uint32 [num_tokens], memory-mapped.
     boundaries: int64 [num_documents], where each document's leading end_of_text stands.
     num_bytes: UTF-8 bytes of the documents' text.
-    checksum: CRC-32 of the tokens and then the boundaries; corpora that are equal have equal ones.
+    checksum: CRC-32 of the tokens and then the boundaries; equal corpora have equal checksums.
   """
 
   tokens: np.ndarray
@@ -78,8 +78,8 @@ def open_or_build(
 ) -> TokenCache:
   """Opens the cache of (source, tokenizer), building it first if there is none.
 
-  A build holds a file lock, which ends with its process: a second builder waits and then finds
-  the work done, and what a killed one left is removed. The finished folder appears by one rename.
+  A build holds a file lock, which ends with its process: a second builder waits and then finds the
+  work done, and leftovers of a killed build are removed. The finished folder appears by one rename.
 
   Args:
     source: the documents.
@@ -142,7 +142,7 @@ def _open(folder: Path) -> TokenCache | None:
 
 
 def _checksum(array: np.ndarray, start: int = 0) -> int:
-  """CRC-32 of an array's bytes, read a block at a time, after what `start` is the CRC-32 of."""
+  """Continues the CRC-32 `start` over an array's bytes, read a block at a time."""
   content = array.view(np.uint8)
   for block in range(0, len(content), _CHECK_BYTES):
     start = zlib.crc32(content[block : block + _CHECK_BYTES], start)

@@ -1,5 +1,4 @@
-"""Conversations as the text that a model was trained on, by the chat template it comes with, and
-which of that text the assistant has to write."""
+"""Conversations as text, by a model's chat template, and which part of it the assistant writes."""
 
 import dataclasses
 import datetime
@@ -24,18 +23,18 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 
 Message = Mapping[str, Any]  # {"role": one of ROLES, "content": text}
 
-# Around what {% generation %} marks. Unicode keeps these two for the inside of programs.
+# Put around the text that {% generation %} marks. Unicode reserves these two for programs.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 _HAS_MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-  """The template of a tokenizer, in Jinja, rendered in a sandbox with what `transformers` gives it.
+  """A tokenizer's Jinja template, rendered in a sandbox with the variables of `transformers`.
 
   Attributes:
     tokenizer: has the template.
-    today: the date that a template may tell; None for that of the day.
+    today: the date for templates that print one; None for today's.
 
   Raises:
     UserError: the tokenizer has no template.
@@ -60,13 +59,13 @@ class ChatTemplate:
     """Returns the text of a conversation.
 
     Args:
-      messages: each {"role": ..., "content": ...}, and what else the template reads.
+      messages: each {"role": ..., "content": ...}, and any other keys that the template reads.
       add_generation_prompt: whether the text ends where the assistant's answer begins.
-      tools: what the template gets of that name.
+      tools: the template's variable `tools`.
 
     Raises:
-      UserError: a message without a known role or without content, a call of a tool that the
-        template has no form for, or a template that is wrong or refuses the messages.
+      UserError: a message has no known role or no content, the template cannot write a tool call,
+        or the template is wrong or refuses the messages.
     """
     template = self.tokenizer.chat_template
     for number, message in enumerate(messages):
@@ -115,25 +114,24 @@ class ChatTemplate:
       ) from error
 
   def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-    """Returns the ids of `render`, special tokens parsed; arguments and errors are as there."""
+    """Returns the token ids of `render`, special tokens parsed; same arguments and errors."""
     text = self.render(messages, add_generation_prompt=add_generation_prompt)
     return self.tokenizer.encode_with_specials(text)
 
   def examples(
     self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
   ) -> list[list[tuple[str, bool]]]:
-    """Returns the texts to learn a conversation from, in pieces, and of each piece whether the
-    assistant writes it. Each answer is learnt once, after the prompt that asks for it.
+    """Returns the texts to learn a conversation from, in pieces (text, whether the assistant writes
+    it). Each answer is learnt once, after its prompt.
 
-    Answers are what the template has between {% generation %} and {% endgeneration %}, in one text.
-    In a template without these marks, an answer is what the conversation that ends with it has
-    beyond the prompt of the one that ends before it. One that is written in another way when others
-    follow, as Qwen 3's without its thoughts, is learnt from a text of its own. What follows the end
-    of a turn may be part of it.
+    Answers are the text between {% generation %} and {% endgeneration %}, all in one example. In a
+    template without these marks, an answer is the difference between the conversation that ends
+    with it and its prompt. An answer that changes when later messages follow, as Qwen 3's loses its
+    thoughts, gets an example of its own. Text after the end of a turn may be part of the answer.
 
     Raises:
-      UserError: as `render`; an answer does not begin with its prompt, so that it cannot be told;
-        or nothing is marked.
+      UserError: as `render`; the text up to an answer does not begin with its prompt, so that the
+        answer cannot be found; or nothing is marked.
     """
     whole = self.render(messages, add_generation_prompt=False, tools=tools)
     if _HAS_MARKS.search(self.tokenizer.chat_template):
@@ -200,11 +198,11 @@ def set_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
 
 @functools.lru_cache
 def _compile(template: str, marked: bool):
-  """Compiles as `transformers` does: its options, filters and functions. With `marked`, what is
-  generated is between `_BEGIN` and `_END`."""
+  """Compiles a template with the options, filters and functions of `transformers`. If `marked`,
+  generated text is put between `_BEGIN` and `_END`."""
 
   class Generation(jinja2.ext.Extension):
-    """{% generation %} marks what an assistant says, which adds no other text."""
+    """The block {% generation %} around an assistant's text, which prints nothing else."""
 
     tags = frozenset({"generation"})
 
@@ -217,13 +215,13 @@ def _compile(template: str, marked: bool):
     raise jinja2.TemplateError(message)
 
   def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    # Unlike Jinja's own, which escapes what means something in HTML.
+    # Jinja's own filter escapes HTML; this one does not.
     return json.dumps(
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
   def blank_if_null(value):
-    """Where a template prints the content of a call of tools, which is null, not 'None'."""
+    """Prints '' and not 'None' for the content of a tool call, which is null."""
     return "" if value is None else value
 
   def trim(value, *how, **named):
@@ -241,7 +239,7 @@ def _compile(template: str, marked: bool):
 
 
 def _cut(text: str, ends: Sequence[int]) -> list[tuple[str, bool]]:
-  """The pieces of a text, every other an answer, but for empty ones."""
+  """Cuts a text into pieces, alternately prompt and answer; empty pieces are left out."""
   pairs = itertools.pairwise([0, *ends, len(text)])
   return [(text[i:j], n % 2 == 1) for n, (i, j) in enumerate(pairs) if i < j]
 

@@ -1,6 +1,6 @@
 """Chat templates by name, for tokenizers without one of their own.
 
-Each is (its Jinja, the special tokens that it needs of the tokenizer).
+Each is (Jinja text, special tokens that the tokenizer must have).
 """
 
 _NO_TOOLS = """\

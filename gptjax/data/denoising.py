@@ -1,7 +1,7 @@
 """Rows for prefix, masked and denoising language models, in the place of `packing.pack`.
 
-Each takes a window of the token stream and randomness, and returns a `Batch` row. Whatever the
-objective, the loss is the cross-entropy of the targets by their weights.
+Each class makes a `Batch` row from a window of the token stream and randomness. The loss is always
+the weighted cross-entropy of the targets.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from gptjax.errors import UserError
 class PrefixLanguageModel:
   """Prefix language model (Raffel et al. 2020, section 3.2.3; Dong et al. 2019).
 
-  What a row has of a document is cut after a number of its inputs, from 1 to all, each as likely.
-  They are its prefix. A target counts if it is not in the prefix: the first that does follows the
-  prefix's last token, as the first token of an answer follows a prompt.
+  Each segment of a row is cut after 1 to all of its inputs, uniformly; the inputs before the cut
+  are its prefix. Only targets outside the prefix count: the first of them follows the prefix's last
+  token, as the first token of an answer follows a prompt.
 
   Attributes:
-    sequence_length: T.
+    sequence_length: length of a row, T.
     end_of_text: id of the separator.
   """
 
@@ -48,16 +48,16 @@ class PrefixLanguageModel:
 class MaskedLanguageModel:
   """Masked language model (Devlin et al. 2019, section 3.1 and appendix A.1).
 
-  Words are chosen at random until `mask_rate` of a row's tokens are; one with more tokens than are
-  still wanted is passed over. Of the chosen tokens 80 % are masked, 10 % replaced by a random one
-  and 10 % kept, and all are targets. With `whole_words` a word is chosen with all of its tokens
+  Words are chosen at random until `mask_rate` of a row's tokens are chosen; a word with more tokens
+  than are still wanted is skipped. 80 % of the chosen tokens are masked, 10 % replaced by a random
+  token, 10 % kept, and all are targets. With `whole_words` a word is chosen with all its tokens
   (Cui et al. 2019, arXiv:1906.08101); else each token is a word. Separators are never chosen.
   """
 
   def __init__(
     self, tokenizer: Tokenizer, sequence_length: int, mask_rate: float, whole_words: bool
   ):
-    """UserError if the tokenizer has no mask."""
+    """Raises UserError if the tokenizer has no mask token."""
     if tokenizer.mask is None:
       raise UserError(
         f"tokenizer {tokenizer.spec!r} has no mask token, which objective='masked' needs. "
@@ -70,8 +70,8 @@ class MaskedLanguageModel:
     self._text_tokens = np.flatnonzero(self._is_text).astype(np.int32)
 
   def __call__(self, window: np.ndarray, rng: np.random.Generator) -> Batch:
-    """Makes a row, each field [T], of a window, int32 [up to T + 1], whose last token, with which
-    the next window begins, is left out."""
+    """Makes a row, each field [T], from a window, int32 [up to T + 1], without its last token, as
+    that also begins the next window."""
     row = pack(window, self._sequence_length, self._tokenizer.end_of_text)
     tokens, T = row.inputs, self._sequence_length
     chosen = pad(self._choose(tokens[: len(window) - 1], rng), T)
@@ -103,14 +103,14 @@ class MaskedLanguageModel:
 class SpanCorruption:
   """Span corruption (Raffel et al. 2020, section 3.3.4), for an encoder and a decoder.
 
-  `mask_rate` of a window's tokens, in spans of `mean_span` tokens on average, are replaced by one
-  sentinel a span in what the encoder reads. The decoder is to write each sentinel, the span after
-  it, and one more sentinel. The lengths and the places of the spans are uniform over all that add
-  up. A window goes over the ends of documents and is one segment: its separators are tokens like
-  others for the encoder, but in no span; one that a span reaches over stays behind its sentinel.
+  For the encoder, `mask_rate` of a window's tokens, in spans of `mean_span` tokens on average, are
+  replaced by one sentinel per span. The decoder writes each sentinel followed by its span, and one
+  final sentinel. All lengths and places of spans with the right sums are equally likely. A window
+  is one segment, even across documents: the encoder reads separators as ordinary tokens, but no
+  span contains them; a separator within the reach of a span is moved behind its sentinel.
 
   Attributes:
-    window_length: tokens of a window, such that the corrupted one has S.
+    window_length: tokens of a window, chosen so that the corrupted window has S tokens.
     target_length: T, tokens of the decoder's row.
   """
 
@@ -122,7 +122,7 @@ class SpanCorruption:
     mean_span: float,
     decoder_start: int,
   ):
-    """UserError if the tokenizer has too few sentinels. `sequence_length` is S."""
+    """Raises UserError if the tokenizer has too few sentinels. `sequence_length` is S."""
     self._sequence_length = sequence_length
     self._mask_rate, self._mean_span = mask_rate, mean_span
     self._decoder_start = decoder_start
@@ -140,8 +140,8 @@ class SpanCorruption:
     self._sentinels = np.array(tokenizer.sentinels, np.int32)
 
   def __call__(self, window: np.ndarray, rng: np.random.Generator) -> Batch:
-    """Makes a row, the encoder's fields [S] and the others [T], of a window, int32 [up to
-    window_length + 1], whose last token, with which the next window begins, is left out."""
+    """Makes a row, the encoder's fields [S] and the others [T], from a window, int32 [up to
+    window_length + 1], without its last token, which also begins the next window."""
     tokens = window[:-1]
     text = np.flatnonzero(self._is_text[tokens])
     noise, spans = _count(len(tokens), self._mask_rate, self._mean_span)
@@ -210,6 +210,6 @@ def _round(x: float) -> int:
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-  """Draws int64 [parts], each at least 1, with a sum of `total`; all such are as likely."""
+  """Draws int64 [parts], each at least 1, with a sum of `total`, uniformly."""
   cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1 if parts > 1 else []
   return np.diff(np.concatenate([[0], cuts, [total]]).astype(np.int64))[:parts]

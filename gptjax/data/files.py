@@ -1,6 +1,6 @@
 """Documents in local files, read at random: text, JSON lines, Parquet, the standard library.
 
-A document is what a record has under `text_key`, or under '' the whole record as JSON.
+A document is the value of a record's `text_key`; if that is '', the whole record as JSON.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from gptjax.small_files import parse_json
 
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _BLOCK_BYTES = 1 << 24
-# How much larger than its file a decompressed text may be; real ones are 3 to 30 times as large.
+# How much larger than its file a decompressed text may be; real texts are 3 to 30 times as large.
 _MAX_EXPANSION = 200
 
 
@@ -39,7 +39,8 @@ class FileSet:
   files: tuple[Path, ...]
 
   def identity(self) -> str:
-    """Changes when a file is added, removed, renamed or written. Moving the whole set is free."""
+    """A text that changes when a file is added, removed, renamed or written, but not by moving the
+    whole folder."""
     stats = [(file, file.stat()) for file in self.files]
     rows = [(str(f.relative_to(self.root)), s.st_size, s.st_mtime_ns) for f, s in stats]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
@@ -71,7 +72,7 @@ def find_files(path: str, suffixes: Sequence[str] = ()) -> FileSet:
 
 
 def _require_file(file: Path) -> None:
-  """Refuses a pipe, whose reader would wait for ever, a device, and a link to nothing."""
+  """Refuses a pipe (reading it might wait for ever), a device, and a link to nothing."""
   if not file.is_file():
     kind = "neither a file nor a folder" if file.exists() else "a link to what is not there"
     raise UserError(f"{file} is {kind}; move it away, or name the files by a pattern.")
@@ -116,7 +117,7 @@ def stdlib(undecodable: str) -> TextFiles:
     for file in sorted(_walk(root, foreign))
     if file.suffix == ".py"
     and not file.name.startswith("_sysconfigdata")
-    # Most of `encodings` are tables that a script wrote, and says so.
+    # Most of `encodings` are tables written by a script, and their first lines say so.
     and not (file.parent.name == "encodings" and b"gencodec.py" in file.read_bytes()[:200])
   ]
   return TextFiles(FileSet(root, tuple(files)), undecodable, platform.python_version())
@@ -294,7 +295,7 @@ def _warn_skipped(name: str, reason: str) -> None:
 
 
 def to_json(record: object) -> str:
-  """Returns a record as JSON; bytes are UTF-8 text, and what JSON has no value for is its name."""
+  """Returns a record as JSON; bytes become UTF-8 text, and values unknown to JSON their str()."""
 
   def plain(value: object) -> object:
     match value:

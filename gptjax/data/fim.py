@@ -5,8 +5,8 @@ A document is cut at two points drawn uniformly over its characters, and written
     PSM   <prefix> prefix <suffix> suffix <middle> middle
     SPM   <prefix> <suffix> suffix <middle> prefix middle
 
-the latter being the paper's variant that shares its separators with PSM (section 3). It is done
-at the context level (section 4.4): on what of a document lies in the row.
+the latter being the paper's variant that shares its separators with PSM (section 3). Documents are
+reordered at the context level (section 4.4): only their part within the row.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class FillInTheMiddle:
   Attributes:
     tokenizer: has the three separators; UserError if it does not.
     fim_rate: share of documents that are reordered.
-    spm_rate: share of those that are written as SPM.
+    spm_rate: share of reordered documents that are written as SPM.
   """
 
   tokenizer: Tokenizer
@@ -43,7 +43,7 @@ class FillInTheMiddle:
       )
 
   def __call__(self, window: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns int32 [up to the same length]: what the separators push out at the end is lost."""
+    """Returns int32 [up to the same length]; the separators push some tokens out at the end."""
     separators = np.flatnonzero(window == self.tokenizer.end_of_text)
     pieces = []
     for piece in np.split(window, np.union1d(separators, separators + 1)):

@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp, opened once their header has been found to say nothing impossible.
+"""Opens GGUF files of llama.cpp, after checking that their header says nothing impossible.
 
 The library `gguf` believes a header: a count of 2**60 keeps it busy for ever.
 """
@@ -35,7 +35,7 @@ def open_gguf(path: Path) -> Any:
 
 
 def _check_header(file: BinaryIO, size: int) -> None:
-  """Raises ValueError for what the file is too short for, and for arrays of arrays."""
+  """Raises ValueError for counts that the file is too short for, and for arrays of arrays."""
 
   def read(layout: str) -> tuple[int, ...]:
     return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))

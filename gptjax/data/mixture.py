@@ -6,7 +6,7 @@ from typing import Any
 import grain
 import numpy as np
 
-# Makes a row of an item: it depends on the item and the randomness alone.
+# Makes a row from an item; the row depends on the item and the randomness alone.
 MakeRow = Callable[[Any, np.random.Generator], Any]
 
 
@@ -28,7 +28,7 @@ def training_rows(
   datasets = []
   for name, child in zip(parts, np.random.SeedSequence(seed).spawn(len(parts)), strict=True):
     shuffle_seed, row_seed = (int(word) for word in child.generate_state(2))
-    # Before the shuffle: the randomness is of the window and the epoch.
+    # Before the shuffle, so that the randomness belongs to the window and the epoch.
     dataset = grain.MapDataset.source(parts[name]).random_map(make_row, seed=row_seed)
     datasets.append(dataset.shuffle(shuffle_seed).repeat())
   return grain.MapDataset.mix(datasets, [weights[name] for name in parts])

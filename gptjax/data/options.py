@@ -13,9 +13,9 @@ UNDECODABLE = ("error", "skip")
 
 @dataclasses.dataclass(frozen=True)
 class PartOptions:
-  """One corpus. `configs/parts/data.py` says what each key means.
+  """Options of one corpus. `configs/parts/data.py` says what each key means.
 
-  key: the section of the config that it comes from, 'data' or 'data.mixture.NAME'.
+  `key` is the section of the config that they come from, 'data' or 'data.mixture.NAME'.
   """
 
   key: str
@@ -32,13 +32,12 @@ class PartOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-  """The keys that every task's batches depend on. A single corpus is a mixture of one part, named
-  after it.
+  """Options of the data that every task uses. A single corpus is a mixture of one part.
 
   Attributes:
     decoder_start: the token that a decoder beside an encoder starts from.
-    scores_at: the token of a text at which a model scores it: the 'first' of one that sees all of
-      the text, the 'last' of one that sees only what came before.
+    scores_at: the token whose hidden state scores a text: the 'first' in a bidirectional model, the
+      'last' in a causal one.
     row_multiple: where rows are packed anew for each batch, their number is a multiple of this.
   """
 
@@ -94,7 +93,7 @@ def check_path(part: PartOptions) -> None:
 
 
 def check_records(parts: Mapping[str, PartOptions], task: str) -> None:
-  """Raises UserError for a part of plain text, where a task takes records with keys."""
+  """Raises UserError for a part of plain text, if the task takes records with keys."""
   for name, part in parts.items():
     if part.source not in RECORD_SOURCES:
       raise UserError(

@@ -1,4 +1,4 @@
-"""A token stream as rows: each is computed from its index alone."""
+"""Cuts a token stream into rows, each computed from its index alone."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from gptjax.errors import UserError
 
 
 class Windows:
-  """The stream in windows of T + 1 tokens, each sharing its last token with the next one.
+  """Windows of T + 1 tokens of a stream, each sharing its last token with the next window.
 
   As inputs and targets of T tokens they predict every token but the stream's first exactly once.
   """
@@ -18,7 +18,7 @@ class Windows:
 
     Args:
       cache: the stream.
-      length: T.
+      length: T, the tokens of a row.
       drop_remainder: whether to leave out a last window that is shorter (training does).
 
     Raises:
@@ -39,7 +39,7 @@ class Windows:
     return self._count
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """Returns int32 [T + 1], or [2 to T + 1] for the last one."""
+    """Returns int32 [T + 1], or [2 to T + 1] for the last window."""
     if not 0 <= index < len(self):
       raise IndexError(index)
     start = index * self._stride
@@ -47,18 +47,15 @@ class Windows:
 
 
 def pack(window: np.ndarray, sequence_length: int, end_of_text: int) -> Batch:
-  """Makes a row of a window.
+  """Makes a row, each field [T], from a window.
 
-  A document starts at each end_of_text (encoding never yields one), and the one that a document
-  ends with counts in the loss as any other target.
+  A document starts at each end_of_text (encoding never yields one), and the separator at its end
+  counts in the loss as any other target.
 
   Args:
     window: int32 [up to T + 1] tokens.
     sequence_length: T; a shorter window is padded with weight 0.
     end_of_text: id of the separator.
-
-  Returns:
-    A row, each field [T].
   """
   inputs, targets = window[:-1], window[1:]
   index = np.arange(len(inputs), dtype=np.int32)

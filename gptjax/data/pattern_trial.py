@@ -1,8 +1,8 @@
-"""A trial of the regular expressions in a tokenizer from outside, some of which take for ever.
+"""Tries out the regular expressions of a foreign tokenizer, some of which take for ever.
 
-A search that backtracks takes a time that grows with a power of the length of a run of characters,
-or doubles with each of them; nothing can interrupt it. Runs of every character that the patterns
-name, and of some of each kind, show it while they are short.
+The time of a search with backtracking can grow with a power of the length of a run of characters,
+or double with each character, and nothing can interrupt it. Short runs of each character that the
+patterns name, and of some characters of each kind, show such patterns in time.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 from gptjax.errors import UserError
 
 _LENGTHS = (12, 48, 192)
-_SECONDS = 0.1  # of one text; a pattern in use takes a thousandth
+_SECONDS = 0.1  # for one text; a pattern in use takes a thousandth
 _LETTERS = "aAé中0٣ \t\r\n._'-!\u0301\U0001f600"
 
 
@@ -38,9 +38,9 @@ def try_patterns(description: Any, encode: Callable[[str], Any], name: str) -> N
   runs = sorted({*_LETTERS, *"".join(found)})
   for length in _LENGTHS:
     for run in (*runs, "".join(runs)):
-      # What follows the run is no match, and has what a match is not looked for without.
+      # The end of the text prevents a match, and has the characters that a search first looks for.
       text = f"{(run * length)[:length]}\x01{''.join(runs)}"
-      started = time.thread_time()  # Of this thread alone, however busy the machine is.
+      started = time.thread_time()  # Counts this thread alone, however busy the machine is.
       encode(text)
       if time.thread_time() - started > _SECONDS:
         raise UserError(f"{name}: one of its patterns takes too long ({', '.join(found)}).")

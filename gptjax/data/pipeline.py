@@ -1,4 +1,4 @@
-"""From a config to batches: the assembly of everything in this folder."""
+"""From a config to batches: puts together everything in this folder."""
 
 import dataclasses
 import itertools
@@ -21,13 +21,13 @@ from gptjax.data.sources import Source
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 
-# A vocabulary is settled long before this much text.
+# More text than this would not change a vocabulary.
 _TOKENIZER_TRAINING_CHARACTERS = 200_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class _Corpora:
-  """One side of the split: the documents and the tokens of each part."""
+  """Training or validation data: the documents and the tokens of each part."""
 
   sources: Mapping[str, Source]
   encoded: Mapping[str, Any]
@@ -76,15 +76,15 @@ class Dataset:
 
   @property
   def tokens_per_step(self) -> int:
-    """Tokens of a step: all places of its rows, or where examples are packed anew for each batch,
-    the tokens of `batch_size` examples of mean length."""
+    """Tokens of a step, padding included; or, if examples are packed anew for each batch, those of
+    `batch_size` examples of mean length."""
     if not self._task.packs_batches:
       return self._options.batch_size * self._options.sequence_length
     return max(1, round(self._options.batch_size * self.num_tokens / self._items_per_epoch))
 
   @property
   def fingerprints(self) -> dict[str, str]:
-    """Hashes of all that the batches are made of: the tokenizer, and each part of either side."""
+    """Hashes of everything that decides the batches: the tokenizer, and each corpus."""
     sides = {"training": self._training, "validation": self._validation}
     return {"tokenizer": self.tokenizer.fingerprint()} | {
       f"{side} part {name!r}": f"{encoded.checksum:08x}"
@@ -94,7 +94,7 @@ class Dataset:
 
   @property
   def steps_per_epoch(self) -> float:
-    """Steps that take as many items as the corpora have, all parts together."""
+    """Steps of an epoch, in which as many items are taken as all parts have together."""
     return self._items_per_epoch / self._options.batch_size
 
   @property
@@ -129,8 +129,8 @@ class Dataset:
   def validation_batches(self) -> Iterator[Batch]:
     """Yields this host's rows of the validation set, once, in order.
 
-    What a task draws at random for a row depends on the seed and the row's index alone. Every host
-    yields as many batches; the last is filled up with rows of weight 0.
+    A row's randomness depends on the seed and the row's index alone. All hosts yield equally many
+    batches; the last is filled up with rows of weight 0.
     """
     items = enumerate(itertools.chain.from_iterable(self._validation_items))
     while batch := list(itertools.islice(items, self._options.batch_size)):
@@ -145,7 +145,7 @@ class Dataset:
       yield self._task.collate(rows, self._options)
 
   def _packed(self, rows: Sequence[Any]) -> Batch:
-    """This host's rows of a batch that all hosts pack alike."""
+    """Packs a batch, the same on all hosts, and returns this host's rows of it."""
     index, count = self._process
     batch = self._task.collate(rows, self._options)
     return jax.tree.map(lambda x: np.split(x, count)[index], batch)
@@ -173,8 +173,8 @@ def open_dataset(
     config: has seed, batch_size, sequence_length, tokenizer and data (see options.py).
     workdir: the run's folder; its tokenizer is kept in `workdir/tokenizer`.
     task: a `gptjax.objectives.task.Task`, whose part about records and rows is called here.
-    row_multiple: as of `DataOptions`, a multiple of `process_count`.
-    process_index: this host; of a global batch it gets the process_index-th contiguous slice.
+    row_multiple: as in `DataOptions`; a multiple of `process_count`.
+    process_index: this host, which gets the process_index-th contiguous slice of a global batch.
     process_count: number of hosts.
     progress: whether to show progress bars on stderr.
 
@@ -202,7 +202,7 @@ def open_dataset(
   if process_index == 0:
     task.check_sides(training, validation)
     if tokenizer.fingerprint() != found.fingerprint():
-      tokenizer.save(folder)  # To be talked to as it was trained.
+      tokenizer.save(folder)  # With the chat template that the model is trained with.
 
   def encode(side: Mapping[str, Source]) -> _Corpora:
     encoded = {
@@ -225,7 +225,7 @@ def open_dataset(
 def _tokenizer_text(
   task: Any, training: Mapping[str, Source], weights: Mapping[str, float]
 ) -> Iterator[str]:
-  """Yields text to train a tokenizer on: of a large corpus, documents spread evenly over it."""
+  """Yields text to train a tokenizer on: documents spread evenly over a large corpus."""
   for name, source in training.items():
     budget = _TOKENIZER_TRAINING_CHARACTERS * weights[name] / sum(weights.values())
     probe = list(task.texts(source, range(min(len(source), 100))))

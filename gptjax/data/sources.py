@@ -1,6 +1,6 @@
 """Corpora as sequences of documents, and their split into training and validation.
 
-Under a `text_key` of '' a document is a whole record, as JSON.
+If `text_key` is '', a document is a whole record as JSON.
 """
 
 import difflib
@@ -21,7 +21,7 @@ _SPLIT_SEED = 0
 
 
 class Source(Protocol):
-  """Documents at random, always in the same order. An empty document is passed over by users."""
+  """Documents that can be read at random, in a fixed order. Users skip empty documents."""
 
   def __len__(self) -> int: ...
 
@@ -32,7 +32,7 @@ class Source(Protocol):
     """Returns where the document comes from, for error messages: a file, or FILE:LINE."""
 
   def sizes(self) -> np.ndarray:
-    """Returns int64 [len], the bytes of each document, or ones where only reading would tell."""
+    """Returns int64 [len], the bytes of each document, or ones if only reading would tell."""
 
   def fingerprint(self) -> str:
     """Returns a string that changes whenever the documents do."""
@@ -45,7 +45,7 @@ def open_pair(
   """Opens a corpus: (training documents, validation documents).
 
   Validation is a split of its own (`validation_split`), files of its own (`validation_path`), or
-  `validation_fraction` of the training corpus, as `divide` or else `split` takes it.
+  `validation_fraction` of the training corpus, chosen by `divide` or else `split`.
   """
   check_path(options)
   source = _open(options, options.path, options.split)
@@ -111,7 +111,7 @@ class Records:
 
 
 def open_tfds(name: str, split: str, text_key: str, data_dir: str) -> Records:
-  """Opens a TensorFlow dataset (`NAME[/config]`) without TensorFlow; downloads it if need be."""
+  """Opens a TensorFlow dataset (`NAME[/config]`) without TensorFlow; downloads it if necessary."""
   import tensorflow_datasets as tfds  # Slow to import, and most runs do without.
 
   try:
@@ -207,11 +207,11 @@ class Excerpt:
 
 
 def split(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
-  """Splits a source by document into (training, validation), at random but always alike.
+  """Splits a source by document into (training, validation), at random but reproducibly.
 
-  Validation gets the number of documents whose bytes come nearest to `fraction` of all bytes,
-  and at least one. A single document is cut instead, at the line start nearest to the point
-  where `fraction` of its characters is left; the tail is for validation.
+  Validation gets the number of documents whose bytes come nearest to `fraction` of all bytes, and
+  at least one. A single document is cut instead, at a line start; its last `fraction`, in
+  characters, is for validation.
   """
   if len(source) == 1:
     text = source[0]
@@ -234,7 +234,7 @@ def _line_start(text: str, near: int) -> int:
 
 
 def documents(source: Source, indices: Iterable[int] | None = None) -> Iterator[str]:
-  """Yields the documents that have any text, all or those at `indices`."""
+  """Yields the documents, all or those at `indices`, without empty ones."""
   for index in range(len(source)) if indices is None else indices:
     try:
       text = source[index]

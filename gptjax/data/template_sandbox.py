@@ -1,8 +1,8 @@
-"""Jinja from outside, in a sandbox that bounds what a template computes.
+"""A sandbox for foreign Jinja templates that bounds what they compute.
 
 Jinja's own sandbox keeps a template from everything but its variables, not from filling the memory
-or running for ever. Here all that a template does takes from a budget: a turn of a loop what it may
-write, and each call, filter and operator the size of what it may make.
+or running for ever. Here everything a template does is charged to a budget: each turn of a loop,
+and each call, filter and operator by the size of its possible result.
 """
 
 import re
@@ -15,18 +15,18 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
-# What wrong templates raise, when they are compiled or rendered, but for TemplateSyntaxError.
+# Errors of wrong templates, when they are compiled or rendered, except TemplateSyntaxError.
 ERRORS = (
   *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
   *(RecursionError, MemoryError, SyntaxError),  # Python's own compiler has limits too.
 )
 
-# Characters, of which a second or two makes this many. The longest templates in use take a few
-# thousand times less for a long conversation.
+# In characters; they take a second or two to make. The longest templates in use need a few thousand
+# times less for a long conversation.
 _BUDGET = 1 << 28
-_TURN = 1024  # of a loop, or a call, beside what it writes
-_ITEM = 128  # of a list or an object
-_JINJAS_OWN = ("_loop_vars", "_block_vars")  # what it passes to every function
+_TURN = 1024  # for a turn of a loop or a call, beside what it writes
+_ITEM = 128  # for an item of a list or an object
+_JINJAS_OWN = ("_loop_vars", "_block_vars")  # arguments that Jinja passes to every function
 _LONGEST_INTEGER_BITS = 4096
 # Widths within a format: '%999999d', '%*d', '{:999999}'.
 _WIDTH = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^{}]*\d{6}")
@@ -40,7 +40,7 @@ class TooMuchError(jinja2.TemplateError):
 
 
 class _Context(jinja2.runtime.Context):
-  """The variables of a rendering, and what is left of its budget."""
+  """The variables of a rendering, and the rest of its budget."""
 
   def __init__(self, *args: Any, **kwargs: Any):
     super().__init__(*args, **kwargs)
@@ -62,7 +62,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   Args:
     filters: beside Jinja's own.
-    options: as of jinja2.Environment.
+    options: options of jinja2.Environment.
   """
 
   context_class = _Context
@@ -70,7 +70,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   def __init__(self, filters: Mapping[str, Callable] | None = None, **options: Any):
     finalize = options.pop("finalize", lambda value: value)
-    # The optimizer would compute what is constant before there is a budget.
+    # The optimizer would compute constants before there is a budget.
     super().__init__(optimized=False, **options)
 
     @jinja2.pass_context
@@ -84,7 +84,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     self.filters |= {"_charge": _charge, "_charge_turns": _charge_turns}
 
   def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-    """Parses a template, and lets charge what Jinja calls no function of its environment for."""
+    """Parses a template, and adds charges for nodes that call no function of the environment."""
     tree = super()._parse(source, name, filename)
     for loop in tree.find_all(jinja2.nodes.For):
       written = sum(len(text.data) for text in loop.find_all(jinja2.nodes.TemplateData))
@@ -100,10 +100,10 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   def call(__self, __context: _Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
     __context.spend(_TURN)
-    if not isinstance(__obj, jinja2.runtime.Macro):  # Which is charged for what it does.
+    if not isinstance(__obj, jinja2.runtime.Macro):  # A macro is charged for its body.
       given = [*args, *(value for name, value in kwargs.items() if name not in _JINJAS_OWN)]
       owner = getattr(__obj, "__self__", None)
-      # Of the functions that are nothing's methods, none makes more than it gets, or has its limit.
+      # Functions that are no methods make no more than they get, or have a limit of their own.
       __context.spend(_size(given) if owner is None else _largest(owner, *given))
     return super().call(__context, __obj, *args, **kwargs)
 
@@ -151,7 +151,7 @@ def _charge_turns(context: _Context, items: Any, turn: int) -> Any:
 
 
 def _bound_filter(name: str, function: Callable) -> Callable:
-  """Makes a filter charge for what it may make, and make it at once where it would do so later."""
+  """Makes a filter charge for its possible result, and compute it at once instead of lazily."""
   passed = getattr(function, "jinja_pass_arg", None)
 
   @jinja2.pass_context
@@ -168,9 +168,9 @@ def _bound_filter(name: str, function: Callable) -> Callable:
 
 
 def _largest(first: Any, *others: Any) -> int:
-  """The size of what a function may make: no more than its two largest arguments multiplied.
+  """The largest possible result of a function: its two largest arguments multiplied.
 
-  An integer that is not what the function is of is a width or a number of times.
+  An integer after the first argument is a width or a number of times.
   """
   sizes = [_size(first)]
   sizes += [abs(one) if isinstance(one, int) else _size(one) for one in others]
@@ -179,8 +179,7 @@ def _largest(first: Any, *others: Any) -> int:
 
 
 def _size(value: Any) -> int:
-  """Characters of all texts in a value, and a few for everything else; what is beyond the budget is
-  not counted."""
+  """Characters of all texts in a value, and a few for everything else, counted up to the budget."""
   if type(value) is str:
     return len(value)
   size, rest = 0, [value]
@@ -196,7 +195,7 @@ def _size(value: Any) -> int:
         rest += one
       case range():
         size += _ITEM * len(one)
-      case jinja2.utils.Namespace():  # Writes all that is in it, which may be itself.
+      case jinja2.utils.Namespace():  # Prints its content, which may include itself.
         size += _BUDGET
     size += _ITEM
   return size

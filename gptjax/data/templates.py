@@ -1,4 +1,4 @@
-"""Templates in Jinja, which make texts of records."""
+"""Jinja templates that turn records into text."""
 
 import dataclasses
 import functools
@@ -17,13 +17,13 @@ PROMPTS = PRESETS / "prompts"
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """A record, `place` being where it comes from, FILE:LINE."""
+  """A record and where it comes from, `place` (FILE:LINE)."""
 
   record: Mapping[str, Any]
   place: str
 
   def get(self, key: str) -> Any:
-    """Raises UserError if there is no such key."""
+    """The value of a key; UserError if the record does not have it."""
     if key not in self.record:
       found = ", ".join(map(repr, self.record)) or "nothing"
       raise UserError(f"{self.place}: no key {key!r} (found: {found}).")
@@ -38,8 +38,8 @@ class Template:
   source: str
 
   def render(self, example: Example, **more: str) -> str:
-    """Raises UserError for a template that is wrong, a variable that the example has not, or one
-    that is written though it is null."""
+    """The text of an example; UserError if the template is wrong, a variable is missing, or a null
+    is printed."""
     variables = {**example.record, **more}
     try:
       return _compile(self.source).render(variables)
@@ -73,7 +73,7 @@ def open_template(name: str, folder: Path, key: str) -> Template:
   """Opens the template `name` of a folder, or else of configs/prompts, without its last line end.
 
   Raises:
-    UserError: there is none, or it is no text; `key` says who asked for it.
+    UserError: there is none, or it is no text; `key` is the option that asked for it.
   """
   own = folder / Path(name).expanduser()
   place = own if own.is_file() else PROMPTS / name

@@ -8,11 +8,11 @@ A spec names one:
     FOLDER                      tokenizer.json; or GPT-2's encoder.json + vocab.bpe, or vocab.json +
                                 merges.txt; or tokenizer.model, spiece.model, or vocab.txt
     FILE.tiktoken               one of OpenAI's, told apart by its name
-    tokenizer.json, FILE.model  of the Hugging Face library, of SentencePiece
+    tokenizer.json, FILE.model  files of the Hugging Face library and of SentencePiece
     vocab.txt                   BERT's WordPiece
-    FILE.gguf                   that of a model of llama.cpp
+    FILE.gguf                   the tokenizer inside a model of llama.cpp
 
-Beside the files of a foreign one, those of `tokenizer_settings.FILES` are read where they are. A
+Beside the files of a foreign tokenizer, `tokenizer_settings.FILES` are read if they are there. A
 run keeps its tokenizer in its own folder, so it never trains one twice nor needs the original.
 """
 
@@ -34,7 +34,7 @@ from gptjax.small_files import plain_name, read_json, write_atomically
 
 _META = "gptjax_tokenizer.json"
 _BPE = "bpe:"
-# Tokens that end a turn of a chat, of the templates in use.
+# Tokens that end a turn of a chat in the templates in use.
 _ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>")
 
 
@@ -45,20 +45,20 @@ class Tokenizer:
   Encoding adds nothing and parses nothing: text that looks like a special token is plain text.
 
   Attributes:
-    spec: what it was made from.
+    spec: the spec that it was made from.
     vocab_size: number of ids, unused ones included.
     end_of_text: id of the separator between documents.
-    is_own: whether it was made here, and is no foreign one.
-    start: ids that a text begins with; those of a foreign tokenizer are what its own library adds,
-      which may be nothing.
-    prefix: id that stands before a text that nothing else does: the start of a sequence where there
-      is one, else its end (`prefix_token_id` of lm-eval).
+    is_own: whether it was made here, not by another library.
+    start: ids that a text begins with; for a foreign tokenizer, those that its own library adds,
+      which may be none.
+    prefix: id to put before a text that nothing else precedes: the start of a sequence if there is
+      such a token, else its end (`prefix_token_id` of lm-eval).
     stops: ids that end a completion.
     fim_prefix, fim_middle, fim_suffix: ids for fill-in-the-middle, or None.
-    mask: id of what hides a token, or None.
-    sentinels: ids of what stands for removed spans, in order (Raffel et al. 2020); may be empty.
+    mask: id of the mask token, or None.
+    sentinels: ids of the sentinels for removed spans, in order (Raffel et al. 2020); may be empty.
     specials: the ids of all special tokens by their text.
-    roles: texts of special tokens by what its files call them ('bos_token', 'eos_token', ...).
+    roles: texts of special tokens by their role in its files ('bos_token', 'eos_token', ...).
     chat_template: the model's own, in Jinja, or None.
   """
 
@@ -152,25 +152,22 @@ class Tokenizer:
     return next((token for token in named if token is not None), None)
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, no special among them."""
+    """Returns the ids of `text`, without special tokens."""
     return self.encode_batch([text])[0].tolist()
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Encodes each text to uint32 [its tokens], in parallel where the library can.
-
-    Raises:
-      UserError: half of a surrogate pair is in a text, which is no character.
-    """
+    """Encodes each text to uint32 [its tokens], in parallel if the library can; UserError for half
+    of a surrogate pair, which is no character."""
     for text in texts:
       _check(text)
     return self._format.encode_batch(texts)
 
   def encode_prompt(self, text: str) -> list[int]:
-    """Returns what a model reads of a text that it is to go on from: at least one id."""
+    """Returns the ids of a prompt that a model is to continue: at least one."""
     return [*self.start, *self.encode(text)] or [self.prefix]
 
   def encode_with_specials(self, text: str) -> list[int]:
-    """Returns the ids of `text`, its special tokens parsed, as of a rendered chat template."""
+    """Returns the ids of `text`, special tokens parsed, as for a rendered chat template."""
     _check(text)
     return self._format.encode_with_specials(text)
 
@@ -181,8 +178,7 @@ class Tokenizer:
     return text.removesuffix(" ") if self._format.ends_with_space else text
 
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
-    """Returns the bytes of any piece of a document, so that pieces can be joined; specials are
-    nothing."""
+    """Returns the bytes of any piece of a document; pieces can be joined. Specials have none."""
     table = self._format.token_bytes
     return b"".join(table[token] for token in ids)
 
@@ -191,15 +187,15 @@ class Tokenizer:
     return np.array([len(token) for token in self._format.token_bytes], np.int32)
 
   def fingerprint(self) -> str:
-    """Returns a hash of all that decides the encoding."""
+    """Returns a hash of everything that decides the encoding."""
     digest = hashlib.sha256(self._format.kind.encode())
     for name, content in sorted(self._files.items()):
       digest.update(f"\0{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
   def with_chat_template(self, template: str) -> "Tokenizer":
-    """Returns the same with another chat template, whose 'eos_token' is, unless the tokenizer has
-    one, the separator of documents."""
+    """Returns the tokenizer with another chat template; its 'eos_token' is the separator of
+    documents, unless the tokenizer has one."""
     names = {token: text for text, token in self.specials.items()}
     roles = {"eos_token": names[self.end_of_text]} | dict(self.roles)
     files = {**self._files, **settings_lib.chat_template_files(template, roles)}
@@ -207,16 +203,16 @@ class Tokenizer:
 
   @property
   def adds_space(self) -> bool:
-    """Whether encoding puts a space before a text, so that its pieces are not its tokens'."""
+    """Whether encoding puts a space before a text, so that it cannot be encoded piece by piece."""
     return self._format.adds_space
 
   def save(self, folder: epath.PathLike) -> None:
-    """Writes all that `open_saved` needs; `folder` may be remote (gs://...)."""
+    """Writes everything that `open_saved` needs; `folder` may be remote (gs://...)."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in self._files.items():
       write_atomically(folder / name, content)
-    # The last file to be written tells a whole folder from half of one.
+    # Written last: a folder without this file is incomplete.
     meta = {
       "spec": self.spec,
       "kind": self._format.kind,
@@ -228,10 +224,10 @@ class Tokenizer:
 
 
 def open_saved(folder: epath.PathLike) -> Tokenizer | None:
-  """Opens what `Tokenizer.save` wrote; None if `folder` holds no whole tokenizer.
+  """Opens a tokenizer that `Tokenizer.save` wrote; None if `folder` holds no complete one.
 
   Raises:
-    UserError: a file is damaged, missing, outside the folder, or other than it was saved.
+    UserError: a file is damaged, missing, outside the folder, or changed since it was saved.
   """
   path = epath.Path(folder) / _META
   if not path.exists():
@@ -247,7 +243,7 @@ def open_saved(folder: epath.PathLike) -> Tokenizer | None:
   except (KeyError, TypeError) as error:
     raise UserError(f"{path}: not what a run writes of its tokenizer ({error}).") from error
   tokenizer = _make(spec, kind, files, vocab_size)
-  # Earlier runs did not write it.
+  # Older versions did not write it.
   if meta.get("fingerprint", tokenizer.fingerprint()) != tokenizer.fingerprint():
     raise UserError(
       f"{path.parent}: {' or '.join(sorted(files))} is not what the run saved there, so that ids "
@@ -349,7 +345,7 @@ def _parse(spec: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _check(text: str) -> None:
-  """Refuses what has no UTF-8, which the libraries replace, or call no text at all."""
+  """Refuses text that has no UTF-8 encoding, which the libraries replace or fail on."""
   try:
     text.encode()
   except UnicodeEncodeError as error:

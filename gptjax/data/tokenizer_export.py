@@ -13,12 +13,12 @@ from gptjax.errors import UserError
 
 
 def export(folder: Path, tokenizer: Tokenizer, *, starts: bool) -> None:
-  """Writes the tokenizer's files, and what `transformers` needs beside them where they lack it.
+  """Writes the tokenizer's files, and others that `transformers` needs beside them.
 
   Args:
-    folder: where to.
-    tokenizer: what to write.
-    starts: whether a text is to begin there as it does here.
+    folder: the folder to write to.
+    tokenizer: the tokenizer to write.
+    starts: whether `transformers` is to begin a text with the same tokens as this package.
 
   Raises:
     UserError: its files are in no format of Hugging Face's.
@@ -42,7 +42,7 @@ def export(folder: Path, tokenizer: Tokenizer, *, starts: bool) -> None:
 
 
 def _add_start(path: Path, tokenizer: Tokenizer) -> None:
-  """Has the libraries of others begin a text with what the tokenizer begins it with."""
+  """Makes other libraries begin a text with the tokenizer's start tokens."""
   names = {token: text for text, token in tokenizer.specials.items()}
   start = [(names[token], token) for token in tokenizer.start]
   theirs = tokenizers.Tokenizer.from_file(str(path))

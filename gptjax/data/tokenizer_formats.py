@@ -1,4 +1,4 @@
-"""Reads the tokenizer formats in use, and trains one of them, with the libraries that own them."""
+"""Reads the tokenizer formats in use, and trains byte-level BPE, with their own libraries."""
 
 import base64
 import binascii
@@ -24,17 +24,17 @@ from gptjax.small_files import parse_json
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB = 1 << 24
 SPECIALS = (END_OF_TEXT, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-# What a spec asks for after a '+', for masked language models and for span corruption.
+# Special tokens that a spec asks for after a '+': masked language models and span corruption.
 SUFFIXES = {
   "mask": ("<|mask|>",),
   "sentinels": tuple(f"<|sentinel_{number}|>" for number in range(100)),
 }
-# Names of the special tokens that ask for something, in the order in which they are looked for.
+# Names of special tokens with a purpose, in the order in which they are looked for.
 MASKS = ("<|mask|>", "[MASK]", "<mask>")
 SENTINELS = ("<|sentinel_{}|>", "<extra_id_{}>")
 
 # GPT-2's words, and GPT-4's: numbers by three digits, signs with the line ends after them, runs of
-# blanks whole but for the one that belongs to the next word. What is trained here uses the latter.
+# blanks without the last, which belongs to the next word. Training here uses GPT-4's.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT4_PATTERN = (
   r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -66,7 +66,7 @@ _PUBLISHED = {
   "o200k_base": (GPT4O_PATTERN, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
 }
 
-# The separator between documents, as the families that use tokenizer.json or SentencePiece call it.
+# Names of the separator between documents in families with tokenizer.json or SentencePiece.
 _SEPARATORS = (
   END_OF_TEXT,
   "<|end_of_text|>",
@@ -87,10 +87,10 @@ _FIM = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A tokenizer, whatever format it was read from.
+  """A tokenizer that was read from any format.
 
   Attributes:
-    kind: which reader made it.
+    kind: the reader that made it.
     encode_batch: texts to their ids, uint32, special tokens never parsed.
     encode_with_specials: a text to its ids, special tokens parsed.
     token_bytes: the bytes of each id; none for special and unused ids.
@@ -98,7 +98,7 @@ class Format:
     end_of_text: id of the separator between documents.
     start: ids that the format's own library puts before a text; None if it adds nothing at all.
     adds_space: whether encoding puts a space before a text, which decoding takes away.
-    ends_with_space: whether the bytes of a text's last token have a space that the text has not.
+    ends_with_space: whether the last token's bytes end with a space that is not in the text.
   """
 
   kind: str
@@ -161,7 +161,7 @@ def train_bpe(
 
 
 def _read_bytes(files: Mapping[str, bytes], settings: Settings) -> Format:
-  """The ids are the bytes, then the special tokens: `SPECIALS` and those of 'specials.json'."""
+  """Reads the tokenizer whose ids are the bytes, then `SPECIALS` and those of 'specials.json'."""
   del settings
   added = parse_json(files["specials.json"], "specials.json") if files else ()
   specials = {text: 256 + number for number, text in enumerate((*SPECIALS, *added))}
@@ -185,8 +185,8 @@ def _between_specials(
   encode: Callable[[str], list[int]],
   encode_later: Callable[[str], list[int]] | None = None,
 ) -> list[int]:
-  """Encodes what is between special tokens (of two that begin alike the longer is one) by
-  `encode`, or by `encode_later` where it is not at the start of the text."""
+  """Encodes the text between special tokens (the longest that match) with `encode`, or with
+  `encode_later` after the first of them."""
   names = sorted(specials, key=len, reverse=True)
   first, *later = re.split(f"({'|'.join(map(re.escape, names))})", text)
   ids = encode(first) if first else []
@@ -246,7 +246,7 @@ def _read_tokenizer_json(files: Mapping[str, bytes], settings: Settings) -> Form
   added = {token["content"]: token for token in description["added_tokens"]}
   line_end = description["model"]["vocab"].get(_LINE_END) if model == "BPE" else None
   names = (settings.roles.get("sep_token"), *_SEPARATORS, settings.roles.get("eos_token"))
-  # The first that is special: Gemma's '</s>' is a tag of HTML. Some files mark none.
+  # The first special one: Gemma's '</s>' is an HTML tag. Some files mark no token as special.
   separators = [text for text in names if text in added]
   end_of_text = max(separators, key=lambda text: added[text]["special"], default=None)
   if end_of_text is None and line_end is None:
@@ -254,18 +254,18 @@ def _read_tokenizer_json(files: Mapping[str, bytes], settings: Settings) -> Form
     raise UserError(f"{name} has no separator {_either(_SEPARATORS)} (special tokens: {found}).")
   for text in (end_of_text, *_FIM):
     if text in added:
-      added[text]["special"] = True  # Some files leave the mark out, which would parse it in text.
+      added[text]["special"] = True  # Some files omit it, and then plain text would be parsed.
   specials = {text: token["id"] for text, token in added.items() if token["special"]}
   if end_of_text is None:
     end_of_text, specials[_LINE_END] = _LINE_END, line_end
-  # How long a text may be, and with what it is filled up, is the caller's choice.
+  # Truncation and padding are the caller's choice.
   description |= {"truncation": None, "padding": None}
   plain = description if model == "BPE" else _with_unspellable_specials(description, specials)
   vocab = _vocab(description)
   table = [b""] * _count(vocab.values(), name)
   tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
   tokenizer.encode_special_tokens = True
-  # Added tokens are written as they are, but for the blanks of pieces (Gemma's '▁▁▁▁').
+  # Added tokens decode to their text, except for blanks (Gemma's '▁▁▁▁').
   as_written = () if to_bytes is _piece_bytes else added
   for text, token in vocab.items():
     if text not in specials:
@@ -297,7 +297,7 @@ def _read_tokenizer_json(files: Mapping[str, bytes], settings: Settings) -> Form
 
 
 def _count(ids: Iterable[int], name: str) -> int:
-  """Returns how many ids a vocabulary has; UserError if they cannot be those of one."""
+  """Returns how many ids a vocabulary has; UserError if they are negative or far too large."""
   largest = max(ids)
   if not 0 <= largest < MAX_VOCAB:
     raise UserError(f"{name} has the id {largest}; no vocabulary is as large.")
@@ -313,7 +313,7 @@ def _vocab(description: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _model_kind(description: Mapping[str, Any]) -> str | None:
-  """Returns the type of the model, which old files leave to be seen from its parts."""
+  """Returns the type of the model; in old files it follows from the model's parts."""
   model = description.get("model", {})
   parts = {"merges": "BPE", "unk_id": "Unigram", "continuing_subword_prefix": "WordPiece"}
   return model.get("type") or next((parts[part] for part in parts if part in model), None)
@@ -322,7 +322,7 @@ def _model_kind(description: Mapping[str, Any]) -> str | None:
 def _to_bytes(
   description: Mapping[str, Any], model: str | None, name: str
 ) -> Callable[[str], bytes]:
-  """Returns what gives the bytes that a token stands for."""
+  """Returns a function from a token to its bytes."""
   parts = ("decoder", "pre_tokenizer", "normalizer")
   steps = json.dumps([description.get(part) for part in parts])
   if model == "WordPiece":
@@ -344,10 +344,10 @@ def _to_bytes(
 def _with_unspellable_specials(
   description: Mapping[str, Any], specials: Mapping[str, int]
 ) -> dict[str, Any]:
-  """Renames special tokens to what no word is, by a space.
+  """Adds a space to the names of special tokens, so that no word equals them.
 
-  A BPE makes tokens of merges, and no special one. Unigram and WordPiece look their vocabulary up,
-  so that a text that says '</s>' would end a document.
+  BPE builds tokens by merges, never a special one. Unigram and WordPiece look words up in their
+  vocabulary, so that a text with '</s>' in it would end a document.
   """
 
   def rename(text: str) -> str:
@@ -390,7 +390,7 @@ _BYTE_LETTERS = _byte_letters()
 
 
 def bytes_as_bpe(specials: Mapping[str, int]) -> tokenizers.Tokenizer:
-  """The tokenizer 'bytes' as a byte-level BPE without merges: the same ids."""
+  """The tokenizer 'bytes' as a byte-level BPE without merges, with the same ids."""
   bpe = tokenizers.Tokenizer(models.BPE(vocab=_BYTE_LETTERS, merges=[]))
   bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   bpe.decoder = decoders.ByteLevel()
@@ -477,14 +477,14 @@ def _read_sentencepiece(files: Mapping[str, bytes], settings: Settings) -> Forma
     tuple(table.get(i, b"") for i in range(total)),
     specials,
     end_of_text,
-    start=() if processor.bos_id() < 0 else None,  # T5's has no token to start a text with.
+    start=() if processor.bos_id() < 0 else None,  # T5 has no token to start a text with.
     adds_space=processor.id_to_piece(processor.encode("a")[0]).startswith("▁"),
   )
 
 
 def _after_special(content: bytes, legacy: bool | None) -> sentencepiece.SentencePieceProcessor:
-  """The model for what follows a special token: T5's and 'legacy' ones put a space there too."""
-  from sentencepiece import sentencepiece_model_pb2  # Slow to import, and for chats alone.
+  """The model for text after a special token, where only T5 and 'legacy' tokenizers put a space."""
+  from sentencepiece import sentencepiece_model_pb2  # Slow to import, and only chats need it.
 
   model = sentencepiece_model_pb2.ModelProto.FromString(content)
   if legacy is None:

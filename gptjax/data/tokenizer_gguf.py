@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, as the files of a format that is read without its weights.
+"""Turns the tokenizer inside a GGUF file into the files of another format; weights are not read.
 
-The keys are those of the GGUF specification, 'tokenizer.ggml.*'; what they leave to the program
-that reads them (patterns, defaults) is as in llama.cpp's src/llama-vocab.cpp.
+Keys are those of the GGUF specification, 'tokenizer.ggml.*'; patterns and defaults, which the
+specification leaves open, follow llama.cpp's src/llama-vocab.cpp.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _QWEN2_PATTERN = GPT4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _DIGIT_THEN_GPT2 = (r"\p{N}", GPT2_PATTERN)
-# What cuts a text into words, one pattern after the other, by 'tokenizer.ggml.pre'.
+# Patterns that cut a text into words, applied in turn, by 'tokenizer.ggml.pre'.
 _PATTERNS: Mapping[str, Sequence[str]] = {
   "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"),
   **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "dbrx-gpt2"), (GPT2_PATTERN,)),
@@ -29,8 +29,8 @@ _PATTERNS: Mapping[str, Sequence[str]] = {
   **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2_PATTERN,)),
   "gpt-4o": (GPT4O_PATTERN,),
 }
-# These begin every text with 'bos' unless the file says otherwise, and a word that is a token is
-# one even if no merges lead to it.
+# These begin every text with 'bos' unless the file says otherwise, and keep a word that is a token
+# whole even if no merges lead to it.
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 
 
@@ -38,7 +38,7 @@ def read(path: Path) -> tuple[str, dict[str, bytes]]:
   """Returns the reader for a GGUF file's tokenizer, and the contents of the files it needs.
 
   Raises:
-    UserError: not a GGUF file, or with a tokenizer of a kind that is not known here.
+    UserError: it is not a GGUF file, or its kind of tokenizer is not supported.
   """
   values = _values(path)
   kind = values.get("model")
@@ -50,7 +50,7 @@ def read(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def _values(path: Path) -> dict[str, Any]:
-  """Returns the file's values of the tokenizer, by their name without the prefix."""
+  """Returns the tokenizer's values in the file, by their names without the prefix."""
   fields = open_gguf(path).fields
   values = {
     name.removeprefix(_PREFIX): field.contents()
@@ -79,7 +79,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _byte_level(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
-  """A byte-level BPE as a tokenizer.json."""
+  """Writes a byte-level BPE as a tokenizer.json."""
   pre = values.get("pre", "default")
   if pre not in _PATTERNS:
     raise UserError(f"{path}: no known tokenizer.ggml.pre {pre!r}. {did_you_mean(pre, _PATTERNS)}")
@@ -92,7 +92,7 @@ def _byte_level(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
     )
   )
   if pre == "qwen2":
-    tokenizer.normalizer = normalizers.NFC()  # Which the model was trained with.
+    tokenizer.normalizer = normalizers.NFC()  # As the model was trained.
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [
       *(
@@ -111,7 +111,7 @@ def _byte_level(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
 
 
 def _sentencepiece(values: Mapping[str, Any]) -> dict[str, bytes]:
-  """A BPE by scores as a model of the SentencePiece library, whose token types GGUF shares."""
+  """Writes a BPE with scores as a SentencePiece model, whose token types GGUF shares."""
   from sentencepiece import sentencepiece_model_pb2
 
   model = sentencepiece_model_pb2.ModelProto()

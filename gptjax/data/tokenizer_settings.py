@@ -13,23 +13,23 @@ _ROLES = "special_tokens_map.json"
 _GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
 FILES = (_CONFIG, _ROLES, _GENERATION, _TEMPLATE)
-# The model's own file, of which these fields are read.
+# The model's own file; these of its fields are read.
 _MODEL = "config.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Settings of a tokenizer of the Hugging Face Hub; one without such files has the defaults.
+  """Settings of a Hugging Face tokenizer; one without such files has the defaults.
 
   Attributes:
     roles: texts of special tokens by role, such as 'bos_token', 'eos_token', 'unk_token'.
-    ids: what the fields 'bos_token_id', 'eos_token_id' and 'pad_token_id' say, of those that are
-      there; each an id, or a list of them.
-    adds_bos: whether a text begins with 'bos_token'; None if that is not said.
+    ids: the fields 'bos_token_id', 'eos_token_id' and 'pad_token_id' that are there; each an id or
+      a list of ids.
+    adds_bos: whether a text begins with 'bos_token'; None if the files do not say.
     lowercase: whether a WordPiece vocabulary is of lower-cased text.
-    legacy: whether SentencePiece puts a space after each special token too, not at the start alone;
-      None if that is not said.
+    legacy: whether SentencePiece puts a space after each special token, not at the start alone;
+      None if the files do not say.
     added: text of the tokens beyond the vocabulary, by id, with whether each is special.
     extra_ids: number of T5's sentinels beyond the vocabulary.
     chat_template: in Jinja, or None.
@@ -52,8 +52,8 @@ class Settings:
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
-  """Reads those of `FILES` that are in a folder. Ids that the model's config.json alone names are
-  added to generation_config.json, where `transformers` would take them over too."""
+  """Reads the `FILES` that are in a folder. Ids that only the model's config.json names are added
+  to generation_config.json, as `transformers` does."""
   files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
   if (folder / _MODEL).is_file():
     generation = parse_json(files.get(_GENERATION, b"{}"), _GENERATION)
@@ -64,7 +64,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 def read(files: Mapping[str, bytes]) -> Settings:
-  """Reads those of `FILES` that are there; UserError for one that is not JSON."""
+  """Reads settings from the content of `FILES`; UserError for one that is not JSON."""
   config, roles, generation = (
     parse_json(files[name], name) if name in files else {}
     for name in (_CONFIG, _ROLES, _GENERATION)
@@ -96,7 +96,7 @@ def write(
 
 
 def chat_template_files(template: str, roles: Mapping[str, str]) -> dict[str, bytes]:
-  """Returns the files that, in the place of others, give a chat template and roles."""
+  """Returns files with a chat template and roles, to replace the tokenizer's own."""
   return {_TEMPLATE: template.encode(), _ROLES: json.dumps(dict(roles)).encode()}
 
 
@@ -105,7 +105,7 @@ def _named_ids(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-  """The tokens among the values, which are texts or descriptions with one."""
+  """The texts of the tokens among the values, each given as text or as a description."""
   contents = {
     role: value.get("content") if isinstance(value, dict) else value
     for role, value in values.items()
@@ -115,7 +115,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _default(template: str | list[dict[str, str]] | None) -> str | None:
-  """The template itself; among several the one called 'default', as `transformers` chooses."""
+  """The template, or among several the one named 'default', as `transformers` chooses."""
   if isinstance(template, list):
     return {one["name"]: one["template"] for one in template}.get("default")
   return template

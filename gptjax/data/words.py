@@ -1,4 +1,4 @@
-"""The words of text, Chinese too, whatever tokenizer cut it."""
+"""Finds the words of tokenised text, Chinese included, with any tokenizer."""
 
 import functools
 import logging
@@ -25,7 +25,7 @@ def word_ids(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
   Args:
     tokens: int32 [T]; the window may begin and end amid a word or a character.
-    tokenizer: that of the tokens.
+    tokenizer: the tokenizer of the tokens.
 
   Returns:
     int32 [T], the word of each token, from 0.
