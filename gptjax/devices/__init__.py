@@ -1,1 +1,1 @@
-"""Devices: the mesh, axis rules, hosts and hardware figures."""
+"""Devices: the mesh, axis rules, hosts and hardware data."""

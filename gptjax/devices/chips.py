@@ -1,23 +1,23 @@
-"""What accelerators can do at most, and how much of it a training run uses (MFU)."""
+"""Peak performance of accelerators, and the share of it that a training run uses (MFU)."""
 
 import dataclasses
 import re
 from collections.abc import Sequence
 
-# The rule behind every MFU that is printed, said beside it.
+# How MFU is computed; printed beside it.
 FLOP_RULE = "6 N + 12 L H Q K per token, K = keys a causal query sees on average"
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one JAX device has: half a chip where a chip shows up as two devices.
+  """Peak performance of one JAX device: of half a chip, if a chip shows up as two devices.
 
   Attributes:
-    name: as the maker calls the chip.
+    name: the maker's name of the chip.
     peak_flops: dense bfloat16 matrix FLOP/s without sparsity (float16 on V100 and T4, which have
       no bfloat16 units).
     hbm_bytes: bytes of device memory.
-    hbm_bytes_per_second: its bandwidth.
+    hbm_bytes_per_second: bandwidth of that memory.
   """
 
   name: str
@@ -29,7 +29,7 @@ class Chip:
 # Pattern of `device_kind`, name, and per chip: bfloat16 TFLOP/s, GiB, GB/s; JAX devices to a chip.
 # TPU: the system architecture pages of cloud.google.com/tpu/docs (v2 ... v6e, tpu7x).
 # NVIDIA: the data sheets of V100, T4, A100, L4, H100, H200, HGX B200 and GB200 NVL72; where they
-# print figures with sparsity, half of them.
+# give numbers with sparsity, half of them.
 _CHIPS = [
   (r"TPU v2", "TPU v2", 45, 16, 600, 2),
   (r"TPU v3", "TPU v3", 123, 32, 900, 2),
@@ -58,7 +58,7 @@ _CHIPS = [
 
 
 def find_chip(device_kind: str) -> Chip | None:
-  """Returns what is published of a `jax.Device.device_kind`; None if it is unknown, as CPUs are."""
+  """Returns the published numbers of a `jax.Device.device_kind`; None if unknown, as for CPUs."""
   for pattern, name, tflops, gib, gb_per_second, devices in _CHIPS:
     if re.fullmatch(pattern, device_kind):
       return Chip(
@@ -86,8 +86,8 @@ def flops_per_token(
   sliding window. Document boundaries in a packed row are not subtracted.
 
   Args:
-    matmul_params: N, the parameters that a token is multiplied with: without the lookup table of
-      the embedding (but with the output head, tied or not), and of the experts only the active.
+    matmul_params: N, the parameters that a token is multiplied with: without the embedding's lookup
+      table (but with the output head, tied or not) and without inactive experts.
     heads: H, query heads.
     head_dim: Q, their width.
     sequence_length: T.
@@ -110,10 +110,10 @@ def mfu(
   """Returns the model FLOPs utilisation, a fraction of the peak; None on an unknown chip.
 
   Args:
-    tokens_per_second: of all devices together.
-    flops_per_token: by `flops_per_token`.
+    tokens_per_second: rate of all devices together.
+    flops_per_token: result of `flops_per_token`.
     device_kind: the `device_kind` of the devices.
-    devices: how many JAX devices there are.
+    devices: number of JAX devices.
   """
   chip = find_chip(device_kind)
   if chip is None:

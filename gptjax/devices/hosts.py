@@ -19,8 +19,8 @@ from jax.experimental import multihost_utils
 
 from gptjax.errors import UserError
 
-# After so long without a sign of life a process of a job is held for lost. The sign is given by a
-# thread of its own, so that no compilation is in the way.
+# Seconds without a heartbeat after which a process of a job counts as lost. A thread of its own
+# sends the heartbeat, so that compilation does not delay it.
 _HEARTBEAT_SECONDS = 30
 _FAREWELL_SECONDS = 2.0
 
@@ -29,29 +29,29 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def cache_root() -> Path:
-  """Where this user's machine keeps what can be made again."""
+  """The folder for this user's caches."""
   return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax"
 
 
 def join_hosts(
   coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-  """Makes this process one of a job's, with the devices of all. Call before any computation.
+  """Joins this process to a job of several, which then share all devices. Call it first.
 
-  Without arguments JAX finds the others. jax 0.10 does so, in this order, in a job of Open MPI up
-  to version 4 (by the variables of mpirun) or of Slurm (by those of srun), where each process takes
+  Without arguments JAX finds the other processes. jax 0.10 does so, in this order, in a job of Open
+  MPI up to version 4 (by the variables of mpirun) or Slurm (by srun's), where each process takes
   the one device of its rank on the node; on Cloud TPU, by GKE's variables or the metadata of a TPU
   VM; and in an indexed Job or JobSet of Kubernetes, if the package `kubernetes` is installed. With
   arguments nothing is looked for, and this process takes all devices that it sees.
 
   Args:
     coordinator: HOST:PORT of process 0, a free port there that every host can reach.
-    num_processes: of the job.
-    process_id: of this process, from 0.
+    num_processes: number of processes in the job.
+    process_id: number of this process, from 0.
 
   Raises:
-    UserError: some of the arguments are missing or cannot be right, or the others are not found.
-      If process 0 does not answer for five minutes, jaxlib aborts the process instead.
+    UserError: some arguments are missing or cannot be right, or other processes are not found. If
+      process 0 does not answer for five minutes, jaxlib aborts the process instead.
   """
   flags = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
   missing = [f"--{name}" for name, value in flags.items() if value is None]
@@ -76,7 +76,7 @@ def join_hosts(
       )
   try:
     if process_id == 0:
-      # jaxlib 0.10 ends with a segmentation fault where it cannot listen.
+      # jaxlib 0.10 ends with a segmentation fault if it cannot listen.
       socket.create_server(("", int(port[1]))).close()
     jax.distributed.initialize(
       coordinator,
@@ -99,15 +99,15 @@ def join_hosts(
 
 @contextlib.contextmanager
 def leaves_at_once() -> Iterator[None]:
-  """Lets one of several processes that fails end with a sentence, and without the others.
+  """Ends a failing process of several with a sentence, without waiting for the others.
 
-  A program that ends by itself waits for the others of its job, for five minutes, while they wait
-  for it in a collective. What has to be saved is saved within this context.
+  At its normal end a process waits five minutes for the others of its job, while they wait for it
+  in a collective. Anything to be saved must be saved within this context.
   """
   try:
     yield
   except BaseException as error:
-    if jax.process_count() == 1 or isinstance(error, SystemExit):  # All of them leave then.
+    if jax.process_count() == 1 or isinstance(error, SystemExit):  # All processes exit then.
       raise
     status = 1
     if isinstance(error, UserError):
@@ -121,9 +121,9 @@ def leaves_at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_partner() -> Iterator[None]:
-  """Ends this process with a sentence when another of its job is lost.
+  """Ends this process with a sentence when another process of its job is lost.
 
-  Nothing is saved then: the checkpoint that is being written waits for the one that is lost.
+  Nothing is saved then: a checkpoint that is being written would wait for the lost process.
   """
   try:
     yield
@@ -144,35 +144,34 @@ def _leave(status: int) -> NoReturn:
   sys.stdout.flush()
   sys.stderr.flush()
   if jax.process_index() == 0:
-    # jaxlib aborts the others when process 0 is gone; most have the same to say, and say it now.
+    # jaxlib aborts the others when process 0 is gone; most can still say so themselves before that.
     time.sleep(_FAREWELL_SECONDS)
   os._exit(status)
 
 
 def from_all_hosts(value: int) -> list[int]:
-  """The values of all processes (0 to 2**32 - 1), in their order, on each of them.
+  """Gathers a value (0 to 2**32 - 1) from each process, in their order, on all of them.
 
-  Whatever decides if a process takes part in a computation has to be decided for all: the others
-  would wait for it for ever. Every process makes the same calls in the same order.
+  All processes must take part in a computation or none: otherwise some would wait for ever. Every
+  process makes the same calls in the same order.
   """
   return multihost_utils.process_allgather(np.uint32(value)).tolist()
 
 
 def keep_compiled_programs() -> None:
-  """Makes JAX keep what took it a second or more to compile in this user's cache, for the next
-  start with the same shapes. JAX_COMPILATION_CACHE_DIR or JAX's own setting says another folder."""
+  """Makes JAX cache programs that take a second or more to compile in this user's cache folder,
+  unless JAX_COMPILATION_CACHE_DIR or JAX's own setting names another."""
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
 
 
 def prepare_cpu() -> None:
-  """Call before the first computation; what has run already keeps its own setting.
+  """Sets JAX up for CPUs. Call it before the first computation.
 
-  Of several simulated CPU devices, each holds a thread of XLA's pool while it waits for the others
-  in a collective. A pool of one thread a device, which jax 0.10 makes, leaves none to the products
-  that the others still have to finish, and all wait for ever: hence a larger pool, and no step
-  ahead of the one that runs. On one device dispatching ahead gains nothing anyway: host and device
-  are the same cores.
+  Each of several simulated CPU devices holds a thread of XLA's pool while it waits for the others
+  in a collective. In jax 0.10 the pool has one thread per device, so that none is left for the
+  products that the others still have to finish, and all wait for ever: hence a larger pool, and no
+  asynchronous dispatch. On one device that gains nothing anyway: host and device share the cores.
   """
   devices = re.search(r"force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
   if devices and int(devices[1]) > 1:
@@ -183,11 +182,11 @@ def prepare_cpu() -> None:
 
 
 def keep_freed_memory() -> None:
-  """Makes malloc keep what is freed, for the next step to take.
+  """Makes malloc keep freed memory for the next step. Does nothing if malloc is not glibc's.
 
-  XLA:CPU frees the temporaries of a step when it ends. glibc hands blocks of that size back to the
-  system, which then has to map and clear every page of them again: a quarter of a step's time
-  (experiments/cpu_speed). Does nothing where malloc is not glibc's.
+  XLA:CPU frees a step's temporaries at its end. glibc returns blocks of that size to the system,
+  which then has to map and clear every page again: a quarter of a step's time
+  (experiments/cpu_speed).
   """
   library = ctypes.CDLL(None)
   if hasattr(library, "mallopt"):

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
-# Devices in a ring of permutations, at most: each hop is an operation of its own in the program.
+# Largest ring of permutations, in devices: each hop is a separate operation in the program.
 MAX_RING = 32
 _NOT_FSDP = tuple(axis for axis in MESH_AXES if axis != "fsdp")
 # In which gradients are added up over devices.
@@ -33,7 +33,7 @@ _reduce_dtype = contextvars.ContextVar("reduce_dtype", default="float32")
 RULES: dict[str | None, tuple[str, ...]] = {
   "batch": ("data", "fsdp", "expert"),
   "time": ("context",),
-  # Between the blocks, where each position stands for itself (Korthikanti et al. 2022,
+  # Between the blocks, where positions are independent (Korthikanti et al. 2022,
   # arXiv:2205.05198, section 4.2.2).
   "residual_time": ("context", "tensor"),
   "layers": (),
@@ -55,12 +55,13 @@ RULES: dict[str | None, tuple[str, ...]] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Arranges the devices by `config.mesh`, one size an axis; -1 takes what is left.
+  """Arranges the devices by `config.mesh`, one size per axis; -1 takes the devices that are left.
 
-  Of several slices, `data` is what crosses the network between them.
+  With several slices, `data` is the axis that crosses the network between them.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices, or `data` not to that of slices.
+    UserError: the sizes do not multiply to the number of devices, or `data` is no multiple of the
+      number of slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   shape = {axis: int(sizes[axis]) for axis in MESH_AXES}
@@ -85,7 +86,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       f"mesh {wanted}: only mesh.data may cross the network between the {slices} slices; make it a "
       f"multiple of {slices}."
     )
-  # Neighbours on the torus are neighbours in the mesh, as far as its shape allows.
+  # Neighbours in the mesh are neighbours on the torus, as far as its shape allows.
   within = tuple((shape | {"data": shape["data"] // slices}).values())
   across = tuple(slices if axis == "data" else 1 for axis in shape)
   split = {"allow_split_physical_axes": True}
@@ -99,10 +100,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def _as_rings(grid: np.ndarray, axis: int) -> np.ndarray:
-  """Reorders an axis of a grid of TPUs so that each is wired to the next, as `_ring_scatter` wants.
+  """Reorders an axis of a grid of TPUs so that each is wired to the next, for `_ring_scatter`.
 
-  Only where the devices along the axis fill a box of the torus, the same everywhere; elsewhere, and
-  of devices without coordinates, the order stays.
+  The order stays unless the devices have coordinates and fill the same box of the torus everywhere
+  along the axis.
   """
   lines = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
   if not all(hasattr(device, "coords") for device in lines[0]):
@@ -117,7 +118,8 @@ def _as_rings(grid: np.ndarray, axis: int) -> np.ndarray:
 
 
 def ring_of_box(box: tuple[int, ...]) -> list[tuple[int, ...]]:
-  """All cells of a box, each next to the one before; the last next to the first, if any way is."""
+  """Orders all cells of a box so that each is next to the one before, and if possible the last to
+  the first."""
   rows = next((i for i, side in enumerate(box) if side % 2 == 0), None)
   others = [side for i, side in enumerate(box) if i != rows]
   if rows is None or math.prod(others) == 1:
@@ -133,7 +135,7 @@ def ring_of_box(box: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _snake(box: tuple[int, ...]) -> list[tuple[int, ...]]:
-  """All cells of a box, each next to the one before."""
+  """Orders all cells of a box so that each is next to the one before."""
   if not box:
     return [()]
   rest = _snake(box[1:])
@@ -145,9 +147,9 @@ def _snake(box: tuple[int, ...]) -> list[tuple[int, ...]]:
 def mesh_axes(
   axes: Sequence[str | None], among: Sequence[str] = MESH_AXES
 ) -> list[tuple[str, ...]]:
-  """Which mesh axes, of those `among`, split each logical axis.
+  """Returns the mesh axes, from those in `among`, that split each logical axis.
 
-  A mesh axis splits a single axis of an array: the first wins.
+  A mesh axis splits only one axis of an array: the first that asks for it.
   """
   used: set[str] = set()
   split = []
@@ -163,8 +165,8 @@ def partition_spec(axes: Sequence[str | None], among: Sequence[str] = MESH_AXES)
 
 
 def parameter_axes(axes: Sequence[str]) -> list[tuple[str, ...]]:
-  """As `mesh_axes`, but vectors stay whole over `fsdp`: to gather one costs a latency each time it
-  is used, and to split it saves next to nothing."""
+  """Returns `mesh_axes` of a parameter, but keeps vectors whole over `fsdp`: splitting one saves
+  next to nothing, and gathering it costs a latency at each use."""
   is_vector = sum(axis != "layers" for axis in axes) == 1
   return mesh_axes(axes, _NOT_FSDP if is_vector else MESH_AXES)
 
@@ -216,15 +218,15 @@ def per_shard(
   out_axes: Any,
   *constants: tuple[Any, Any],
 ) -> Callable[..., Any]:
-  """Makes every device apply the function to its own parts, as the compiler would not split them.
+  """Makes every device apply the function to its own parts, for what the compiler cannot split.
 
   Args:
-    function: of the constants, then of arrays.
+    function: takes the constants, then the arrays.
     in_axes: logical axes of each array.
-    out_axes: those of the result, or a list of those of each result.
+    out_axes: logical axes of the result, or a list with those of each result.
     *constants: (tree, function from the mesh to its partition specs), passed before the arrays.
 
-  Outside `jax.set_mesh` the function is applied to the whole.
+  Outside `jax.set_mesh` the function is applied to whole arrays.
   """
   mesh = jax.sharding.get_abstract_mesh()
   trees = [tree for tree, _ in constants]
@@ -241,7 +243,7 @@ def per_shard(
 
 
 def gather(parameter: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-  """The whole of a parameter that is split over `fsdp`; what `tensor` splits stays split."""
+  """Gathers a parameter that is split over `fsdp`; splits over `tensor` stay."""
   if jax.sharding.get_abstract_mesh().empty:
     return parameter
   return jax.lax.with_sharding_constraint(parameter, partition_spec(axes, _NOT_FSDP))
@@ -250,15 +252,15 @@ def gather(parameter: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 def sum_over_rows(
   function: Callable[..., jax.Array], out_axes: Sequence[str | None], *arrays: jax.Array
 ) -> jax.Array:
-  """function(*arrays), a sum over rows and positions, of which each device keeps its own part.
+  """Computes function(*arrays), a sum over rows and positions; each device keeps its part of it.
 
-  The arrays begin with the axes 'batch' and 'time'; the result has the logical axes of a
-  parameter. Each device sums over what it has. Left to itself the compiler then reduces the whole
-  sum on every device and throws most of it away; this is a reduce-scatter, half the bytes.
+  The arrays begin with the axes 'batch' and 'time'; the result has the logical axes of a parameter.
+  Each device sums over its own rows; a reduce-scatter adds up the sums. The compiler alone would
+  reduce the whole sum on every device, twice the bytes, and discard most of it.
   """
   summed = split_names("batch", "time")
   sizes = zip(("batch", "time"), arrays[0].shape, strict=False)
-  # A row of its own, as that of a tuned prompt, stays whole: see `constrain`.
+  # A single row, such as a tuned prompt's, stays whole: see `constrain`.
   if not summed or any(size % axis_parts(axis) for axis, size in sizes):
     return function(*arrays)
 
@@ -309,10 +311,10 @@ def sum_scatter(x: jax.Array, axes: Sequence[str | None], summed: Sequence[str])
 
 
 def _ring_scatter(x: jax.Array, name: str, dimension: int) -> jax.Array:
-  """`psum_scatter`, as two rings of permutations that run while something else is computed.
+  """`psum_scatter` as two rings of permutations, which overlap with computation.
 
-  XLA:TPU makes a reduce-scatter over more than one dimension of the torus an all-reduce, twice the
-  bytes, and waits for it.
+  XLA:TPU turns a reduce-scatter over more than one dimension of the torus into an all-reduce, with
+  twice the bytes, and waits for it.
   """
   size = jax.lax.axis_size(name)
   here = jax.lax.axis_index(name)
@@ -346,22 +348,22 @@ def axis_parts(axis: str | None) -> int:
 
 
 def platform() -> str:
-  """'cpu', 'gpu' or 'tpu': of the current mesh, which may be of devices that are not here."""
+  """Platform of the current mesh, whose devices need not exist here: 'cpu', 'gpu' or 'tpu'."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return platform_of(jax.default_backend() if device is None else device.platform)
 
 
 def platform_of(backend: str) -> str:
-  """'cpu', 'gpu' or 'tpu' of the name that JAX gives a backend."""
+  """Platform of a JAX backend, by its name: 'cpu', 'gpu' or 'tpu'."""
   return "gpu" if backend in ("cuda", "rocm") else backend
 
 
 def time_order(length: int) -> np.ndarray | None:
-  """The positions of a row in the order in which they are laid over the mesh; None is as they are.
+  """The order in which the positions of a row are laid over the mesh; None for unchanged.
 
-  Under a causal mask the last queries see most. Each device of the `context` axis has one of the
-  first and one of the last chunks of the row, so that all see as much (the order of Brandon et al.
-  2023, arXiv:2311.09431, in chunks: Llama 3, Grattafiori et al. 2024, section 3.3.2).
+  Under a causal mask the last queries see most keys. Each device of the `context` axis has one of
+  the first and one of the last chunks of the row, so that all have equal work (the order of Brandon
+  et al. 2023, arXiv:2311.09431, in chunks: Llama 3, Grattafiori et al. 2024, section 3.3.2).
   """
   parts = axis_parts("time")
   if parts == 1:
@@ -390,7 +392,7 @@ def gather_time(x: jax.Array) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of every [B, T] field of a batch."""
+  """The sharding of every [B, T] field of a batch."""
   return NamedSharding(mesh, partition_spec(("batch", "time")))
 
 
@@ -399,8 +401,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows_multiple(grad_accumulation: int, mesh: Mesh) -> int:
-  """The number that a batch's rows are a multiple of, so that every micro-batch splits evenly over
-  the mesh; UserError for no micro-batch."""
+  """The number of which the rows of a batch must be a multiple, to split evenly over micro-batches
+  and mesh; UserError for no micro-batch."""
   if grad_accumulation < 1:
     raise UserError(f"grad_accumulation={grad_accumulation} must be 1 or more.")
   return grad_accumulation * math.prod(mesh.shape[axis] for axis in RULES["batch"])
