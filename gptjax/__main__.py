@@ -17,7 +17,7 @@ from pathlib import Path
 from gptjax.errors import did_you_mean
 
 _PACKAGE = Path(__file__).parent
-# The word for a list of presets: the module and the table in it.
+# Word that lists presets -> (module, name of the table in it).
 _PRESETS = {
   "models": ("gptjax.presets.parts.models", "MODELS"),
   "data": ("gptjax.presets.parts.data", "DATA"),
@@ -26,7 +26,7 @@ _PRESETS = {
   "adapters": ("gptjax.presets.parts.peft", "PEFT"),
   "tasks": ("gptjax.objectives.task", "TASKS"),
 }
-# Modules beside the commands that are none.
+# Modules beside the commands that are no commands.
 _NO_COMMANDS = ("config", "errors", "tree", "upgrades", "wings")
 
 

@@ -1,4 +1,4 @@
-"""A conversation with a chat model in the terminal.
+"""Talks with a chat model in the terminal.
 
     python -m gptjax.chat --checkpoint=runs/chat --system="You answer in one sentence."
 

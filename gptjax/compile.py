@@ -1,17 +1,17 @@
-"""What a config would take on accelerators that are not here, asked of their own compiler.
+"""Estimates memory and time of a config on accelerators that are not here, by their own compiler.
 
     python -m gptjax.compile --topology=v5e-16 \\
       --config=configs/pretrain.py:model=gpt3-1.3b,mesh=fsdp --config.batch_size=64 \\
       --config.sequence_length=2048 --config.model.dtype=bfloat16 --config.model.remat=dots
 
-With --mode=decode, what writing text would take: one token for each of --batch rows, with a
+With --mode=decode, the estimate is of writing text: one token for each of --batch rows, with a
 key-value cache of --context positions.
 
     python -m gptjax.compile --mode=decode --batch=16 --context=2048 --topology=v5e-4 \\
       --config=configs/pretrain.py:model=gpt3-1.3b --config.model.dtype=bfloat16
 
-With --search, which layout is expected to be the fastest: tries meshes, recomputation,
-micro-batches, attention kernels and compiler options, and ranks them.
+With --search, it looks for the fastest layout: tries meshes, recomputation, micro-batches,
+attention kernels and compiler options, and ranks them.
 --write=configs/parts/tuned/NAME.json keeps the best, for configs/pretrain.py:model=...,tuned=NAME.
 
 Needs no accelerator, but its compiler: pip install 'jax[tpu]' for TPUs, on Linux and x86-64, or
@@ -40,7 +40,7 @@ FLAGS = flags.FLAGS
 
 
 def compile_training(setup: Setup, target: Target) -> Report:
-  """The report of the step that `gptjax.train` would run."""
+  """Compiles the step that `gptjax.train` would run, and reports on it."""
   optimizer = setup.make_optimizer(setup.run_length)
   frozen = setup.frozen(setup.abstract_base())
   arguments = (setup.abstract_state(optimizer), setup.abstract_batch(), frozen)
@@ -50,10 +50,10 @@ def compile_training(setup: Setup, target: Target) -> Report:
 
 
 def find_target(name: str, num_slices: int) -> Target:
-  """What a name of --topology means.
+  """The target that --topology names.
 
   Raises:
-    UserError: there is no such thing, or its compiler is not installed.
+    UserError: there is no such topology, or its compiler is not installed.
   """
   if not is_name(name):
     return find_slice(name, num_slices)
@@ -63,7 +63,7 @@ def find_target(name: str, num_slices: int) -> Target:
 
 
 def find_layout(target: Target, overrides: Mapping[str, str]) -> None:
-  """Searches, prints the ranking, and keeps the best layout where --write says."""
+  """Searches, prints the ranking, and writes the best layout to the file of --write."""
   if not isinstance(target, Slice) or FLAGS.mode != "train":
     raise UserError("--search is of the training step on TPUs: elsewhere there is no estimate.")
   found = search.search(

@@ -27,7 +27,7 @@ from gptjax.upgrades import upgrade
 
 DURATION = re.compile(r"(?P<stem>\w+)_(?P<unit>steps|tokens|epochs|percent)")
 CONFIG_FILE = "config.json"
-# The folder configs/ of the repository, which is a part of the package where that is installed.
+# The folder configs/ of the repository; an installed package contains it.
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -86,8 +86,8 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
 
 def find_file(path: str) -> str:
-  """The path of a config file: as it is named, or else one of those that come with the package, by
-  its name ('pretrain.py') or as it lies in the repository ('configs/pretrain.py').
+  """The path of a config file: as given, or else a file that comes with the package, by its name
+  ('pretrain.py') or its path in the repository ('configs/pretrain.py').
 
   Raises:
     UserError: there is none.
@@ -102,7 +102,7 @@ def find_file(path: str) -> str:
 
 
 def run_file(path: str) -> ModuleType:
-  """The module that a Python file makes, under no name that could be imported."""
+  """Runs a Python file as a module, under a name that cannot be imported."""
   module_spec = importlib.util.spec_from_file_location("config_file", path)
   module = importlib.util.module_from_spec(module_spec)
   module_spec.loader.exec_module(module)
@@ -110,8 +110,7 @@ def run_file(path: str) -> ModuleType:
 
 
 def _read(path: epath.Path) -> ConfigDict:
-  """Reads what `save` wrote, in this version or an older one: JSON has no tuples, configs have no
-  lists."""
+  """Reads a config that `save` wrote, in this or an older version; lists in JSON become tuples."""
   values = read_json(path)
   if not isinstance(values, dict):
     raise UserError(f"{path}: not a config that a run saved; it is no JSON object.")
@@ -130,7 +129,7 @@ def override(config: ConfigDict, key: str, value: Any) -> None:
   A duration replaces its sibling in another unit.
 
   Raises:
-    UserError: the key does not exist, or the text is no value of the key's type.
+    UserError: the key does not exist, or the text does not fit the key's type.
   """
   *path, leaf = key.split(".")
   section = config
@@ -167,7 +166,7 @@ def _unknown_key(config: ConfigDict, key: str) -> str:
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
-  """Reads text as the type that the key's present value has; a None value takes any."""
+  """Parses text as the type of the key's present value; if that is None, as any type."""
   word = text.strip().lower()
   constants = {"true": True, "false": False, "none": None}
   if isinstance(old, bool):
@@ -208,7 +207,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def to_text(config: ConfigDict) -> str:
-  """One "key = value" a line, for the terminal."""
+  """Formats a config as lines of "key = value", for the terminal."""
   flat = {key: _get(config, key) for key in leaves(config)}
   width = max(map(len, flat))
   return "\n".join(f"{key:<{width}} = {value!r}" for key, value in sorted(flat.items()))
@@ -226,7 +225,7 @@ def save(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def changes(config: ConfigDict, workdir: epath.Path) -> list[str]:
-  """Returns "key: old -> new" for what `workdir/config.json` has otherwise, if it is there."""
+  """Returns "key: old -> new" for keys that differ from `workdir/config.json`, if that exists."""
   path = workdir / CONFIG_FILE
   if not path.exists():
     return []
@@ -251,7 +250,7 @@ def open_saved(workdir: epath.Path) -> ConfigDict:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": 1}} -> {"a.b": 1}."""
+  """Flattens nested keys: {"a": {"b": 1}} -> {"a.b": 1}."""
   flat = {}
   for key, value in nested.items():
     flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -260,7 +259,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class RunLength:
-  """Turns durations into steps; a length that is None is not known."""
+  """Length of a run, which turns durations into steps; None stands for an unknown length."""
 
   tokens_per_step: int | None
   steps_per_epoch: float | None
@@ -307,14 +306,14 @@ class RunLength:
 
 
 def run_app(main: Callable[..., int | None], usage: str, *, words: bool = False) -> None:
-  """Runs an entry point: flags by absl, overrides taken out of them, user errors as a sentence.
+  """Runs an entry point: absl parses flags, overrides are collected, user errors are one sentence.
 
   Args:
     main: called with {dotted key: text} of the `--config.KEY=VALUE` flags; may return the exit
       status of the program.
     usage: the text that --help starts with.
-    words: call `main(overrides, words)` with the arguments that are no flags, which are an error
-      otherwise.
+    words: call `main(overrides, words)` with the arguments that are not flags; otherwise they are
+      an error.
   """
   overrides: dict[str, str] = {}
   positional: list[str] = []

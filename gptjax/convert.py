@@ -1,4 +1,4 @@
-"""Models from one format to another, exactly.
+"""Converts models from one format to another, exactly.
 
     python -m gptjax.convert --from=MODEL --to=DIR [--format=gptjax|hf|peft] [--verify]
     python -m gptjax.convert --from=MODEL --to=DIR --adapter=FOLDER [--format=gptjax|hf]
@@ -7,16 +7,16 @@ MODEL is a folder of Hugging Face's files, an id of its Hub, a .gguf file, or th
 a run. `--format=gptjax` writes what --checkpoint and init_from take; `hf` writes config.json,
 safetensors and the tokenizer, which `transformers` loads. `--verify` runs both and compares.
 
-A head of labels, as configs/finetune.py trains one, is written for the classes
+A label head, as trained by configs/finetune.py, is written for the classes
 ...ForSequenceClassification, ...ForTokenClassification or ...ForQuestionAnswering, with the names
-of the labels, and read from them. Decoders score a text without a bias there: one that was trained
-goes into the bias of the last norm where there is one (GPT-2), otherwise fine-tune with
---config.model.label_bias=false (Llama). BERT and RoBERTa score what their pooler makes of a text:
---config.model.label_pooling=pooler. What is scored is the last token that is not padding, here
-always end_of_text, which `transformers` does not append to a text by itself.
+of the labels, and read from them. Their decoders score a text without a bias: a trained bias goes
+into the bias of the last norm if there is one (GPT-2), otherwise fine-tune with
+--config.model.label_bias=false (Llama). BERT and RoBERTa score their pooler's output: use
+--config.model.label_pooling=pooler. The scored token is the last that is not padding, here always
+end_of_text, which `transformers` does not append to a text by itself.
 
-Adapters go both ways too: `--format=peft` writes those that a run trained as a folder of the `peft`
-library, with its head of labels if it has one, and `--adapter` merges such a folder into its base,
+Adapters go both ways too: `--format=peft` writes the adapters of a run as a folder of the `peft`
+library, with its label head if it has one, and `--adapter` merges such a folder into its base,
 MODEL, before that is written.
 """
 
@@ -75,7 +75,7 @@ def main(overrides: Mapping[str, str]) -> int:
   print(f"{target}: {count:,} parameters, {tokenizer.vocab_size:,} tokens")
   if not FLAGS.verify:
     return 0
-  # Weights that were rounded or merged are those of the source no longer.
+  # Rounded or merged weights differ from the source's.
   return check(model, tokenizer, source if unchanged else written)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a training run, or could be with one that is planned.
+"""Diagnoses a training run, or one that is planned.
 
     python -m gptjax.diagnose coordinates --config=configs/pretrain.py:model=tiny,data=stdlib \\
       --config.model.parametrization=mup --config.model.base_embed_dim=64 \\
@@ -10,8 +10,8 @@
 
 coordinates: does the size of activations depend on width? learning_rate: between which rates does
 the loss fall? noise_scale: how large a batch is worth it? spikes: which batches did the loss jump
-on? The first two train in short what the config says, the others read a run. Figures of each layer
-while a run trains are --config.log.layers_every_steps=N of gptjax.train.
+on? The first two train the config briefly, the others read a run. Statistics of each layer during
+training: --config.log.layers_every_steps=N of gptjax.train.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ WORDS = ("coordinates", "learning_rate", "noise_scale", "spikes")
 
 
 def train_briefly(word: str, overrides: Mapping[str, str]) -> None:
-  """Runs one of the diagnoses that train what the config says."""
+  """Runs one of the diagnoses that train a config."""
   if not FLAGS.config or not FLAGS.workdir:
     raise UserError(f"{word} needs --config=FILE and --workdir=DIR, where tables and pictures go.")
   if not all(width.isdigit() for width in FLAGS.widths):

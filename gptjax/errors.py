@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one sentence that names what is wrong and what would be right."""
+"""Errors that a user can act on: one sentence that names the mistake and its correction."""
 
 import difflib
 import math
@@ -19,7 +19,7 @@ def check_number(
   at_most: float = math.inf,
   below: float = math.inf,
 ) -> None:
-  """Raises UserError, which names the key, for what is no finite number within the bounds."""
+  """Raises UserError, which names the key, unless the value is a finite number within bounds."""
   finite = isinstance(value, int | float) and math.isfinite(value)
   if finite and at_least <= value <= at_most and above < value < below:
     return
@@ -38,6 +38,6 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
-  """Raises UserError, with the nearest choice, for a value that is none of the choices."""
+  """Raises UserError, with the nearest choice, unless the value is one of the choices."""
   if value not in choices:
     raise UserError(f"{key}: no choice {value!r}. {did_you_mean(str(value), choices)}")

@@ -1,4 +1,4 @@
-"""How good a model is, on tasks of one's own and of lm-eval, with how sure that is.
+"""Evaluates a model on your own tasks and lm-eval's, with confidence intervals.
 
     python -m gptjax.evaluate --checkpoint=runs/demo --tasks=perplexity:PATH --output=DIR
     python -m gptjax.evaluate --checkpoint=gguf:FILE.gguf --tasks=TASK.json --shots=4
@@ -6,11 +6,11 @@
     python -m gptjax.evaluate --checkpoint=runs/sentiment --tasks=labels:test.jsonl
 
 A task is FILE.json (see gptjax/evals/task.py), FILE.jsonl with FILE.json beside it, perplexity:PATH
-of text files or JSON lines, or, of a run that was fine-tuned to labels, labels:FILE.jsonl with
-records like those that it was trained on. Intervals are 95 %: by the bootstrap over examples, of
-lm-eval by its standard errors. `--output` keeps results.json, each prediction, and a picture of
-each classification. Tasks of kind 'code' run what the model writes, in a sandbox, and only if
---run_code asks for it; where the sandbox is found not to hold, only with --accept_weak_isolation.
+of text files or JSON lines, or, for a run that was fine-tuned to labels, labels:FILE.jsonl with
+records like its training data. Intervals are 95 %: by the bootstrap over examples, for lm-eval by
+its standard errors. `--output` keeps results.json, each prediction, and a picture of each
+classification. Tasks of kind 'code' run the model's code in a sandbox, and only with --run_code; if
+the sandbox is found not to hold, only with --accept_weak_isolation.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Text from a trained model.
+"""Writes text with a trained model.
 
     python -m gptjax.generate --checkpoint=runs/demo --prompt="def main(" --max_tokens=100
     python -m gptjax.generate --checkpoint=runs/chat --chat --prompt="Who wrote Moby-Dick?"

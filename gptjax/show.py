@@ -1,10 +1,10 @@
-"""What a model is trained on: a row of a config's data, what is learnt in it set apart.
+"""Shows a row of a config's training data, with the learnt targets highlighted.
 
     python -m gptjax.show --config=configs/finetune.py:task=chat --config.init_from=hf:FOLDER \\
       --config.data.path=chats.jsonl [--row=N] [--workdir=runs/chat]
 
 The row is the N-th of training, from 0. Targets that count in the loss are bright, or between ⟦ ⟧
-where the output is no terminal. With --workdir the tokenizer is that of the run.
+if the output is no terminal. With --workdir the tokenizer of that run is used.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Small files: written whole or not at all, named within their folder, parsed within limits."""
+"""Small files: written atomically, named within their folder, parsed within limits."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from etils import epath
 
 from gptjax.errors import UserError
 
-# A float holds an integer of so many digits, and nothing that is read here means a larger one.
+# The longest integer that a float can hold; no file that is read here needs a longer one.
 _MAX_DIGITS = 300
 
 
 def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
-  """Writes a file that is there whole, or as it was before, whenever the process dies.
+  """Writes a file atomically: whenever the process dies, the file is complete or as it was before.
 
   Args:
     path: local or remote (gs://...), in a folder that exists.
@@ -46,7 +46,7 @@ def plain_name(name: Any, source: object) -> str:
   """Returns the name of a file that another file gives, if it lies in one folder with that file.
 
   Raises:
-    UserError: the name leads anywhere else; `source` is who gives it.
+    UserError: the name leads anywhere else; `source` is the file that gives it.
   """
   if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
     raise UserError(f"{source}: {name!r} is not the name of a file in the same folder.")

@@ -1,4 +1,4 @@
-"""Runs the trials of a sweep file, and compares what came out.
+"""Runs the trials of a sweep file, and compares their results.
 
     python -m gptjax.sweep --sweep=experiments/NAME/sweep.py [--parallel=N] [--workdir=DIR] \\
       [--config.KEY=VALUE ...] [--storage=journal|URL] [--retry_failed] [--dry_run]

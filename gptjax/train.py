@@ -1,4 +1,4 @@
-"""The training loop.
+"""Trains a model.
 
     python -m gptjax.train --config=configs/pretrain.py:model=tiny,data=text \\
       --config.data.path=corpus/ --workdir=runs/first [--config.KEY=VALUE ...] [--dry_run]

@@ -1,4 +1,4 @@
-"""Parameters by name: the one place that turns a tree into names and matches names to rules."""
+"""Parameters by name: turns a tree into names and matches names to rules."""
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from gptjax.errors import UserError
 
-# What a pattern starts with that is for the roles of parameters, not for their names.
+# Prefix of a pattern for the roles of parameters, not for their names.
 _ROLE = "role:"
 
 
@@ -38,10 +38,10 @@ def without(params: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
 
 
 def name_roles(rules: Sequence[tuple[str, Any]], roles: Mapping[str, str]) -> list[tuple[str, Any]]:
-  """Rules in which 'role:PATTERN' stands for the names of the parameters of such a role.
+  """Replaces 'role:PATTERN' in rules by the names of the parameters with such a role.
 
   Args:
-    rules: (pattern, value) pairs, as of `match_rules`.
+    rules: (pattern, value) pairs, as in `match_rules`.
     roles: {name: role}.
   """
   named = []
@@ -49,7 +49,7 @@ def name_roles(rules: Sequence[tuple[str, Any]], roles: Mapping[str, str]) -> li
     if pattern.startswith(_ROLE):
       wanted = re.compile(pattern.removeprefix(_ROLE))
       names = [re.escape(name) for name, role in roles.items() if wanted.fullmatch(role)]
-      # Where there are none, a pattern that is found nowhere.
+      # If there are none, a pattern that is found nowhere.
       pattern = f"^({'|'.join(names)})$" if names else "(?!)"
     named.append((pattern, value))
   return named

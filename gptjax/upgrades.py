@@ -1,9 +1,9 @@
-"""Configs that older versions saved, in today's words: the one place that knows what keys were."""
+"""Upgrades configs that older versions saved: the only place that knows old keys."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of `config.data` that are options of the tasks which use them.
+# Old keys of `config.data` that are now options of tasks.
 _OF_TASKS = {
   "next_token": ("fim_rate", "spm_rate"),
   "prefix": (),

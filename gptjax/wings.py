@@ -1,4 +1,4 @@
-"""The way from the spine to the wings: by name, and only when something asks for it.
+"""Imports wings from the spine, by name and only when something asks for it.
 
 The spine imports no wing, so that any of them can be deleted. Where a config, a checkpoint or a
 command names something that a wing provides, `load` imports it then.
