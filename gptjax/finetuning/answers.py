@@ -1,4 +1,4 @@
-"""Tasks whose answers are text: conversations, and what templates make of records."""
+"""Tasks whose answers are text: conversations, and records written by templates."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -31,12 +31,12 @@ OVERLONG = ("truncate", "drop")
 
 @dataclasses.dataclass(frozen=True)
 class AnswerTask(Task):
-  """Writes answers; whole records lie side by side in a row, none of which sees another.
+  """Learns to write answers. Whole records share a row without seeing each other.
 
   Attributes:
-    overlong: what becomes of a record that is longer than a row: 'truncate' keeps what fits, if
-      something to be learnt is in it; 'drop' leaves it out.
-    z_loss: as of `TextTask`.
+    overlong: handling of a record that is longer than a row: 'truncate' keeps the part that fits,
+      if it has learnt tokens; 'drop' leaves the record out.
+    z_loss: see `TextTask`.
   """
 
   overlong: str = "truncate"
@@ -84,12 +84,12 @@ class AnswerTask(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Chat(AnswerTask):
-  """The assistant's turns of conversations; their formats are those of `data.conversations`.
+  """Learns the assistant's turns of conversations, in the formats of `finetuning.conversations`.
 
   Attributes:
     chat_template: 'chatml', 'llama3' or 'alpaca' (gptjax/data/chat_templates.py); '' is the
       tokenizer's own.
-    train_on: the tokens that count in the loss: what the 'assistant' writes, or 'all'.
+    train_on: the tokens that count in the loss: 'assistant' for its turns alone, or 'all'.
   """
 
   chat_template: str = ""
@@ -116,11 +116,11 @@ class Chat(AnswerTask):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt(AnswerTask):
-  """The answers that a template makes of records, after the prompts that another makes.
+  """Learns the answers of records after their prompts, both written by templates.
 
   Attributes:
-    prompt: a Jinja template of the prompt: a file of your own, or one of the presets' prompts.
-    answer: the text of a Jinja template of what is to be learnt, such as ' {{ label }}'.
+    prompt: a file with a Jinja template of the prompt: your own, or one of the presets.
+    answer: the text of a Jinja template of the answer, such as ' {{ label }}'.
   """
 
   prompt: str = ""

@@ -1,4 +1,4 @@
-"""Conversations as tokens that know whether they are to be learnt."""
+"""Encodes conversations to tokens with a flag for those that are learnt."""
 
 import dataclasses
 import datetime
@@ -12,16 +12,16 @@ from gptjax.errors import UserError
 from gptjax.finetuning.conversations import Conversation
 
 _VERSION = 1
-# A template may tell the date, and the same conversation is to have the same tokens every day. This
-# is the one that Llama 3's templates tell where there is no clock.
+# A template may print the date, but a conversation must have the same tokens every day. This is the
+# default date of Llama 3's templates.
 _TODAY = datetime.date(2024, 7, 26)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlaggingEncoder:
-  """What the token cache asks of a tokenizer, for documents that are not all to be learnt.
+  """An encoder for the token cache that flags the tokens to learn.
 
-  It stores 2 * token + 1 for a token that is to be learnt, 2 * token for another.
+  It stores 2 * token + 1 for a token that is learnt, 2 * token for any other.
   """
 
   tokenizer: Tokenizer
@@ -41,11 +41,11 @@ class FlaggingEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class ChatEncoder(FlaggingEncoder):
-  """For documents that are `Conversation.to_json`.
+  """Encodes documents that `Conversation.to_json` made.
 
   Attributes:
     tokenizer: has the chat template.
-    train_on: 'assistant' for what the assistant writes, its end of turn included; 'all'.
+    train_on: 'assistant' for the assistant's tokens, its end of turn included, or 'all'.
   """
 
   train_on: str
@@ -54,8 +54,8 @@ class ChatEncoder(FlaggingEncoder):
     return f"chat {_VERSION} {self.train_on} {self.tokenizer.fingerprint()}"
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[np.ndarray]]:
-    """Encodes each conversation to uint32 [its tokens], of each of `ChatTemplate.examples`;
-    UserError for one that the template refuses, by its name."""
+    """Encodes each conversation to uint32 [tokens] for each of its `ChatTemplate.examples`;
+    UserError, with its name, for one that the template refuses."""
     template = ChatTemplate(self.tokenizer, _TODAY)
     return [self._encode(template, Conversation.from_json(text)) for text in texts]
 
@@ -75,7 +75,7 @@ class ChatEncoder(FlaggingEncoder):
     for (_, learnt), tokens in zip(pieces, tokens_of, strict=True):
       flags = np.full(len(tokens), learnt)
       if learnt and self.train_on == "assistant":
-        # Whoever reads the answer stops there, so that the model never writes what follows.
+        # Generation stops at the end of a turn, so the model never writes what follows.
         ends = np.flatnonzero(np.isin(tokens, list(self.tokenizer.stops)))
         flags[ends[-1] + 1 if len(ends) else len(tokens) :] = False
       stored.append(2 * tokens + flags)
@@ -85,11 +85,11 @@ class ChatEncoder(FlaggingEncoder):
 def encode_pieces(
   tokenizer: Tokenizer, pieces: Sequence[str], *, parse_specials: bool = True
 ) -> list[np.ndarray]:
-  """Encodes a text by pieces: int64 [tokens] for each.
+  """Encodes each piece of a text: int64 [tokens] for each.
 
-  A piece ends where its tokens do, as a prompt does when a model goes on from it. Where a tokenizer
-  puts a space before a text, a piece alone would get one, so the whole is encoded and cut after
-  the tokens that the text up to the cut has in common with it.
+  Pieces are encoded separately, as a prompt is for generation. But if a tokenizer puts a space
+  before each text, the whole text is encoded, and cut after the tokens that it shares with the
+  encoded text up to the cut.
   """
   encode = tokenizer.encode_with_specials if parse_specials else tokenizer.encode
   if not tokenizer.adds_space:
@@ -106,5 +106,5 @@ def encode_pieces(
 
 
 def decode_flags(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns what was stored as int32 tokens and whether each is to be learnt, bool."""
+  """Splits stored values into int32 tokens and bool, whether each is learnt."""
   return (stored >> 1).astype(np.int32), (stored & 1).astype(bool)

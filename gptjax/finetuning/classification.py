@@ -30,8 +30,8 @@ class _OfWholeTexts(LabelTask):
   """A task that scores a text, or a pair of texts, at one token.
 
   Attributes:
-    pair_key: where the second text of a record is, such as a hypothesis; '' is none.
-    label_key: where its label is.
+    pair_key: key of a record's second text, such as a hypothesis; '' is none.
+    label_key: key of its label.
   """
 
   pair_key: str = ""
@@ -39,7 +39,7 @@ class _OfWholeTexts(LabelTask):
 
   @abc.abstractmethod
   def target(self, label: Any, place: int) -> tuple[Target, tuple[tuple[int, int, float], ...]]:
-    """The target of an `Example` and its values."""
+    """The target of an `Example`, and its values."""
 
   def example(self, record: Record, pieces: list[np.ndarray], encoder: LabelEncoder) -> Example:
     layout = encoder.lay_out(pieces)
@@ -51,7 +51,7 @@ class _OfWholeTexts(LabelTask):
 
 @dataclasses.dataclass(frozen=True)
 class Classification(_OfWholeTexts, ClassTask):
-  """One label of a text, or of a pair of texts.
+  """Predicts one label of a text or a pair of texts.
 
   Attributes:
     examples_per_label: training examples of each label, drawn by the seed; 0 is all.
@@ -109,7 +109,7 @@ class Classification(_OfWholeTexts, ClassTask):
 
 @dataclasses.dataclass(frozen=True)
 class MultiLabel(_OfWholeTexts, NamedLabelTask):
-  """Any number of labels of a text, each by itself."""
+  """Predicts any number of labels of a text, independently."""
 
   name = "multi_label"
   exclusive = False
@@ -132,13 +132,13 @@ class MultiLabel(_OfWholeTexts, NamedLabelTask):
     return [column for _, column, _ in example.values]
 
   def loss_of_places(self, logits_BTK: jax.Array, batch: Batch, smoothing: float) -> jax.Array:
-    """The binary cross-entropy, the mean of the labels."""
+    """The binary cross-entropy, averaged over labels."""
     wanted_BTK = batch.values * (1 - smoothing) + smoothing / 2
     positive, negative = jax.nn.log_sigmoid(logits_BTK), jax.nn.log_sigmoid(-logits_BTK)
     return -(wanted_BTK * positive + (1 - wanted_BTK) * negative).mean(-1)
 
   def divergence(self, a_BTK: jax.Array, b_BTK: jax.Array, batch: Batch) -> jax.Array:
-    """The mean of the labels."""
+    """The symmetric Kullback-Leibler divergence, averaged over labels."""
     # The logarithms of the normalisers cancel in the sum of the two directions.
     return ((jax.nn.sigmoid(a_BTK) - jax.nn.sigmoid(b_BTK)) * (a_BTK - b_BTK)).mean(-1)
 
@@ -155,7 +155,7 @@ class MultiLabel(_OfWholeTexts, NamedLabelTask):
 
 @dataclasses.dataclass(frozen=True)
 class Regression(_OfWholeTexts):
-  """A number for a text, or for a pair of texts."""
+  """Predicts a number for a text or a pair of texts."""
 
   name = "regression"
   metrics = ("spearman", "mean_absolute_error")

@@ -1,4 +1,4 @@
-"""Conversations in the record formats in use, as one: messages in the form of OpenAI's chat API.
+"""Reads conversations in several record formats into one: the messages of OpenAI's chat API.
 
     {"messages": [{"role": ..., "content": ...}, ...]}          OpenAI
     {"conversations": [{"from": ..., "value": ...}, ...]}       ShareGPT
@@ -6,7 +6,7 @@
     {"prompt": ..., "completion": ...}                          texts, or lists of messages
 
 A format is recognised by its keys, the first of these that fits. 'system', a text that begins the
-conversation, and 'tools', a list for the template, may stand beside; other keys are passed over.
+conversation, and 'tools', a list for the template, may be added; other keys are ignored.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _SHAREGPT_ROLES = {
 }
 _SYSTEM = ("system", "developer")
 _TOOL = ("tool", "function", "ipython")
-# What may come before a message, by its role; None is the start, a system's message aside.
+# Roles that may come before each role; None is the start, before which only a system message is.
 _MAY_FOLLOW = {
   "user": (None, "assistant"),
   "assistant": ("user", "tool"),
@@ -40,8 +40,8 @@ _MAY_FOLLOW = {
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-  """messages: the first after a system's is a user's, and one is an assistant's. tools: what
-  templates get of that name. name: where it comes from, FILE:LINE."""
+  """A conversation from a record. messages: the first after a system's is a user's, and at least
+  one is an assistant's. tools: a variable of templates. name: its origin, FILE:LINE."""
 
   messages: tuple[Message, ...]
   tools: tuple[Mapping[str, Any], ...]
@@ -52,13 +52,13 @@ class Conversation:
 
   @classmethod
   def from_json(cls, text: str) -> "Conversation":
-    """Reads what `to_json` wrote."""
+    """Reads a conversation that `to_json` wrote."""
     fields = json.loads(text)
     return cls(tuple(fields["messages"]), tuple(fields["tools"]), fields["name"])
 
 
 class Conversations:
-  """A source of records as one whose documents are `Conversation.to_json`."""
+  """Turns a source of records into a source of conversations, written by `Conversation.to_json`."""
 
   def __init__(self, records: Source):
     self._records = records
@@ -67,7 +67,7 @@ class Conversations:
     return len(self._records)
 
   def __getitem__(self, index: int) -> str:
-    """UserError for a record that is no conversation; '' for an empty line."""
+    """A conversation as JSON, '' for an empty line; UserError if the record is no conversation."""
     record = self._records[index]
     return read(json.loads(record), self.name(index)).to_json() if record else ""
 
@@ -82,7 +82,7 @@ class Conversations:
 
 
 def texts(source: Conversations, indices: Iterable[int] | None = None) -> Iterator[str]:
-  """Yields what is said in each conversation, all or those at `indices`, without a template."""
+  """Yields the text of each conversation, all or those at `indices`, without a template."""
   for text in documents(source, indices):
     yield "\n".join(message["content"] for message in Conversation.from_json(text).messages)
 
@@ -91,13 +91,13 @@ def read(record: Mapping[str, Any], name: str) -> Conversation:
   """Makes a conversation of a record.
 
   Args:
-    record: in one of the formats above. Keys whose value is None are as none, messages may be the
-      columns of a table, and arguments of tool calls may be JSON, which is parsed.
-    name: where it comes from.
+    record: in one of the formats above. Keys with the value None count as missing, messages may be
+      columns of a table, and arguments of tool calls may be JSON text, which is parsed.
+    name: origin of the record.
 
   Raises:
-    UserError: the format is not known, or a message is malformed, empty, of an unknown role or not
-      at its place, or none is an assistant's.
+    UserError: the format is not known; a message is malformed, empty, in the wrong place or has an
+      unknown role; or none is the assistant's.
   """
   record = {key: value for key, value in record.items() if value is not None}
   try:
@@ -120,7 +120,7 @@ def _messages(record: Mapping[str, Any]) -> list[Any]:
       both = [part for part in (instruction, record.get("input")) if part]
       if not all(isinstance(part, str) for part in both):
         raise UserError("'instruction' and 'input' are not both strings.")
-      # Alpaca's own template shows the two apart, others the content.
+      # Alpaca's own template prints the two apart, other templates the content.
       user = {"role": "user", "content": "\n\n".join(both)}
       if len(both) == 2:
         user |= {"instruction": instruction, "input": both[1]}
@@ -139,7 +139,7 @@ def _messages(record: Mapping[str, Any]) -> list[Any]:
 
 
 def _rows(messages: Any, key: str) -> list[Any]:
-  """A list of messages; TFDS and older Hugging Face sets have a list for each of their keys."""
+  """Returns a list of messages; TFDS and older Hugging Face sets have a list for each key."""
   if isinstance(messages, dict) and all(isinstance(column, list) for column in messages.values()):
     if len({*map(len, messages.values())}) != 1:
       raise UserError(f"the columns of {key!r} are not of the same length.")
@@ -165,14 +165,14 @@ def _message(number: int, message: Any) -> dict[str, Any]:
   if role not in ROLES:
     raise UserError(f"message {number}: no role {role!r}. {did_you_mean(str(role), ROLES)}")
   content = message.get("content", "")
-  if isinstance(content, list):  # Parts, of which a model of text reads only text.
+  if isinstance(content, list):  # Parts; a language model reads only text.
     content = "".join(_text_of_part(number, part) for part in content)
   if not isinstance(content, str):
     raise UserError(f"message {number}: its content is {type(content).__name__}, not a string.")
   message["content"] = content
   if calls := message.pop("tool_calls", None):
     message["tool_calls"] = [_tool_call(number, call) for call in _rows(calls, "tool_calls")]
-  # What a tool answers may be nothing.
+  # The answer of a tool may be empty.
   if not content.strip() and not calls and role not in _TOOL:
     raise UserError(f"message {number}, of role {role!r}, has no content.")
   return message
@@ -186,7 +186,7 @@ def _text_of_part(number: int, part: Any) -> str:
 
 
 def _tool_call(number: int, call: Any) -> Any:
-  """With its arguments as an object, as templates want it; OpenAI's are the JSON of one."""
+  """A tool call whose arguments are an object, for templates; OpenAI's are JSON text."""
   match call:
     case {"function": {"name": str(name), "arguments": str() | dict() as arguments} as function}:
       if isinstance(arguments, str):

@@ -1,4 +1,4 @@
-"""Records with labels as tokens with labels."""
+"""Encodes records with labels to tokens with labels."""
 
 import dataclasses
 import itertools
@@ -19,10 +19,7 @@ _RECORDS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-  """A place among the tokens where the loss counts.
-
-  label: the index of its label, or 0. weight: what it counts.
-  """
+  """A position among the tokens where the loss counts: `label` is an index or 0."""
 
   place: int
   label: int = 0
@@ -31,17 +28,17 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-  """What a model reads, and what it is to say where.
+  """Tokens of a record and their targets.
 
   Attributes:
-    name: where it comes from, FILE:LINE.
+    name: origin of the record, FILE:LINE.
     tokens: int32 [n].
-    targets: where the loss counts; without any, nothing can be learnt of it.
-    second: where among the tokens the second text starts and stops, its end_of_text included, as
-      BERT has it; (0, 0) without one.
-    values: (place among the tokens, column, value) of the values that are not 0.
-    truncated: whether it is longer than a row and loses what is beyond.
-    segments: lengths of the parts of the tokens, none of which sees another; () is one part.
+    targets: positions where the loss counts; without any, nothing can be learnt.
+    second: start and stop of the second text among the tokens, its end_of_text included, as in
+      BERT; (0, 0) without one.
+    values: (position among the tokens, column, value) of the values that are not 0.
+    truncated: whether it was longer than a row and cut.
+    segments: lengths of parts of the tokens that do not see each other; () is one part.
     empty_words: how many of its words have no token, and so no tag.
   """
 
@@ -57,12 +54,12 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """The examples of one side of a corpus.
+  """The training or validation examples of a corpus.
 
   Attributes:
     examples: in the order of the records.
-    truncated: how many of them are longer than a row and lose what is beyond.
-    dropped: how many others are longer, or what is to be learnt of them is beyond.
+    truncated: how many of them were longer than a row and cut.
+    dropped: how many others were longer than a row, or had all targets beyond it.
     empty_words: how many words have no token, and so no tag.
   """
 
@@ -83,7 +80,7 @@ class Examples:
 
   @property
   def checksum(self) -> int:
-    """CRC-32 of what is read and learnt, wherever the records come from."""
+    """CRC-32 of tokens and targets, independent of the records' origin."""
     checksum = 0
     for example in self.examples:
       learnt = repr((example.second, example.targets, example.values))
@@ -93,13 +90,13 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A text or two as the tokens of a row, between special tokens.
+  """The tokens of one or two texts between special tokens.
 
   Attributes:
-    tokens: all of them.
-    first, second: where the texts start and stop; the second's stop includes its end_of_text, and
-      is (0, 0) without a second text.
-    place: the token at which a model scores the whole.
+    tokens: all tokens.
+    first, second: (start, stop) of the texts; the second's stop includes its end_of_text; (0, 0)
+      without a second text.
+    place: position at which a model scores the whole.
     truncated: whether the texts were cut to fit.
   """
 
@@ -122,7 +119,7 @@ class Assembler(Protocol):
   overlong: str
 
   def pieces(self, record: Record, encoder: "LabelEncoder") -> list[str]:
-    """The texts to tokenise, each apart."""
+    """The texts to tokenise separately."""
 
   def example(self, record: Record, pieces: list[np.ndarray], encoder: "LabelEncoder") -> Example:
     """Makes an example of the tokens of the pieces, without targets if none fit."""
@@ -131,14 +128,14 @@ class Assembler(Protocol):
 class LabelEncoder:
   """Encodes a record to [start] text [end_of_text], with a second text and [end_of_text] after it.
 
-  For BERT, [CLS] and [SEP]. What reads from left to right and would start as it ends does without
-  the start, as classifiers on GPT-2 do. RoBERTa's family has two separators between texts.
+  In BERT these are [CLS] and [SEP]. A causal model whose start and end are the same token omits the
+  start, like classifiers on GPT-2. RoBERTa's family has two separators between texts.
 
   Attributes:
-    tokenizer: it.
-    scores_at: as of `DataOptions`.
+    tokenizer: the tokenizer.
+    scores_at: see `DataOptions`.
     sequence_length: tokens of a row.
-    room: those that are not special.
+    room: tokens of a row without the special ones.
   """
 
   def __init__(self, tokenizer: Tokenizer, data: DataOptions, assembler: Assembler):
@@ -192,12 +189,12 @@ class LabelEncoder:
     return Examples(examples, truncated, dropped, empty_words)
 
   def after(self, separator: str, text: str) -> str:
-    """A text that is to follow another, which some tokenizers put a space before anyway."""
+    """A text to put after another; some tokenizers put a space before it anyway."""
     text = separator + text
     return text.removeprefix(" ") if self.tokenizer.adds_space else text
 
   def lay_out(self, texts: Sequence[np.ndarray]) -> Layout:
-    """Puts special tokens around one text or two, cut to fit a row."""
+    """Puts special tokens around one or two texts, cut to fit a row."""
     first, *others = self._cut(texts)
     start = len(self._start)
     tokens, second = [*self._start, *first], (0, 0)

@@ -1,4 +1,4 @@
-"""Examples with labels as the rows of a batch: whole ones, none of which sees another."""
+"""Packs whole examples with labels into the rows of a batch; they do not see each other."""
 
 import math
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ def pack_examples(
 ) -> tuple[Batch, list[int]]:
   """Packs examples into the fewest rows that first-fit-decreasing finds.
 
-  The number of rows is `row_multiple` times a power of two, so that batches have few shapes; what
-  is beyond the examples is padding.
+  The number of rows is `row_multiple` times a power of two, so that batches have few shapes; the
+  rest is padding.
 
   Args:
     examples: none of them longer than T.
@@ -31,8 +31,8 @@ def pack_examples(
     row_multiple: the number of rows is a multiple of it.
 
   Returns:
-    The batch, fields [B, T] and values [B, T, K]; and the examples' indices in the order in which
-    they lie in it, row by row and from left to right.
+    The batch, fields [B, T] and values [B, T, K]; and the examples' indices in their order in the
+    batch, row by row and from left to right.
   """
   rows = first_fit_decreasing([len(example.tokens) for example in examples], sequence_length)
   shape = (_round_up(len(rows), row_multiple), sequence_length)

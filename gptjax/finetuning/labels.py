@@ -1,4 +1,4 @@
-"""What the tasks share in which a model scores labels instead of writing text.
+"""The common part of tasks in which a model scores labels instead of writing text.
 
 Axes: B batch, T positions, K labels, N examples.
 """
@@ -36,17 +36,17 @@ from gptjax.scores.scores import Measure
 
 @dataclasses.dataclass(frozen=True)
 class LabelTask(Task):
-  """Scores the labels of a text, or of a pair of texts, by a head in the place of the vocabulary's.
+  """Scores the labels of a text or a pair of texts, by a head that replaces the vocabulary's.
 
   Attributes:
-    overlong: what becomes of a text that is longer than a row: 'truncate' or 'drop'.
-    r_drop: factor of what makes two passes with other dropout agree: half of equation 4 of Liang et
-      al. 2021 (arXiv:2106.14448) is the mean of their losses, plus r_drop / 4 times `divergence`.
-    library: what the metrics need.
-    columns: whether an example has a value for each label (`Batch.values`), and not one label.
-    pair_key: where the second text of a record is; '' is none.
-    label_key: where its label is.
-    transformers_head: what `transformers` calls a head for it, and the problem that it solves.
+    overlong: handling of a text that is longer than a row: 'truncate' or 'drop'.
+    r_drop: factor that makes two passes with different dropout agree: half of equation 4 of Liang
+      et al. 2021 (arXiv:2106.14448), the mean of their losses plus r_drop / 4 times `divergence`.
+    library: the library that the metrics need.
+    columns: whether an example has a value for each label (`Batch.values`), not one label.
+    pair_key: key of a record's second text; '' is none.
+    label_key: key of its label.
+    transformers_head: name of the head in `transformers`, and the problem that it solves.
   """
 
   overlong: str = "truncate"
@@ -82,7 +82,7 @@ class LabelTask(Task):
     return texts, self.read_label(label, texts)
 
   def read_label(self, label: Any, texts: Sequence[Any]) -> Any:
-    """The label of a record as it is to be learnt; UserError for one that cannot be read."""
+    """Parses the label of a record; UserError if that is impossible."""
     del texts
     return label
 
@@ -99,7 +99,7 @@ class LabelTask(Task):
     return tuple(self.read_records(side, part.text_key) for side in sides)
 
   def read_records(self, source: Source, text_key: str) -> LabelledTexts:
-    """Records as a source of their texts."""
+    """Turns records into a source of their texts."""
     return LabelledTexts(source, text_key, self)
 
   @property
@@ -116,7 +116,7 @@ class LabelTask(Task):
   def encode(
     self, source: LabelledTexts, tokenizer: Tokenizer, data: DataOptions, *, progress: bool
   ) -> Examples:
-    """Encodes texts, which are held in memory."""
+    """Encodes texts; the results are kept in memory."""
     return LabelEncoder(tokenizer, data, self).encode(source, progress=progress)
 
   def rows(self, encoded: Examples, data: DataOptions, *, training: bool) -> Examples:
@@ -168,15 +168,15 @@ class LabelTask(Task):
 
   @abc.abstractmethod
   def loss_of_places(self, logits_BTK: jax.Array, batch: Batch, smoothing: float) -> jax.Array:
-    """The loss at each place, [B, T], whether or not it counts."""
+    """The loss at each position, [B, T], whether or not it counts."""
 
   @abc.abstractmethod
   def divergence(self, a_BTK: jax.Array, b_BTK: jax.Array, batch: Batch) -> jax.Array:
-    """How far two predictions of each place are apart, [B, T]: the Kullback-Leibler divergence, one
-    way and the other, added up."""
+    """Symmetric Kullback-Leibler divergence (the sum of both directions) of two predictions at each
+    position, [B, T]."""
 
   def loss_of_logits(self, logits_BTK: jax.Array, batch: Batch) -> LossSum:
-    """Sums over the places with a weight: what is minimised, and the loss without smoothing."""
+    """Weighted sums over positions: the minimised loss, and the loss without smoothing."""
     plain_BT = self.loss_of_places(logits_BTK, batch, 0.0)
     total_BT = plain_BT
     if self.smoothing:
@@ -217,26 +217,26 @@ class LabelTask(Task):
 
   @abc.abstractmethod
   def answers(self, batch: Batch, logits_BTK: np.ndarray) -> Iterator["Answer"]:
-    """What is right and what is predicted for each example of a batch, in the order of its rows."""
+    """The right and the predicted answer of each example of a batch, in the order of its rows."""
 
   @abc.abstractmethod
   def measures(self, outputs: "LabelOutputs") -> dict[str, Measure]:
     """The metrics as functions of the examples with given indices."""
 
   def say(self, answer: Any) -> Any:
-    """An answer as a person reads it and JSON holds it."""
+    """Formats an answer for people and JSON."""
     return answer
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedLabelTask(LabelTask):
-  """A task whose labels are names out of a set.
+  """A task whose labels are names from a set.
 
   Attributes:
-    labels: all of them, in order; () is those of the training records.
+    labels: all names, in order; () takes them from the training records.
     label_smoothing: share of the target that is spread evenly over the labels (Szegedy et al. 2016,
       section 7).
-    exclusive: whether one label excludes the others, so that there have to be two.
+    exclusive: whether a label excludes the others, so that at least two are needed.
   """
 
   labels: tuple[str, ...] = ()
@@ -269,8 +269,8 @@ class NamedLabelTask(LabelTask):
     return self.label_smoothing
 
   def settle(self, data: DataOptions, known: Sequence[str]) -> "NamedLabelTask":
-    """The task with the labels of the training records: in the order of a known head that has the
-    same, or else sorted, as numbers if all are numbers."""
+    """The task with the labels of the training records: in the order of a known head with the same
+    labels, or else sorted, as numbers if all are numbers."""
     if self.labels:
       return self
     found = set()
@@ -298,22 +298,22 @@ class NamedLabelTask(LabelTask):
     return {name: self.weigh(examples, counts) for name, examples in parts.items()}
 
   def weigh(self, examples: Examples, counts: Mapping[int, int]) -> Examples:
-    """The examples with the weights of their labels, by how often those are found in all parts."""
+    """Weights the examples by how often their labels occur in all parts."""
     del counts
     return examples
 
   def labels_in(self, example: Example) -> list[int]:
-    """The indices of the labels that an example has."""
+    """The indices of an example's labels."""
     return [target.label for target in example.targets]
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassTask(NamedLabelTask):
-  """A task in which each place has one label of a set.
+  """A task in which each position has one label from a set.
 
   Attributes:
-    class_weights: 'balanced' counts a label of n_k among n places n / (K n_k) (King and Zeng 2001,
-      as in scikit-learn), or 'none'.
+    class_weights: 'balanced' weights a label with n_k of n positions by n / (K n_k) (King and Zeng
+      2001, as in scikit-learn), or 'none'.
   """
 
   class_weights: str = "none"
@@ -349,7 +349,7 @@ class ClassTask(NamedLabelTask):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-  """What is right for an example, what is predicted, and [K] probabilities where there are any."""
+  """The right and the predicted answer of an example, and [K] probabilities if there are any."""
 
   gold: Any
   predicted: Any
@@ -357,14 +357,14 @@ class Answer:
 
 
 class LabelOutputs:
-  """The answers of a model to examples, and how good they are."""
+  """Collects the answers of a model to examples, and measures them."""
 
   def __init__(self, task: LabelTask):
     self._task = task
     self.answers: list[Answer] = []
 
   def add(self, told: tuple[Batch, np.ndarray]) -> None:
-    """Takes in a batch, on the host, and the scores of its labels [B, T, K]."""
+    """Adds a batch, on the host, and the scores of its labels [B, T, K]."""
     batch, logits_BTK = told
     self.answers += self._task.answers(batch, np.asarray(logits_BTK, np.float32))
 
@@ -378,7 +378,7 @@ class LabelOutputs:
 
   @property
   def confidence(self) -> np.ndarray | None:
-    """The largest probability of each example, [N]; None where there are none."""
+    """The largest probability of each example, [N]; None without probabilities."""
     if any(answer.probabilities is None for answer in self.answers):
       return None
     return np.array([answer.probabilities.max() for answer in self.answers])

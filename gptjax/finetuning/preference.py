@@ -1,4 +1,4 @@
-"""The task of telling which of two answers is better, by a reward for each.
+"""Reward modelling: the task of scoring the better of two answers higher.
 
 Axes: B batch, T and S positions, K = 1 column: the reward.
 """
@@ -23,15 +23,14 @@ from gptjax.scores.scores import Measure
 
 @dataclasses.dataclass(frozen=True)
 class Preference(LabelTask):
-  """A reward for each answer to a prompt, such that the better one has the higher: the probability
-  of the choice is sigmoid(chosen - rejected) (Bradley and Terry 1952; Ouyang et al. 2022, equation
-  1).
+  """Learns a reward for each answer to a prompt from pairs: the probability of the choice is
+  sigmoid(chosen - rejected) (Bradley and Terry 1952; Ouyang et al. 2022, equation 1).
 
-  The two answers of a record, each behind the prompt, share a row of which each has half.
+  The two answers of a record, each after the prompt, have at most half a row each.
 
   Attributes:
-    prompt_key, chosen_key, rejected_key: where the texts of a record are.
-    separator: what is between a prompt and an answer.
+    prompt_key, chosen_key, rejected_key: keys of a record's texts.
+    separator: text between a prompt and an answer.
   """
 
   prompt_key: str = "prompt"
@@ -68,7 +67,7 @@ class Preference(LabelTask):
     texts = [np.concatenate([prompt, answer]) for answer in answers]
     chosen, rejected = (encoder.lay_out([text[:room]]) for text in texts)
     length = len(chosen.tokens)
-    # What is cut alike cannot be told apart.
+    # Answers that are equal after cutting cannot be told apart.
     same = np.array_equal(chosen.tokens, rejected.tokens)
     return Example(
       record.name,
@@ -80,7 +79,7 @@ class Preference(LabelTask):
     )
 
   def loss_of_places(self, logits_BTK: jax.Array, batch: Batch, smoothing: float) -> jax.Array:
-    """-log p of the choice, at any place of the pair."""
+    """-log p of the choice, at each position of the pair."""
     return -jax.nn.log_sigmoid(_margins(logits_BTK, batch))
 
   def divergence(self, a_BTK: jax.Array, b_BTK: jax.Array, batch: Batch) -> jax.Array:
@@ -88,7 +87,7 @@ class Preference(LabelTask):
     return (jax.nn.sigmoid(a_BT) - jax.nn.sigmoid(b_BT)) * (a_BT - b_BT)
 
   def answers(self, batch: Batch, logits_BTK: np.ndarray) -> Iterator[Answer]:
-    """The margin that is right is above 0."""
+    """Margins between rewards; the right margin is above 0."""
     margins_BT = np.asarray(_margins(logits_BTK, batch))
     for row, place in np.argwhere(batch.weights > 0):
       yield Answer(True, float(margins_BT[row, place]))
@@ -102,8 +101,8 @@ class Preference(LabelTask):
 
 
 def _margins(logits_BTK: jax.Array, batch: Batch) -> jax.Array:
-  """The reward of the chosen answer less that of the rejected one, at each place of their pair,
-  [B, T]. Two segments that follow each other are a pair."""
+  """The chosen answer's reward minus the rejected one's, at each position of their pair, [B, T].
+  Two consecutive segments are a pair."""
   pairs_BT = (batch.segment_ids + 1) // 2
   same_BTS = (pairs_BT[:, :, None] == pairs_BT[:, None, :]).astype(jnp.float32)
   return jnp.einsum("bts,bs->bt", same_BTS, batch.values[..., 0] * logits_BTK[..., 0])

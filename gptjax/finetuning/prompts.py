@@ -1,4 +1,4 @@
-"""Records as text to be written: a prompt and its answer, made by templates."""
+"""Turns records into a prompt and its answer by templates."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ _VERSION = 2
 
 
 class Prompts:
-  """A source of records as one whose documents are the JSON of [prompt, answer, name]."""
+  """Turns a source of records into documents with the JSON of [prompt, answer, name]."""
 
   def __init__(self, records: Source, prompt: Template, answer: Template):
     self._records = records
@@ -26,7 +26,7 @@ class Prompts:
     return len(self._records)
 
   def __getitem__(self, index: int) -> str:
-    """UserError as of `Template.render`, or for an answer without text; '' for an empty line."""
+    """A document, '' for an empty line; UserError as `Template.render` or for an empty answer."""
     record = self._records[index]
     if not record:
       return ""
@@ -56,18 +56,17 @@ def texts(source: Prompts, indices: Iterable[int] | None = None) -> Iterator[str
 
 @dataclasses.dataclass(frozen=True)
 class PromptEncoder(FlaggingEncoder):
-  """For documents of `Prompts`.
+  """Encodes documents of `Prompts` as start, prompt, answer and end of text.
 
-  Of each it stores the start, prompt, answer and end of text. To be learnt are the answer and the
-  end. Start and prompt are the tokens that `evals.subject.Subject.write` goes on from; no special
-  token is parsed.
+  The answer and the end are learnt. Start and prompt are the tokens that
+  `evals.subject.Subject.write` continues; no special token is parsed.
   """
 
   def fingerprint(self) -> str:
     return f"prompt {_VERSION} {self.tokenizer.fingerprint()}"
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Encodes each document to uint32 [its tokens]; UserError for what is no text, by its name."""
+    """Encodes each document to uint32 [tokens]; UserError, with its name, if it is not text."""
     return [self._encode(*json.loads(text)) for text in texts]
 
   def _encode(self, prompt: str, answer: str, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Conversations as rows: whole ones side by side, none of which sees another."""
+"""Packs whole conversations into rows; they do not see each other."""
 
 import bisect
 from collections import deque
@@ -14,24 +14,24 @@ from gptjax.finetuning.chat_encoding import decode_flags
 
 
 class PackedConversations:
-  """Rows of T inputs and targets with every conversation once, but for those that are dropped.
+  """Rows of T inputs and targets with every conversation once, except dropped ones.
 
-  A conversation of n tokens takes n - 1 places. Which share a row depends on their lengths alone.
+  A conversation of n tokens takes n - 1 positions. Only lengths decide which of them share a row.
 
   Attributes:
-    sequence_length: T.
-    truncated: how many conversations are longer than a row and lose what is beyond.
-    dropped: how many are longer and left out.
+    sequence_length: length of a row, T.
+    truncated: how many conversations were longer than a row and cut.
+    dropped: how many were longer and left out.
   """
 
   def __init__(self, cache: TokenCache, sequence_length: int, overlong: str):
-    """Packs what a `ChatEncoder` or a `PromptEncoder` encoded.
+    """Packs documents that a `ChatEncoder` or a `PromptEncoder` encoded.
 
     Args:
       cache: the conversations.
-      sequence_length: T.
-      overlong: 'truncate' keeps the first T + 1 tokens of a longer conversation, if one that is to
-        be learnt is among the targets; 'drop' keeps none.
+      sequence_length: length of a row, T.
+      overlong: 'truncate' keeps the first T + 1 tokens of a longer conversation, if a learnt one is
+        among the targets; 'drop' keeps none.
 
     Raises:
       UserError: no conversation is left.
@@ -61,7 +61,7 @@ class PackedConversations:
     return len(self._row_ends)
 
   def __getitem__(self, index: int) -> Batch:
-    """Returns a row, each field [T]; weights are 1 where the target is to be learnt."""
+    """Returns a row, each field [T]; weights are 1 for learnt targets."""
     if not 0 <= index < len(self):
       raise IndexError(index)
     first = self._row_ends[index - 1] if index else 0
@@ -87,10 +87,10 @@ class PackedConversations:
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[np.ndarray]:
   """Packs items into bins: the largest first, each into the first bin that has room for it.
 
-  At most 11/9 of the fewest bins possible and 2/3 of one are used (Dosa 2007).
+  It uses at most 11/9 of the fewest bins possible, plus 2/3 (Dosa 2007).
 
   Args:
-    sizes: none above `capacity`; of equal ones the first is packed first.
+    sizes: none above `capacity`; equal sizes are packed in their order.
 
   Returns:
     The items of each bin, int64, in increasing order.
@@ -100,7 +100,7 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[np.ndarray
     waiting.setdefault(int(size), deque()).append(item)
   available = sorted(waiting)
   bins = []
-  # Filling one bin at a time with the largest that still fits comes to the same.
+  # Filling one bin at a time with the largest item that still fits gives the same bins.
   while available:
     room, items = capacity, []
     while place := bisect.bisect_right(available, room):

@@ -1,4 +1,4 @@
-"""Records with labels: texts, and what a model is to say of them.
+"""Records with labels: texts and the labels that a model is to predict.
 
     {"text": ..., "label": "positive" | 1 | true}                                    classification
     {"text": ..., "label": ["joy", "love"]}                                          multi_label
@@ -6,7 +6,7 @@
     {"text": ["John", "lives"], "label": ["B-PER", "O"]}                             tagging
     {"text": ..., "context": ..., "label": {"text": [...], "answer_start": [...]}}   span
 
-Which keys a record has, and what its label means, is the task's to say (`Reader`).
+The task decides which keys a record has, and what its label means (`Reader`).
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ class Record:
   """One record.
 
   Attributes:
-    name: where it comes from, FILE:LINE.
-    texts: the text, and the second one if there is any; or the words of one.
-    label: what is to be said of it, in the form that the task reads.
+    name: its origin, FILE:LINE.
+    texts: one or two texts, or the words of one.
+    label: its label, as the task parsed it.
   """
 
   name: str
@@ -43,23 +43,23 @@ class Reader(Protocol):
   """The part of a task that reads records.
 
   Attributes:
-    between: what is written between the texts of a record where they are shown as one.
+    between: text between a record's texts when they are shown together.
   """
 
   between: str
 
   def record_keys(self, text_key: str) -> Mapping[str, str]:
-    """{option that names it: key} of the texts and then of the label, in order."""
+    """{option of the config: key} of the texts and then of the label, in order."""
 
   def read(self, fields: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:
-    """{key: value} of a record -> (texts, label); UserError for a value that cannot be read."""
+    """Parses {key: value} of a record to (texts, label); UserError if that is impossible."""
 
   def label_names(self, label: Any) -> list[str]:
-    """The names of the labels that a record has, known or not."""
+    """The names of a record's labels, known or not."""
 
 
 class LabelledTexts:
-  """A source of records as one whose documents are their texts."""
+  """Turns a source of records into a source of their texts."""
 
   def __init__(self, source: Source, text_key: str, reader: Reader):
     self.source, self._reader, self._text_key = source, reader, text_key
@@ -77,7 +77,7 @@ class LabelledTexts:
 
   @property
   def records(self) -> list[Record]:
-    """All of them, without empty lines; UserError for one that cannot be read."""
+    """All records, without empty lines; UserError for one that cannot be read."""
     return [record for record in self.all_records if record]
 
   @functools.cached_property
@@ -86,8 +86,7 @@ class LabelledTexts:
     return [self._read(index) for index in range(len(self))]
 
   def label_names(self) -> list[list[str]]:
-    """The names of the labels of each record, whether or not the task has them; none of an empty
-    line."""
+    """The names of each record's labels, known to the task or not; [] for an empty line."""
     found = []
     for index in range(len(self)):
       fields = self._read_fields(index)
@@ -140,16 +139,16 @@ def check_not_empty(texts: Sequence[str]) -> None:
 
 
 def label_text(label: Any) -> str:
-  """The name of a label, as a record has it: a string, a whole number or a boolean."""
+  """The name of a label that a record gives as a string, a whole number or a boolean."""
   if isinstance(label, str):
     return label
   if isinstance(label, int):
-    return json.dumps(label)  # A boolean as it is written there.
+    return json.dumps(label)  # A boolean as JSON writes it.
   raise UserError(f"a label is {label!r}, not a string, a boolean or a whole number.")
 
 
 def label_index(label: Any, labels: Sequence[str]) -> int:
-  """The place of a label among all, by its name or its number; UserError if it has none."""
+  """The index of a label, given by its name or its number; UserError if it is unknown."""
   text = label_text(label)
   if text in labels:
     return labels.index(text)
@@ -170,8 +169,8 @@ def open_records(
 ) -> tuple[Source, Source]:
   """Opens a corpus: (training records, validation records).
 
-  Where a fraction is for validation and `stratified`, it is so of each label: the share of none
-  differs by more than one example, and training keeps one.
+  If `stratified`, a validation fraction is taken from each label, to within one example, and
+  training keeps at least one example of each.
   """
 
   def split_by_label(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
@@ -186,12 +185,12 @@ def open_records(
 def _stratified_split(
   source: Source, labels: Sequence[Sequence[str]], fraction: float, seed: int
 ) -> tuple[Subset, Subset]:
-  """Splits a source into (training, validation) by the one label of each record."""
+  """Splits a source into (training, validation), stratified by the label of each record."""
   order = np.random.default_rng(seed).permutation([i for i, label in enumerate(labels) if label])
   names = np.array([labels[index][0] for index in order])
   by_name = np.argsort(names, kind="stable")
   order, names = order[by_name], names[by_name]
-  # Evenly spread over all: so much for any label, and in sum.
+  # Spread evenly over all records, so that the share is right for each label and in sum.
   taken = np.diff(np.floor(np.arange(len(order) + 1) * fraction + 0.5)) > 0
   _, firsts = np.unique(names, return_index=True)
   for first, of_label in zip(firsts, np.split(taken, firsts[1:]), strict=True):
@@ -205,10 +204,10 @@ def _stratified_split(
 
 
 def few_of_each(texts: LabelledTexts, labels: Sequence[str], count: int, seed: int) -> Subset:
-  """The same number of training records of each label, drawn by the seed.
+  """Draws `count` training records of each label by the seed.
 
   Raises:
-    UserError: a label has fewer than that.
+    UserError: a label has fewer records.
   """
   members: list[list[int]] = [[] for _ in labels]
   for index, record in enumerate(texts.all_records):
@@ -228,7 +227,7 @@ def few_of_each(texts: LabelledTexts, labels: Sequence[str], count: int, seed: i
 def warn_of_duplicates(
   training: Mapping[str, LabelledTexts], validation: Mapping[str, LabelledTexts]
 ) -> None:
-  """Says how many validation texts, case and white space aside, are training texts too."""
+  """Warns how many validation texts are training texts too, ignoring case and white space."""
   known = {_folded(record): record.name for side in training.values() for record in side.records}
   records = [record for side in validation.values() for record in side.records]
   if again := [record for record in records if _folded(record) in known]:

@@ -21,19 +21,19 @@ from gptjax.model.attention import same_segment
 from gptjax.scores import scores
 from gptjax.scores.scores import Measure
 
-# In the place of the logit of a token that cannot be an answer; infinities would make NaN of 0.
+# Logit of a token that cannot be an answer; an infinity times 0 would be NaN.
 _NEVER = -1e30
-# Tokens of an answer, at most (Devlin et al. 2019, their code).
+# Most tokens of an answer (code of Devlin et al. 2019).
 MAX_SPAN = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Span(LabelTask):
-  """The part of a context that answers a question: its first token and its last one.
+  """Finds the part of a context that answers a question: its first and its last token.
 
   Attributes:
-    pair_key: where the context of a record is.
-    label_key: where its answers are.
+    pair_key: key of a record's context.
+    label_key: key of its answers.
   """
 
   label_key: str = "answers"
@@ -53,7 +53,7 @@ class Span(LabelTask):
       raise UserError("task='span' needs task.pair_key, the key of the context.")
 
   def read_label(self, label: Any, texts: Sequence[str]) -> tuple[int, int]:
-    """Where the first of SQuAD's answers (Rajpurkar et al. 2016) starts and stops."""
+    """Start and stop of the first of SQuAD's answers (Rajpurkar et al. 2016), in characters."""
     context = texts[1]
     match label:
       case {"text": [str(text), *_], "answer_start": [int(start), *_]}:
@@ -93,8 +93,8 @@ class Span(LabelTask):
     )
 
   def loss_of_places(self, logits_BTK: jax.Array, batch: Batch, smoothing: float) -> jax.Array:
-    """The cross-entropy of the first and of the last token of the answer in the place's segment,
-    among the tokens of the context; the mean of the two (Devlin et al. 2019, section 4.2)."""
+    """Mean of the cross-entropies of the answer's first and last token, among the context's tokens
+    in the position's segment (Devlin et al. 2019, section 4.2)."""
     logp_BKTS = _log_probabilities(logits_BTK, batch)
     answer_BKS = batch.values.swapaxes(1, 2)
     among_BTS = same_segment(batch.segment_ids, batch.segment_ids)
@@ -102,7 +102,7 @@ class Span(LabelTask):
     return -jnp.where(picked_BKTS > 0, picked_BKTS * logp_BKTS, 0.0).sum(-1).mean(1)
 
   def divergence(self, a_BTK: jax.Array, b_BTK: jax.Array, batch: Batch) -> jax.Array:
-    """Between the distributions over the context's tokens; the mean of first and last."""
+    """Divergence of the distributions over the context's tokens, averaged over first and last."""
     logp_a, logp_b = _log_probabilities(a_BTK, batch), _log_probabilities(b_BTK, batch)
     return ((jnp.exp(logp_a) - jnp.exp(logp_b)) * (logp_a - logp_b)).sum(-1).mean(1)
 
@@ -123,7 +123,7 @@ class Span(LabelTask):
 
 
 def answer_candidates(batch: Batch) -> jax.Array:
-  """bool [B, T]: the tokens of the context, which an answer is made of."""
+  """Tokens of the context, which can be in an answer: bool [B, T]."""
   second_BT = batch.token_types == 1
   return second_BT & jnp.pad(second_BT[:, 1:], ((0, 0), (0, 1)))
 
@@ -137,8 +137,8 @@ def best_span(logits_TK: np.ndarray) -> tuple[int, int]:
 
 
 def _log_probabilities(logits_BTK: jax.Array, batch: Batch) -> jax.Array:
-  """log p of each token to be first or last, among the candidates of a place's segment:
-  [B, K, T, S], with `_NEVER` for what is no candidate."""
+  """log p of each token to be first or last, among the candidates in a position's segment:
+  [B, K, T, S], `_NEVER` for other tokens."""
   among_BTS = same_segment(batch.segment_ids, batch.segment_ids)
   among_BTS &= answer_candidates(batch)[:, None, :]
   logits_BKTS = jnp.where(among_BTS[:, None], logits_BTK.swapaxes(1, 2)[:, :, None], _NEVER)

@@ -1,4 +1,4 @@
-"""The task of tagging the words of a text, names of people and places among them.
+"""The task of tagging the words of a text, such as names of people and places.
 
 Axes: B batch, T positions, K labels.
 """
@@ -21,12 +21,12 @@ from gptjax.scores.scores import Measure
 
 @dataclasses.dataclass(frozen=True)
 class Tagging(ClassTask):
-  """One tag of each word, such as B-PER; a word is scored at its first token, or at its last by a
-  model that sees only what came before.
+  """Predicts a tag for each word, such as B-PER, at the word's first token, or at its last token in
+  a causal model.
 
   Attributes:
-    label_key: where the tags of a record are.
-    word_separator: what is between the words; '' for Chinese characters.
+    label_key: key of a record's tags.
+    word_separator: text between words; '' for Chinese characters.
   """
 
   label_key: str = "tags"

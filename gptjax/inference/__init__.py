@@ -1,1 +1,1 @@
-"""Decoding: how a token is chosen, and the compiled loop that chooses many."""
+"""Text generation and scoring: sampling of tokens, and compiled loops around the model."""

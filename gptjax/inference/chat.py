@@ -1,4 +1,4 @@
-"""A conversation with a chat model: its turns, its context, its commands in a terminal."""
+"""A conversation with a chat model: turns, context, and commands in a terminal."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT
 
 with contextlib.suppress(ImportError):
-  import readline  # noqa: F401 (gives `input` a line editor, where the system has one)
+  import readline  # noqa: F401 (gives `input` a line editor, if the system has one)
 
 # Each turn is longer than the last, and compiling for a new length takes longer than reading it.
 _PADDING = 256
@@ -27,8 +27,8 @@ COMMANDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What a model said, how many of the oldest turns were dropped to make room for it, and whether
-  Ctrl-C cut it short."""
+  """A model's answer, how many of the oldest turns were dropped to make room for it, and whether
+  Ctrl-C interrupted it."""
 
   text: str
   dropped: int
@@ -36,7 +36,7 @@ class Answer:
 
 
 class Conversation:
-  """A model, and what was said to it and by it."""
+  """A model and the messages of a conversation with it."""
 
   def __init__(
     self,
@@ -49,16 +49,16 @@ class Conversation:
     context: int = 0,
     seed: int = 0,
   ):
-    """Starts with nothing said.
+    """Starts an empty conversation.
 
     Args:
       model: any GPT.
       tokenizer: the model's, with a chat template.
-      system: what the conversation starts with.
+      system: the system message.
       sampling: how tokens are chosen.
-      max_tokens: the most tokens of an answer; half of the context is the most in any case.
+      max_tokens: the most tokens of an answer, which never exceeds half of the context.
       context: tokens of a conversation that the model sees; 0 is its `max_positions`.
-      seed: of the random choices.
+      seed: seed of the random choices.
 
     Raises:
       UserError: the tokenizer has no chat template.
@@ -76,10 +76,10 @@ class Conversation:
     return self.template.encode([*before, *(message for turn in turns for message in turn)])
 
   def ask(self, text: str, on_text: Callable[[str], None]) -> Answer:
-    """Answers, and remembers both; of an answer that Ctrl-C stops, what was written.
+    """Answers a message and remembers both; Ctrl-C stops an answer, whose start is remembered.
 
     Args:
-      text: what the user says.
+      text: the user's message.
       on_text: called with each new piece of the answer.
 
     Raises:
@@ -121,7 +121,7 @@ class Conversation:
     return Answer(answer, dropped, stopped)
 
   def command(self, line: str) -> str:
-    """Obeys a line that starts with '/', but for /quit; returns what to say about it."""
+    """Carries out a line that starts with '/', except /quit, and returns a message about it."""
     name, _, rest = line.partition(" ")
     match name:
       case "/reset":
@@ -143,7 +143,7 @@ class Conversation:
 
 
 def converse(conversation: Conversation) -> None:
-  """Reads from the terminal and answers, until the end of the input or /quit."""
+  """Reads messages from the terminal and answers, until the end of the input or /quit."""
   while True:
     try:
       line = input("> ").strip()

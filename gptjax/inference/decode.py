@@ -1,4 +1,4 @@
-"""Prefill, and the decoding loop: compiled once for a batch shape, run a few tokens at a time.
+"""Prefill and the decoding loop, compiled once per batch shape, run a few tokens at a time.
 
 Axes: B batch, T positions, V vocabulary.
 """
@@ -19,11 +19,11 @@ from gptjax.model.stack import Cache, Encoded
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """A batch of rows in the middle of being written.
+  """State of decoding a batch of rows.
 
   tokens: int32 [B, T], prompt and completion, left-aligned; lengths: int32 [B], how many are valid.
   logits: float32 [B, V] of the next token. finished: bool [B]. keys: one PRNG key a row [B].
-  encoded: what an encoder made of the prompts, or None.
+  encoded: an encoder's output for the prompts, or None.
   """
 
   tokens: jax.Array
@@ -48,11 +48,11 @@ def prefill(
 ) -> Decoding:
   """Reads the prompts, all within the first `prompt_length` columns of the row.
 
-  `source` is what an encoder reads first, int32 tokens [B, S] and how many of each row are valid
-  [B]. To a model of visibility 'prefix' the prompt is the prefix.
+  `source` is an encoder's input, int32 tokens [B, S] and how many of each row are valid [B]. With
+  visibility 'prefix' the prompt is the prefix.
 
-  What the padding behind a short prompt leaves in the cache lies in slots that a query of that
-  row does not see before they are overwritten, so rows do not depend on each other.
+  The padding after a short prompt fills slots of the cache that no query of the row sees before
+  they are overwritten, so rows do not depend on each other.
   """
   model = nnx.merge(graphdef, params)
   B, T = tokens_BT.shape
@@ -96,9 +96,9 @@ def decode(
 ) -> Decoding:
   """Appends up to `steps` tokens to each row, until all rows are finished.
 
-  A row finishes with one of the tokens `stops` (int32, one or an array of them), which is kept, or
-  at its limit [B] of tokens. Only tokens below `vocab_size` are chosen: a model may have more rows
-  than its tokenizer has tokens.
+  A row finishes with one of the tokens `stops` (int32, one or an array), which is kept, or at its
+  limit [B] of tokens. Only tokens below `vocab_size` are chosen: a model's embedding may have more
+  rows than its tokenizer has tokens.
   """
   model = nnx.merge(graphdef, params)
   model.unstack()
@@ -114,7 +114,7 @@ def decode(
     )
 
   state = jax.lax.while_loop(proceed, step, (jnp.int32(0), decoding))[1]
-  # Every host of a mesh reads these.
+  # Replicated, as every host of a mesh reads these.
   return dataclasses.replace(
     state,
     tokens=constrain(state.tokens, None, None),
@@ -141,7 +141,7 @@ def append(
   # A row's randomness comes from its own key and length: the same alone as in any batch.
   keys_B = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
   next_B = choose(logits_BV, keys_B, sampling)
-  # A finished row goes on for the sake of the others, writing behind its end or nowhere.
+  # A finished row is computed along with the others; it writes behind its end or nowhere.
   tokens_BT = state.tokens.at[rows_B, state.lengths].set(next_B, mode="drop")
   hidden_B1D, cache = model.hidden(
     next_B[:, None],

@@ -8,7 +8,7 @@ FLAGS = flags.FLAGS
 
 
 def define_sampling_flags() -> None:
-  """Defines the flags that `sampling_from_flags` reads, and those of the checkpoint."""
+  """Defines the flags that `sampling_from_flags` reads, and the checkpoint's flags."""
   flags.DEFINE_string(
     "checkpoint", None, "Work directory of a run, hf:PATH or gguf:FILE.", required=True
   )

@@ -17,14 +17,14 @@ from gptjax.inference.lengths import round_up
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT
 
-# Tokens between two looks of the host at the text, for stop strings and streaming.
+# Tokens after which the host looks at the text again, for stop strings and streaming.
 CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """One continued prompt. `tokens` are those of the completion, `finish_reason` is 'stop' (the
-  model ended the text or its turn, or a stop string came) or 'length'."""
+  """A completion of one prompt. `finish_reason` is 'stop' (the model ended the text or its turn, or
+  wrote a stop string) or 'length'."""
 
   prompt: str
   completion: str
@@ -44,26 +44,25 @@ def generate(
   on_text: Callable[[int, str], None] | None = None,
   pad_to_multiple_of: int = 32,
 ) -> list[Completion]:
-  """Continues each prompt; a prompt gives the same in any batch as alone.
+  """Continues each prompt; a completion does not depend on the rest of the batch.
 
   Args:
-    model: any GPT that is not bidirectional; its parameters may be sharded. With an encoder, that
-      reads the prompt.
+    model: any GPT that is not bidirectional; its parameters may be sharded. If there is an encoder,
+      it reads the prompt.
     tokenizer: the model's.
-    prompts: texts, each read as `Tokenizer.encode_prompt` has it, or the ids of all that is to be
-      read.
+    prompts: texts, encoded by `Tokenizer.encode_prompt`, or complete token ids.
     max_tokens: the most tokens to add to a prompt.
     sampling: how tokens are chosen.
     stop: strings that end a completion, themselves left out.
-    seed: of the random choices, for all prompts or one for each; a prompt and a seed decide the
-      completion.
+    seed: seed of the random choices, one for all prompts or one for each; a prompt and a seed
+      decide the completion.
     on_text: called with (prompt index, new text) as text becomes certain.
-    pad_to_multiple_of: to what the longest prompt is padded, and a whole row to four times that:
-      few distinct shapes are few compilations.
+    pad_to_multiple_of: the longest prompt is padded to a multiple of this, a whole row to one of
+      four times this, so that few shapes are compiled.
 
   Raises:
-    UserError: no prompts, a prompt of no ids, no room for a prompt and `max_tokens` in learned
-      positions, or a tokenizer with more tokens than the model.
+    UserError: there are no prompts, one has no ids, one and `max_tokens` do not fit the learned
+      positions, or the tokenizer has more tokens than the model.
   """
   if not prompts or max_tokens < 1:
     raise UserError("generate needs at least one prompt and max_tokens of at least 1.")
@@ -74,7 +73,7 @@ def generate(
   starts = [_ids(tokenizer, prompt) for prompt in prompts]
   source = None
   if model.encoder is not None:
-    # As documents end; what the decoder writes starts anew.
+    # The encoder's text ends like a document; the decoder starts a new one.
     source = _pad([[*start, tokenizer.end_of_text] for start in starts], pad_to_multiple_of)
     starts = [[model.config.decoder_start]] * len(prompts)
   lengths = np.array([len(start) for start in starts], np.int32)
@@ -137,7 +136,7 @@ def _ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
 
 
 def _pad(rows: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows as int32 [B, S], S rounded up, and their lengths [B]."""
+  """Pads rows to int32 [B, S], S rounded up; also returns their lengths [B]."""
   lengths = np.array([len(row) for row in rows], np.int32)
   padded = np.zeros((len(rows), round_up(int(lengths.max()), multiple)), np.int32)
   for i, row in enumerate(rows):
@@ -156,7 +155,7 @@ class _Writer:
     self.finish_reason = ""
 
   def update(self, tokens: list[int], finished: bool) -> str:
-    """Takes all tokens so far and returns the text that has become certain since the last call."""
+    """Takes all tokens so far, and returns the text that became certain since the last call."""
     if self.finish_reason:
       return ""
     ended = finished and tokens[-1] in self.tokenizer.stops
@@ -165,7 +164,7 @@ class _Writer:
     cuts = [position for string in self.stop if (position := text.find(string)) >= 0]
     if cuts:
       text, self.finish_reason = text[: min(cuts)], "stop"
-      # The rest of the chunk was written in vain.
+      # The rest of the chunk is discarded.
       while self.tokens and self.tokenizer.decode(self.tokens[:-1]).startswith(text):
         self.tokens = self.tokens[:-1]
     elif finished:
@@ -176,7 +175,7 @@ class _Writer:
     return new
 
   def _certain(self, text: str) -> str:
-    """Holds back what may be half a character or the start of a stop string."""
+    """The text without an end that may be half a character or the start of a stop string."""
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     for string in self.stop:
       for size in range(min(len(string) - 1, len(text)), 0, -1):
@@ -187,7 +186,7 @@ class _Writer:
 
 
 def continue_prompts(model: GPT, tokenizer: Tokenizer, config: Mapping[str, Any]) -> list[str]:
-  """The prompts of `config.sample`, each continued, as a training run shows them."""
+  """Continues each prompt of `config.sample`, for a training run to show."""
   completions = generate(
     model,
     tokenizer,

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits. Axes: B batch, T positions, V vocabulary."""
+"""Sampling of the next token from logits. Axes: B batch, T positions, V vocabulary."""
 
 import dataclasses
 
@@ -12,14 +12,16 @@ EXCLUDED = -jnp.inf
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """The filters, in the order they apply.
+  """Settings of sampling; the filters apply in this order.
 
-  repetition_penalty: logits of tokens already in the row are divided by it where positive and
-    multiplied where negative (Keskar et al. 2019, section 4.1). 1 is off.
-  temperature: divides the logits; 0 takes the most likely token.
-  top_k: keeps the k most likely tokens (Fan et al. 2018). 0 is off.
-  top_p: keeps the fewest tokens whose probabilities reach p (Holtzman et al. 2020). 1 is off.
-  min_p: keeps tokens at least this likely relative to the likeliest (Nguyen et al. 2024). 0 is off.
+  Attributes:
+    repetition_penalty: divides positive logits and multiplies negative logits of tokens that are
+      already in the row (Keskar et al. 2019, section 4.1). 1 is off.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: keeps the k likeliest tokens (Fan et al. 2018). 0 is off.
+    top_p: keeps the fewest tokens whose probabilities reach p (Holtzman et al. 2020). 1 is off.
+    min_p: keeps tokens at least this likely relative to the likeliest (Nguyen et al. 2024). 0 is
+      off.
   """
 
   temperature: float = 1.0

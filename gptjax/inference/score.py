@@ -1,4 +1,4 @@
-"""How likely a model finds what follows a context, in batches.
+"""Log-likelihoods of continuations after their contexts, in batches.
 
 Axes: B rows, T positions, C scored positions, K continuations of a row, D width.
 """
@@ -22,15 +22,15 @@ from gptjax.model.gpt import GPT
 Tokens = Sequence[int]
 Pair = tuple[Tokens, Tokens]  # A context and its continuation.
 
-# Float32 logits held at a time, at most.
+# Most bytes of float32 logits held at a time.
 _MAX_LOGIT_BYTES = 2**28
 _LENGTH_MULTIPLE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """log_likelihood: sum over the tokens of a continuation, in nats. greedy: whether each of them is
-  the likeliest at its place."""
+  """Score of a continuation. log_likelihood: sum over its tokens, in nats. greedy: whether each
+  token is the likeliest in its position."""
 
   log_likelihood: float
   tokens: int
@@ -45,17 +45,17 @@ def score(
   max_length: int | None = None,
   progress: bool = False,
 ) -> list[Score]:
-  """Scores each continuation after its context; a pair gives the same in any batch.
+  """Scores each continuation after its context; a score does not depend on the rest of the batch.
 
-  Rows of similar length share a batch of one shape, and so one compilation. Continuations of one
-  context that differ in their last token alone, as labels of one token do, share a row.
+  Rows of similar length share a batch shape, and so a compilation. Continuations of one context
+  that differ only in their last token, such as labels of one token, share a row.
 
   Args:
-    model: reads from left to right (visibility 'causal', or 'prefix' with the context as prefix).
+    model: causal, or with visibility 'prefix', the context being the prefix.
     pairs: ids of (context, continuation), neither empty.
-    batch_size: rows of a batch, at most.
-    max_length: tokens that the model reads at a time, by default its `max_positions`. Of a longer
-      pair the start of the context is left out.
+    batch_size: most rows of a batch.
+    max_length: tokens that the model reads at a time, by default its `max_positions`. Longer pairs
+      lose the start of the context.
     progress: show a bar, on stderr.
 
   Raises:
@@ -78,7 +78,7 @@ def score(
 
   buckets: dict[tuple[int, int], list] = {}
   for (inputs, count), indices in rows.items():
-    # A few tokens, as of labels, to a power of two.
+    # Short lengths, such as those of labels, to a power of two.
     C = 1 << (count - 1).bit_length()
     C = C if C <= _LENGTH_MULTIPLE else round_up(count, _LENGTH_MULTIPLE)
     T = round_up(max(len(inputs), C), _LENGTH_MULTIPLE, max_length)
@@ -87,7 +87,7 @@ def score(
   graphdef, params = nnx.split(model)
   scores: list[Score | None] = [None] * len(pairs)
   with tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
-    # The largest shape first: what does not fit into memory fails at once.
+    # The largest shape first, so that one that does not fit into memory fails at once.
     for (T, C), bucket in sorted(buckets.items(), reverse=True):
       B = rows_of_batch(len(bucket), batch_size)
       for start in range(0, len(bucket), B):
@@ -120,7 +120,7 @@ def _decoder_length(model: GPT, max_length: int | None) -> int:
 
 
 def warn_of_cuts(lengths: Sequence[int], room: int) -> None:
-  """Says how many rows of these lengths lose their start."""
+  """Warns how many rows of these lengths lose their start."""
   if cut := sum(length > room for length in lengths):
     logging.warning(
       "%d of %d prompts are longer than %d tokens; their start is left out.",
@@ -129,7 +129,7 @@ def warn_of_cuts(lengths: Sequence[int], room: int) -> None:
 
 
 def context_length(model: GPT, max_length: int | None) -> int:
-  """How many tokens the model reads at a time; UserError if it has not as many positions."""
+  """How many tokens the model reads at a time; UserError if it has fewer positions."""
   config = model.config
   room = config.max_positions
   if config.position == "learned":
@@ -145,7 +145,7 @@ def _score(graphdef, params, tokens_BT, lengths_B, counts_B, targets_BKC):
   positions of each row."""
   model = nnx.merge(graphdef, params)
   (B, T), (_, K, C) = tokens_BT.shape, targets_BKC.shape
-  # What pads a row comes after it, where none of its tokens looks.
+  # Padding comes after a row's tokens, which do not see it.
   prefix_BS = jnp.arange(T)[None] <= (lengths_B - counts_B)[:, None]
   hidden_BTD, _ = model.hidden(tokens_BT, prefix_BS=prefix_BS.astype(jnp.int32))
   scored_BC = jnp.maximum(lengths_B[:, None] - C + jnp.arange(C)[None], 0)
@@ -196,7 +196,7 @@ def score_documents(
   """Scores each text whole, every token once, in windows of `max_length` tokens.
 
   The last window of a text reaches back so that it is full (`loglikelihood_rolling` of Gao et al.,
-  A framework for few-shot language model evaluation). Options and errors are as of `score`.
+  A framework for few-shot language model evaluation). Options and errors are as in `score`.
   """
   max_length = _decoder_length(model, max_length)
   start, pairs, owners = tokenizer.start or (tokenizer.prefix,), [], []
@@ -217,8 +217,8 @@ def score_documents(
 
 
 def rolling_windows(start: Tokens, tokens: Tokens, max_length: int) -> Iterator[Pair]:
-  """Yields (context, continuation): all tokens once, each window of `max_length` inputs, if there
-  are as many."""
+  """Yields (context, continuation), all tokens once, in windows of `max_length` inputs, or fewer if
+  the text is short."""
   text = [*start, *tokens]
   begin, end = len(start), max_length + 1
   while begin < len(text):
