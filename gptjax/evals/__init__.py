@@ -1,1 +1,1 @@
-"""Evaluation, and the simple methods that a model has to beat."""
+"""Evaluation of models, by tasks of your own, by lm-eval and in a sandbox for code."""

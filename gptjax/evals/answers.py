@@ -1,4 +1,4 @@
-"""What a model answers to the examples of a task, and how good that is.
+"""Asks a model the examples of a task, and measures its answers.
 
 Axes: N examples, L labels, C candidates.
 """
@@ -27,15 +27,15 @@ from gptjax.inference.sampling import Sampling
 from gptjax.scores import scores
 from gptjax.scores.scores import Measure, Metric
 
-# What stands in the place of a text that says nothing (Zhao et al. 2021, section 5).
+# Content-free texts for calibration (Zhao et al. 2021, section 5).
 CONTENT_FREE = ("N/A", "[MASK]", "")
 UNANSWERED = "(none)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """metrics: by name. details: what else the file of results keeps. predictions: one of each
-  example, with its `place`. confidence [N] and correct [N]: of a classification by likelihood."""
+  """Results of a task. metrics: by name. details: other entries of the results file. predictions:
+  one per example, with its `place`. confidence, correct: [N], of classification by likelihood."""
 
   name: str
   metrics: dict[str, Metric]
@@ -56,10 +56,10 @@ class _Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-  """A task whose files have been read and whose templates have been rendered.
+  """A task with its files read and its templates rendered.
 
-  asked: the question of each example. shots: worked examples, (question, answer) each. isolation:
-  of what the model writes, where that is run.
+  asked: the question of each example. shots: worked examples (question, answer). isolation: sandbox
+  for the model's code, if that is run.
   """
 
   task: Task
@@ -83,18 +83,18 @@ def prepare(
   limit: int = 0,
   isolation: Isolation | None = None,
 ) -> Questions:
-  """Reads what a task asks, so that what is wrong with it is known before a model runs.
+  """Reads a task's questions, so that its errors are known before a model runs.
 
   Args:
-    task: what to ask.
-    shots: worked examples before each question, from the training file.
-    seed: of their choice, of `limit`, and of sampling.
+    task: the task.
+    shots: number of worked examples before each question, from the training file.
+    seed: seed of their choice, of `limit`, and of sampling.
     limit: how many examples to take; 0 is all.
-    isolation: in which to run what the model writes; None is not to run it.
+    isolation: sandbox in which to run the model's code; None does not run it.
 
   Raises:
     UserError: a file of the task is missing or wrong, the library of its metrics is missing, or
-      the task runs what the model writes and is not to.
+      the task needs the model's code to be run without an `isolation`.
   """
   if task.kind == "code" and isolation is None:
     raise UserError(
@@ -126,7 +126,7 @@ def prepare(
 def evaluate(
   questions: Questions, subject: Subject, *, resamples: int = scores.RESAMPLES
 ) -> Result:
-  """Asks a model, and measures its answers with a bootstrap of so many `resamples`."""
+  """Asks a model, and measures its answers, with `resamples` draws of the bootstrap."""
   start = time.perf_counter()
   task, examples = questions.task, questions.examples
   ask = {"classification": _classify, "ranking": _rank, "tagging": _tag, "code": _program}
@@ -237,11 +237,11 @@ def _classify(questions: Questions, subject: Subject) -> _Answers:
 def _label_probabilities(
   questions: Questions, subject: Subject
 ) -> tuple[np.ndarray, dict[str, Any]]:
-  """Probabilities [N, L] of the labels, which add up to 1, and what calibrated them."""
+  """Probabilities [N, L] of the labels, which add up to 1, and those that calibrated them."""
   task, N = questions.task, len(questions.examples)
   asked = list(questions.asked)
   if task.calibrate:
-    # What else the template reads is that of the first example.
+    # Other keys of the template are taken from the first example.
     first = questions.examples[0]
     first.get(task.text)
     for text in CONTENT_FREE:
@@ -252,7 +252,7 @@ def _label_probabilities(
   p_NL = _normalize(np.exp(logits_NL - logits_NL.max(axis=1, keepdims=True)))
   if not task.calibrate:
     return p_NL, {}
-  # W = diag(p_cf)^-1 and b = 0 (section 5); what comes out is made to add up to 1.
+  # W = diag(p_cf)^-1 and b = 0 (section 5); the result is normalised.
   content_free_L = p_NL[N:].mean(axis=0)
   details = {"content_free": dict(zip(task.labels, content_free_L.tolist(), strict=True))}
   return _normalize(p_NL[:N] / content_free_L[None]), details
@@ -261,8 +261,8 @@ def _label_probabilities(
 def _log_likelihoods(
   task: Task, subject: Subject, pairs: Sequence[tuple[Prompt, str]]
 ) -> np.ndarray:
-  """The log-likelihood of each text after its prompt, [pairs], with the task's `domain_premise`,
-  `end_of_text` and `normalize`."""
+  """The log-likelihood of each text after its prompt, [pairs], adjusted by the task's
+  `domain_premise`, `end_of_text` and `normalize`."""
   found = subject.likelihoods(pairs, end_of_text=task.end_of_text)
   nats = np.array([score.log_likelihood for score in found])
   if task.domain_premise:
@@ -307,7 +307,7 @@ def _rank(questions: Questions, subject: Subject) -> _Answers:
 
 
 def _read_label(task: Task, text: str) -> str:
-  """The label whose text an answer starts with, the longest of them."""
+  """The label whose text an answer starts with; the longest if there are several."""
   answer = text.strip().casefold()
   found = [
     (len(shown), label)
@@ -381,7 +381,7 @@ def _template(task: Task, key: str) -> Template:
 
 
 def _texts(questions: Questions, subject: Subject) -> list[str]:
-  """What the model writes, or what is there already."""
+  """The texts that the model writes, or given predictions."""
   task = questions.task
   if not task.prediction:
     prompts = questions.prompts(subject, questions.asked)

@@ -1,4 +1,4 @@
-"""Evaluates a model on tasks, and tells and saves what came out."""
+"""Evaluates a model on tasks, and prints and saves the results."""
 
 import dataclasses
 import importlib.metadata
@@ -48,17 +48,17 @@ def evaluate(
   Args:
     subject: the model.
     tasks: FILE.json, FILE.jsonl, perplexity:PATH or labels:FILE.
-    shots: worked examples before each question; not of perplexity.
-    seed: of all that is random.
+    shots: worked examples before each question; not used for perplexity.
+    seed: seed of everything random.
     limit: examples of each task, chosen by the seed; 0 is all.
-    resamples: of the bootstrap.
-    config: of the run, for labels.
-    run_code: run what the model writes, for tasks that need it.
-    accept_weak_isolation: though it could reach what is outside of its sandbox.
+    resamples: draws of the bootstrap.
+    config: config of the run, for labels.
+    run_code: run the model's code, for tasks that need it.
+    accept_weak_isolation: run it even if it could get out of its sandbox.
 
   Raises:
-    UserError: a task cannot be read or may not be run, or two have one name; before the first of
-      them is run.
+    UserError: a task cannot be read or may not be run, or two have the same name. Raised before the
+      first task is run.
   """
   prepared, names = [], []
   for name in tasks:
@@ -68,7 +68,7 @@ def evaluate(
       names.append(name)
     elif name.startswith(_LABELS):
       path = name.removeprefix(_LABELS)
-      if config is None or "data" not in config:  # As of a model converted.
+      if config is None or "data" not in config:  # As in a converted model.
         raise UserError(f"{name}: --checkpoint is no run, which would say what the labels are.")
       prepared.append(label_task.prepare(path, config, subject, seed=seed, limit=limit))
       names.append(name)
@@ -91,13 +91,13 @@ def evaluate(
 
 
 def config_of_labels(checkpoint: str, tasks: Sequence[str]) -> Any:
-  """The config of a run whose labels are asked for; None if there is no need, or no run."""
+  """The config of a run, for tasks with labels; None if there is no such task, or no run."""
   asked = any(name.startswith(_LABELS) for name in tasks)
   return config_lib.open_saved(checkpoint) if asked and is_run(checkpoint) else None
 
 
 def table(rows: Sequence[tuple[str, str, Metric]]) -> str:
-  """Lines of (task, name of the metric, metric)."""
+  """Formats rows of (task, name of the metric, metric) as lines."""
   shown = [("task", "metric", "value", "95 % interval", "n")]
   for task, name, metric in rows:
     interval = "-" if metric.low is None else f"{metric.low:.4f} to {metric.high:.4f}"
@@ -110,7 +110,7 @@ def table(rows: Sequence[tuple[str, str, Metric]]) -> str:
 
 
 def save(folder: epath.Path, evaluation: dict[str, Any], results: Sequence[Result]) -> None:
-  """Writes results.json, and of each task its predictions and, if it classifies, a picture."""
+  """Writes results.json, and each task's predictions and, for a classification, a picture."""
   folder.mkdir(parents=True, exist_ok=True)
   kept = {}
   for result in results:
@@ -128,12 +128,12 @@ def save(folder: epath.Path, evaluation: dict[str, Any], results: Sequence[Resul
     metrics = {name: dataclasses.asdict(metric) for name, metric in result.metrics.items()}
     kept[result.name] = {"metrics": metrics, **result.details}
   content = {**evaluation, "versions": versions(), "tasks": kept}
-  # Last: where it is, the rest is whole.
+  # Written last: if it exists, the other files are complete.
   write_atomically(folder / "results.json", json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def versions() -> dict[str, str]:
-  """The versions of Python and of the packages that take part, as far as they are installed."""
+  """The versions of Python and of the packages involved, as far as they are installed."""
   found = {"python": platform.python_version()}
   for package in _PACKAGES:
     try:
@@ -144,7 +144,7 @@ def versions() -> dict[str, str]:
 
 
 def harness_rows(results: dict[str, Any]) -> list[tuple[str, str, Metric]]:
-  """The lines of lm-eval's results."""
+  """Rows of `table` for lm-eval's results."""
   rows = []
   for task, metrics in results["results"].items():
     n = results["n-samples"].get(task, {}).get("effective", 0)

@@ -1,4 +1,4 @@
-"""A classification as a picture: its confusion matrix, and what its confidence is worth."""
+"""Draws a classification: its confusion matrix and reliability diagram."""
 
 import io
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ def classification(
   confidence: np.ndarray | None = None,
   correct: np.ndarray | None = None,
 ) -> None:
-  """Draws a confusion matrix, rows being what is right, and, of a classification with confidence
-  [N] and correct [N], the accuracy within intervals of confidence (a reliability diagram)."""
+  """Draws a confusion matrix with a row per right label and, given confidence [N] and correct [N],
+  the accuracy within intervals of confidence (a reliability diagram)."""
   # Imported here: it takes a second, and not every evaluation draws.
   from matplotlib.figure import Figure
 

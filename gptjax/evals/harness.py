@@ -1,4 +1,4 @@
-"""Models of ours in EleutherAI's lm-eval: its tasks, its prompts and its metrics (Gao et al., A
+"""Runs a model in EleutherAI's lm-eval, with its tasks, prompts and metrics (Gao et al., A
 framework for few-shot language model evaluation).
 
 Importing this module imports lm-eval, which takes two seconds.
@@ -21,16 +21,16 @@ from gptjax.evals.subject import Subject
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.score import Pair, rolling_windows
 
-# What lm-eval writes where a task does not say.
+# lm-eval's default of `max_gen_toks`.
 _MAX_TOKENS = 256
 _GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p")
 
 
 class HarnessModel(LM):
-  """A model as lm-eval asks it: all requests of a kind at once, of which we make batches.
+  """A model in lm-eval's interface, which passes all requests of a kind at once.
 
   Texts become tokens as in its own model of `transformers` (HFLM): special tokens are parsed, and
-  before a text stands what its tokenizer puts there and no more.
+  only the tokenizer's own start tokens are put before a text.
   """
 
   def __init__(self, subject: Subject, seed: int = 0):
@@ -54,14 +54,14 @@ class HarnessModel(LM):
     ]
 
   def _encode(self, text: str) -> list[int]:
-    """A text with what the tokenizer puts before it, unless it is written there already."""
+    """Encodes a text after the tokenizer's start tokens, unless the text contains them already."""
     tokenizer = self.subject.tokenizer
     tokens = tokenizer.encode_with_specials(text)
     return tokens if tokens[:1] == [tokenizer.prefix] else [*tokenizer.start, *tokens]
 
   def _encode_pair(self, context: str, continuation: str) -> Pair:
-    """A context and what follows it; white space between the two belongs to the latter, and the
-    tokens of the former are as many as it has alone."""
+    """Encodes a context and its continuation; white space between the two belongs to the latter,
+    and the context has as many tokens as it has alone."""
     tokenizer = self.subject.tokenizer
     before = context.rstrip()
     continuation = context[len(before) :] + continuation
@@ -74,7 +74,7 @@ class HarnessModel(LM):
     )
 
   def _encode_document(self, text: str) -> list[int]:
-    """The tokens of a text that are to be predicted: lm-eval predicts a start that a foreign
+    """The tokens of a text to predict. Like lm-eval's, they include a start token that a foreign
     tokenizer adds, though it comes after the same token."""
     tokenizer = self.subject.tokenizer
     return tokenizer.encode_with_specials(text) if tokenizer.is_own else self._encode(text)
@@ -108,7 +108,7 @@ class HarnessModel(LM):
       max_tokens=int(options.get("max_gen_toks", _MAX_TOKENS)),
       stop=[until] if isinstance(until, str) else list(until),
       sampling=sampling,
-      # Repeats of a request are to differ.
+      # Repeated requests must have different samples.
       seeds=[(self.seed + number) % 2**32 for number in range(len(rows))],
     )
 
@@ -139,21 +139,21 @@ def run(
 
   Args:
     subject: the model; with `chat`, its chat template is applied.
-    tasks: names, of lm-eval or of `include`.
-    include: a folder with tasks of one's own (YAML).
-    shots: worked examples before each question; None is what the task says.
-    seed: of their choice, and of sampling.
-    limit: examples of each task, its first; 0 is all.
+    tasks: names of tasks in lm-eval or in `include`.
+    include: a folder with your own tasks (YAML).
+    shots: worked examples before each question; None is the task's own number.
+    seed: seed of their choice, and of sampling.
+    limit: how many examples of each task, from its first on; 0 is all.
 
   Raises:
     UserError: a task is unknown.
   """
   logging.getLogger("lm_eval").setLevel(logging.WARNING)
-  # Its bootstrap would fork this process, whose threads may hold locks.
+  # lm-eval's bootstrap would fork this process, whose threads may hold locks.
   os.environ.setdefault("DISABLE_MULTIPROC", "1")
   if include and not Path(include).is_dir():
     raise UserError(f"--lm_eval_include={include} is no folder.")
-  # To look through the thousands of tasks that come with it takes seconds.
+  # Looking through the thousands of tasks that come with it takes seconds.
   manager = TaskManager(include_path=include or None, include_defaults=not include)
   if not set(tasks) <= set(manager.all_tasks) and include:
     manager = TaskManager(include_path=include)

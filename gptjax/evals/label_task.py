@@ -1,4 +1,4 @@
-"""What a model that scores labels says of records, and how good that is."""
+"""Evaluates a model that scores labels on records."""
 
 import dataclasses
 import time
@@ -38,10 +38,10 @@ def prepare(
   """Reads JSON lines with the keys and the labels that a run was trained with.
 
   Args:
-    path: the records.
-    config: of the run.
+    path: the file of records.
+    config: config of the run.
     subject: its model and tokenizer.
-    seed: of the bootstrap, and of `limit`.
+    seed: seed of the bootstrap, and of `limit`.
     limit: how many lines to take; 0 is all.
 
   Raises:
@@ -64,7 +64,7 @@ def prepare(
 def evaluate(
   records: LabelledRecords, subject: Subject, *, resamples: int = scores.RESAMPLES
 ) -> Result:
-  """Asks the model, and measures its answers with a bootstrap of so many `resamples`."""
+  """Asks the model, and measures its answers, with `resamples` draws of the bootstrap."""
   start = time.perf_counter()
   task, examples = records.task, records.examples
   outputs = ask(records, subject)

@@ -1,20 +1,20 @@
-"""Programs that nobody has read, run under limits in a process of their own, judged by another.
+"""Runs untrusted programs under limits in a process of their own, and judges them from another.
 
-Two processes: that of the program defines its functions and answers calls; that of the judge runs
-the check, which calls them by `from program import NAME` and sees what they return as values of
-Python's own types (numbers, texts, lists, tuples, sets, dicts), copied as the arguments are. The
-program has neither the check nor a way to the process that runs it.
+There are two processes: the program's defines its functions and answers calls; the judge's runs the
+check, which calls them by `from program import NAME`. Arguments and results are copied as values of
+Python's own types (numbers, texts, lists, tuples, sets, dicts). The program has neither the check
+nor a way to the process that runs it.
 
-Each process has an empty working directory that vanishes, a cleaned environment, limits on
+Each process has an empty working directory that is deleted, a cleaned environment, limits on
 processor time, wall time, address space, size of a file and open files, and at the end SIGKILL. The
-kernel refuses it to read and write other files, to change any file's mode, owner, times or
-attributes, to start processes and to reach those of others, networks, sockets and shared memory
-(Landlock and a filter of system calls, on Linux). Around it is put what there is: bubblewrap, which
-shows it no other files, processes and networks; else namespaces by `unshare`.
+kernel forbids it to read and write other files, to change any file's mode, owner, times or
+attributes, to start processes, and to reach other processes, networks, sockets and shared memory
+(Landlock and a filter of system calls, on Linux). If available, bubblewrap is put around it, which
+hides other files, processes and networks; else namespaces by `unshare`.
 
-Whether that holds is not assumed: a probe tries it out once in every process that evaluates, and
-what it could do are `Isolation.problems`. Not tried, and not prevented, are: to fill the disk with
-many files, each within the limit; to keep processors busy; holes of the kernel.
+Isolation is not assumed: a probe tries it out once in each process that evaluates, and lists the
+forbidden things that it could do in `Isolation.problems`. Neither tried nor prevented are filling
+the disk with many small files, keeping processors busy, and exploits of kernel bugs.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from gptjax.errors import UserError
 _UNSHARE = ("--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child")
 _BUBBLEWRAP = ("--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
 _TOOLS = {"bubblewrap": "bwrap", "namespaces": "unshare", "none": None}
-# What a Python needs to run, where it is there.
+# Paths that Python needs to run, if they exist.
 _READABLE = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/nix/store")
 _SOURCES = {name: Path(__file__).with_name(f"sandbox_{name}.py") for name in ("kernel", "runner")}
 _PROBE = Path(__file__).with_name("sandbox_probe.py")
@@ -54,17 +54,17 @@ for name in ("kernel", "runner"):
   exec(compile(order.pop(name), name + ".py", "exec"), names[name])
 names["runner"]["main"](names["kernel"]["confine"], order)
 """
-# An argument by which the processes are known; the last is nothing to Python.
+# An argument that marks the processes; Python ignores the last one.
 MARK = "gptjax-sandbox"
 _SHOWN_CHARACTERS = 300
-# Until what has ended has a status.
+# Time for a process that has ended to get a status.
 _GRACE_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """wall_seconds: until both processes are killed. cpu_seconds: of one of them, all of its threads.
-  memory_bytes: of address space. file_bytes: of a file, a message, and what is printed."""
+  """Limits of a run. wall_seconds: until both processes are killed. cpu_seconds: for each process,
+  all threads. memory_bytes: address space. file_bytes: for a file, a message, and the output."""
 
   wall_seconds: float = 10.0
   cpu_seconds: int = 10
@@ -74,8 +74,8 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """passed: the program ran to its end, and the check too. reason: else what stopped it, in one
-  sentence. output: what the program printed, errors included."""
+  """Outcome of a run. passed: the program and the check ran to their ends. reason: else the cause,
+  in one sentence. output: everything the program printed, errors included."""
 
   passed: bool
   reason: str
@@ -84,14 +84,14 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Isolation:
-  """What is put around the processes: 'bubblewrap', 'namespaces', or 'none' beside what the kernel
-  refuses them. problems: what the probe could do nevertheless, or why it could not be run."""
+  """Isolation around the processes: 'bubblewrap', 'namespaces', or 'none' beside the kernel's
+  filters. problems: forbidden things that the probe could do, or why it could not be run."""
 
   name: str
   problems: tuple[str, ...] = ()
 
   def command(self, folder: Path) -> list[str]:
-    """What comes before a command that is to be isolated; `folder` is where it may write."""
+    """The start of the command line for an isolated command, which may write in `folder`."""
     tool = _TOOLS[self.name] and shutil.which(_TOOLS[self.name])
     match self.name:
       case "bubblewrap":
@@ -104,10 +104,10 @@ class Isolation:
 
 
 def require(*, accept_weak: bool) -> Isolation:
-  """The isolation of programs that are to be judged here.
+  """The isolation for programs that are judged on this machine.
 
   Raises:
-    UserError: it does not hold, and that is not accepted.
+    UserError: it does not hold, and `accept_weak` is false.
   """
   isolation = find_isolation()
   if isolation.problems and not accept_weak:
@@ -120,7 +120,7 @@ def require(*, accept_weak: bool) -> Isolation:
 
 @functools.cache
 def find_isolation() -> Isolation:
-  """The first that the probe finds to hold; if none does, the one with the fewest problems."""
+  """The first isolation that holds against the probe; if none, the one with the fewest problems."""
   found = []
   for name, tool in _TOOLS.items():
     if tool is not None and shutil.which(tool) is None:
@@ -132,7 +132,7 @@ def find_isolation() -> Isolation:
 
 
 def probe(isolation: Isolation) -> Isolation:
-  """Tries from inside to do what must not be done outside; the same, with the problems found."""
+  """Tries forbidden things from inside; returns the isolation with the problems found."""
   with (
     tempfile.TemporaryDirectory() as folder,
     socket.create_server(("127.0.0.1", 0)) as server,
@@ -160,14 +160,14 @@ def run(
   limits: Limits = Limits(),
   isolation: Isolation | None = None,
 ) -> Outcome:
-  """Runs a Python program to its end or to that of its limits, then the check of it.
+  """Runs a Python program within limits, and then its check.
 
   Args:
     program: defines functions, and may do more.
-    check: passes if it runs to its end; `program` is a module of those functions. None of it is
-      needed to see whether a program ends, which the program itself then says.
-    limits: of each of the two processes.
-    isolation: around them; None is that of `find_isolation`.
+    check: passes if it runs to its end; `program` is a module of those functions. Without a check,
+      the program passes by running to its end, which it could claim falsely.
+    limits: limits of each process.
+    isolation: isolation around them; None is the result of `find_isolation`.
   """
   isolation = find_isolation() if isolation is None else isolation
   with (
@@ -187,7 +187,7 @@ def run(
     verdict = {} if late else _read_verdict(written)
     if not late and not verdict.get("passed") and not verdict.get("reason"):
       late = not _waited(served, _GRACE_SECONDS)
-    # Killing sets statuses of its own.
+    # Read before killing, which changes the statuses.
     statuses = served.poll(), judge.poll()
     ends.close()
     printed.seek(0)
@@ -198,7 +198,7 @@ def run(
     return Outcome(True, "", text)
   if verdict.get("reason"):
     return Outcome(False, f"It failed: {verdict['reason'][:_SHOWN_CHARACTERS]}", text)
-  if not verdict and statuses[0] == 0:  # It waited for calls until the judge was gone.
+  if not verdict and statuses[0] == 0:  # The program waited for calls until the judge was gone.
     return Outcome(False, f"Its check: {_reason(statuses[1], '', limits)}", text)
   return Outcome(False, _reason(statuses[0], text, limits), text)
 
@@ -237,7 +237,7 @@ def _start(
 
 
 def _waited(process: subprocess.Popen, seconds: float) -> bool:
-  """Whether a process has ended before so many seconds."""
+  """Whether a process ends within so many seconds."""
   try:
     process.wait(seconds)
   except subprocess.TimeoutExpired:
@@ -246,14 +246,14 @@ def _waited(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def _kill(process: subprocess.Popen) -> None:
-  # What has ended may have left others in its group, which keep its id from being given away.
+  # An ended process may have left others in its group, which keep its id from being reused.
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.killpg(process.pid, signal.SIGKILL)
   process.wait()
 
 
 def _read_verdict(written: IO[bytes]) -> dict[str, Any]:
-  """What the judge wrote last, or nothing if it was stopped."""
+  """The last message of the judge; {} if it was stopped."""
   written.seek(0)
   try:
     return json.loads(written.read())
@@ -298,7 +298,7 @@ def _folder() -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-  """Removes a tree of any depth: what a directory holds is first moved to the top."""
+  """Removes a tree of any depth, by moving the content of its directories to the top."""
   fresh = (folder / f"{secrets.token_hex(8)}-{number}" for number in itertools.count())
   while names := os.listdir(folder):
     for path in (folder / name for name in names):
@@ -308,7 +308,7 @@ def _remove(folder: Path) -> None:
       path.chmod(0o700)
       for inner in map(path.joinpath, os.listdir(path)):
         if inner.is_dir() and not inner.is_symlink():
-          inner.chmod(0o700)  # Else it cannot be moved.
+          inner.chmod(0o700)  # Otherwise it cannot be moved.
         inner.rename(next(fresh))
       path.rmdir()
   folder.rmdir()

@@ -1,7 +1,7 @@
-"""What a process of a sandbox asks the Linux kernel to refuse it: files by Landlock, the rest by a
-filter of system calls (seccomp). It needs the standard library alone.
+"""Confines a process of a sandbox by the Linux kernel: files by Landlock, the rest by a filter of
+system calls (seccomp). It needs only the standard library.
 
-Each is asked for where it is there; whether that is enough is proved by `sandbox.probe`.
+Each is used if the kernel has it; `sandbox.probe` tests whether that is enough.
 """
 
 import ctypes
@@ -26,12 +26,12 @@ _SET_FILTER = (22, 2)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 _LOAD, _IF_EQUAL, _IF_ABOVE, _IF_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _KILL, _FAIL, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 _CLONE_THREAD, _CLONE3, _X32 = 0x10000, 435, 0x40000000
-# Requests of ioctl: flags of a file (FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR), and what a terminal is
-# made to read (TIOCSTI).
+# Requests of ioctl: flags of a file (FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR), and fake input of a
+# terminal (TIOCSTI).
 _REQUESTS = (0x40086602, 0x401C5820, 0x5412)
-_CALL, _ARGUMENTS, _MACHINE = 0, (16, 24), 4  # Places in what the filter sees.
+_CALL, _ARGUMENTS, _MACHINE = 0, (16, 24), 4  # Offsets in the filter's input (seccomp_data).
 
-# By machine: its number, clone, kill, tgkill, prlimit64, ioctl, and what is refused whole.
+# By machine: its number, clone, kill, tgkill, prlimit64, ioctl, and calls that are always refused.
 _MACHINES = {
   "x86_64": (
     0xC000003E,
@@ -73,7 +73,7 @@ _NEWER = (*range(425, 428), *range(428, 434), 424, 434, 438, 440, 442, 452, 463,
 
 
 def confine(folder: str, readable: list[str]) -> None:
-  """Lets the kernel refuse all but reading some paths, writing in a folder, and computing."""
+  """Makes the kernel refuse all but reading some paths, writing in a folder, and computing."""
   if sys.platform != "linux":
     return
   ctypes.CDLL(None).prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -104,13 +104,13 @@ def _confine_files(folder: str, readable: list[str]) -> None:
 
 
 def _confine_calls() -> None:
-  """Refuses to start processes, but not threads, to reach others, and what Landlock allows."""
+  """Forbids starting processes (not threads), reaching others, and changes that Landlock allows."""
   if os.uname().machine not in _MACHINES:
     return
   machine, clone, kill, tgkill, prlimit, ioctl, refused = _MACHINES[os.uname().machine]
   fail = _RETURN, 0, 0, _FAIL | errno.EPERM
   allow = _RETURN, 0, 0, _ALLOW
-  # (what, how many to skip if so, how many if not, operand).
+  # (operation, instructions to skip if true, to skip if false, operand).
   steps = [(_LOAD, 0, 0, _MACHINE), (_IF_EQUAL, 1, 0, machine), (_RETURN, 0, 0, _KILL)]
   steps += [(_LOAD, 0, 0, _CALL), (_IF_ABOVE, 0, 1, _X32), fail]
   for number in (*refused, *_NEWER):

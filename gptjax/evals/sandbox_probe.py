@@ -1,7 +1,7 @@
-"""The program by which a sandbox is tried out: it prints what it could do outside, a line each, and
-at last 'done'. `told` is put before it: a file, two sockets and the process of whoever asks.
+"""A program that tries to get out of a sandbox: it prints each forbidden thing that it could do,
+and at last 'done'. `told`, defined before it: a file, two sockets and the process of the caller.
 
-It goes by the C library, which no hook of Python watches.
+It uses the C library, which no hook of Python watches.
 """
 # ruff: noqa: F821
 
@@ -12,7 +12,7 @@ import struct
 c = ctypes.CDLL(None, use_errno=True)
 victim = told["victim"].encode()
 INET, UNIX, STREAM, LIMIT_CORE = 2, 1, 1, 4
-KEY, SIZE, MAKE = 0x67707478, ctypes.c_size_t(4096), 0o1666  # Of memory that is shared.
+KEY, SIZE, MAKE = 0x67707478, ctypes.c_size_t(4096), 0o1666  # For shared memory.
 
 
 def connects(family, address):

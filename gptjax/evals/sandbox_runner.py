@@ -1,8 +1,8 @@
-"""What each process of a sandbox starts with: it confines itself, then runs the code of its order.
+"""The main program of a sandbox's processes: it confines itself, then runs the code it was given.
 
-The process of the program serves calls of the program's functions; that of the judge runs the
-check, to which `program` is a module of those functions. Between the two goes plain data. This
-needs the standard library alone, and is not to be imported by the process that evaluates.
+The program's process serves calls of the program's functions; the judge's process runs the check,
+which imports those functions from `program`. The two exchange plain data. This needs only the
+standard library, and must not be imported by the process that evaluates.
 """
 
 import builtins
@@ -46,8 +46,8 @@ def limit(order: dict) -> None:
 
 
 def refuse(folder: str) -> None:
-  """Adds the hook that refuses in a sentence what the program has no business doing. A program that
-  means to goes around it, through `ctypes` for one; the kernel refuses that."""
+  """Adds a hook that explains refusals in a sentence. Programs can get around it, for instance with
+  `ctypes`; the kernel then refuses."""
   inside = os.path.realpath(folder)
 
   def check_path(path) -> None:
@@ -80,11 +80,11 @@ def refuse(folder: str) -> None:
 
 
 class NotPlainError(TypeError):
-  """A value that is no plain data, or bytes that are no message."""
+  """A value that is not plain data, or bytes that are not a message."""
 
 
 def to_json(value):
-  """Plain data as what JSON has; a type that it lacks is {name of the type: ...}."""
+  """Converts plain data for JSON; a type that JSON lacks becomes {name of the type: ...}."""
   match value:
     case None | bool() | str():
       return value if value is None or isinstance(value, bool) else str(value)
@@ -107,7 +107,7 @@ def to_json(value):
 
 
 def from_json(value):
-  """The inverse of `to_json`: values of the builtin types themselves, whatever was sent."""
+  """The inverse of `to_json`; it returns values of builtin types only, whatever was sent."""
   match value:
     case None | bool() | str():
       return value
@@ -146,7 +146,7 @@ class Channel:
     print(text, file=self._out, flush=True)
 
   def receive(self):
-    """The next message; EOFError at the end, or for what is none."""
+    """The next message; EOFError at the end or if there is none."""
     line = self._in.readline(self._most)
     if not line.endswith("\n"):
       raise EOFError
@@ -163,7 +163,7 @@ def serve(order: dict) -> None:
   try:
     exec(compile(order["code"], "program.py", "exec"), names)
   except MemoryError:
-    # A traceback could need the memory that is not there.
+    # A traceback could need more memory.
     os.write(2, b"\nMemoryError\n")
     os._exit(1)
   except Exception:  # noqa: BLE001 (the program may raise anything)
@@ -187,11 +187,11 @@ def serve(order: dict) -> None:
 
 
 class ProgramEnded(BaseException):
-  """The program has ended, or says nothing that is understood; no check is to catch it."""
+  """The program has ended or sent an invalid message; derived so that no check catches it."""
 
 
 def judge(order: dict) -> None:
-  """Runs the check, and writes {"passed": ..., "reason": ...} where nothing else writes."""
+  """Runs the check, and writes {"passed": ..., "reason": ...} to a pipe of its own."""
   channel = Channel(order)
   verdict = os.fdopen(os.dup(1), "w")
   with open(os.devnull, "w") as nothing:
@@ -217,7 +217,7 @@ def judge(order: dict) -> None:
     raise NotPlainError("what the program sent is no answer")
 
   def look_up(name: str):
-    if name.startswith("__"):  # Which the import system asks of a module.
+    if name.startswith("__"):  # The import system asks a module for such names.
       raise AttributeError(name)
     return lambda *args, **kwargs: call(name, *args, **kwargs)
 
@@ -231,7 +231,7 @@ def judge(order: dict) -> None:
     exec(compile(order["code"], "check.py", "exec"), {"__name__": "__main__"})
     found["passed"] = True
   except ProgramEnded:
-    pass  # Its own status says why.
+    pass  # The program's own status says why.
   except BaseException as error:  # noqa: BLE001 (a check may raise anything)
     found["reason"] = traceback.format_exception_only(error)[-1].strip()
   json.dump(found, verdict)
@@ -239,12 +239,12 @@ def judge(order: dict) -> None:
 
 
 def main(confine, order: dict) -> None:
-  """Runs one of the two; `confine(folder, paths)` asks the kernel."""
+  """Runs one of the two processes; `confine(folder, paths)` confines it by the kernel."""
   with open(os.devnull) as nothing:
     os.dup2(nothing.fileno(), 0)
   limit(order)
   confine(order["folder"], order["readable"])
   refuse(order["folder"])
-  # Imports of the program's own are looked for in its directory.
+  # The program's imports are looked for in its directory.
   sys.path[0:0] = [order["folder"]]
   {"program": serve, "judge": judge}[order["role"]](order)

@@ -1,4 +1,4 @@
-"""The model under evaluation: what it finds likely, and what it writes, in batches."""
+"""The model under evaluation: likelihoods and completions, in batches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,12 +20,13 @@ Prompt = str | list[int]
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """A model, its tokenizer, and how it is asked.
+  """A model, its tokenizer, and options of asking it.
 
-  chat: prompts are messages of a user, answers those of the assistant.
-  batch_size: rows of a batch, at most.
-  max_length: tokens that the model reads at a time; None is its `max_positions`.
-  progress: show bars, on stderr.
+  Attributes:
+    chat: whether prompts are a user's messages, and answers the assistant's.
+    batch_size: most rows of a batch.
+    max_length: tokens that the model reads at a time; None is its `max_positions`.
+    progress: whether to show bars on stderr.
   """
 
   model: GPT
@@ -44,7 +45,7 @@ class Subject:
   def prompt(
     self, instruction: str, shots: Sequence[tuple[str, str]], question: str, separator: str
   ) -> Prompt:
-    """What is to be continued: the examples `shots` (question, answer), and a question."""
+    """The prompt for a question after the worked examples `shots`, (question, answer) each."""
     if not self.chat:
       asked = [*(before + answer for before, answer in shots), question]
       return separator.join([instruction] * bool(instruction) + asked)
@@ -58,7 +59,7 @@ class Subject:
   def likelihoods(
     self, prompts: Sequence[tuple[Prompt, str]], *, end_of_text: bool = False
   ) -> list[Score]:
-    """Scores each continuation after its prompt; in a chat it cannot be with the end of text."""
+    """Scores each continuation after its prompt, with the end of text if asked (not in a chat)."""
     if end_of_text and self.chat:
       raise UserError("end_of_text=true: in a chat the template ends an answer; leave the key out.")
     end = [self.tokenizer.end_of_text] if end_of_text else []
@@ -83,9 +84,9 @@ class Subject:
     sampling: Sampling = Sampling(temperature=0),  # noqa: B008 (frozen)
     seeds: Sequence[int] | None = None,
   ) -> list[str]:
-    """Continues each prompt, whose start is left out where it does not fit; `seeds` is one each."""
+    """Continues each prompt, without its start if it is too long; `seeds` has one for each."""
     room = self.context_length
-    # What an encoder reads and what a decoder writes are rows of their own.
+    # An encoder's prompt and a decoder's text are separate rows.
     room -= 0 if self.model.encoder is not None else max_tokens
     if room < 1:
       raise UserError(f"max_tokens={max_tokens} leaves no room for a prompt ({room} tokens).")
@@ -101,7 +102,7 @@ class Subject:
       size = rows_of_batch(len(order), self.batch_size)
       for first in range(0, len(order), size):
         batch = order[first : first + size]
-        # A last batch of another size would be compiled anew.
+        # A last batch of another size would need another compilation.
         padded = batch + batch[:1] * (size - len(batch))
         completions = generate(
           self.model,

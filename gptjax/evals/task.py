@@ -1,4 +1,4 @@
-"""What a task asks of a model: a JSON file of settings, a template, and examples in JSON lines.
+"""Evaluation tasks: a JSON file of settings, a template, and examples in JSON lines.
 
 {"kind": "classification", "data": "test.jsonl", "train": "train.jsonl",
  "prompt": "sentiment.jinja", "text": "text", "target": "label",
@@ -34,7 +34,7 @@ from gptjax.data.templates import Example, Template, open_template
 from gptjax.errors import UserError, did_you_mean
 from gptjax.small_files import parse_json, read_json
 
-# What each kind cannot do without.
+# Required keys of each kind.
 KINDS = {
   "classification": ("prompt", "target", "labels"),
   "question_answering": ("prompt", "target"),
@@ -62,39 +62,43 @@ CHOICES = {
 class Task:
   """The settings of a task. Every field but `file` is a key of its file.
 
-  kind: of KINDS, which decides the metrics.
-  data, train: JSON lines to evaluate on and to take worked examples from, relative to the file.
-  prompt: a Jinja template in which the keys of an example are variables, beside the task's file or
-    in configs/prompts. What it renders ends where the answer begins.
-  instruction: comes before all examples; in a chat it is the system's message.
-  separator: between examples.
-  text: the key of what is classified, which calibration replaces.
-  target: the key of what is right: a label, a text, for question_answering a text or a list of
-    them, for tagging a list of tags, for ranking one of the candidates, a list of some, or the
-    index of one, from 0.
-  candidates: of ranking, the key of the texts that each example has to choose from (what could be
-    bought next, or the answers of a multiple choice question as in HellaSwag or ARC), which are
-    ranked by their log-likelihood after the prompt.
-  domain_premise: a text such as 'Next:'; what a label or a candidate gets after it alone is
-    subtracted from its log-likelihood (PMI_DC of Holtzman et al. 2021, arXiv:2104.08315).
-  end_of_text: score it after a label or a candidate, as training with task='prompt' has it;
-    without it, no text is less likely than one that goes on from it, as 'Heat' and 'Heat 2'.
-  labels: of classification, each label and the text that stands for it, with its leading space.
-  by: classification by the likelihood of these texts, or by what the model writes.
-  normalize: divides log-likelihoods by the 'tokens' or 'bytes' of a label's or candidate's text.
-  calibrate: contextual calibration (Zhao et al. 2021, arXiv:2102.09690).
-  language: 'zh' scores Chinese by characters, and sacreBLEU by its tokenizer 'zh'.
-  max_tokens, stop: of what the model writes.
-  temperature, samples: of code, `samples` programs a problem.
-  k: of code pass@k for each of `k`, of ranking hit@k for each above 1; hit@1 is the accuracy.
-  program: of code, a Jinja template of what is run, from the example's keys, `prompt` (rendered)
-    and `completion`: it defines functions.
-  check: of code, a template, from the same but `completion`, of what another process runs to see
-    whether they are right, as 'from program import add; assert add(1, 2) == 3'. Of the program it
-    has what its functions return, plain data; what else it needs it defines itself.
-  timeout_seconds: of one program and its check.
-  prediction: the key of a prediction that is there already; the model is not asked.
-  metrics: which ones to report; none is all.
+  Attributes:
+    kind: one of KINDS, which decides the metrics.
+    data: JSON lines to evaluate on, relative to the file.
+    train: JSON lines to take worked examples from, relative to the file.
+    prompt: a Jinja template with an example's keys as variables, beside the task's file or in
+      configs/prompts. The rendered text ends where the answer begins.
+    instruction: text before all examples; in a chat, the system message.
+    separator: text between examples.
+    text: key of the classified text, which calibration replaces.
+    target: key of the right answer: a label or a text; for question_answering a text or a list of
+      texts; for tagging a list of tags; for ranking one or several of the candidates, or the index
+      of one, from 0.
+    candidates: for ranking, key of the texts to choose from (possible next purchases, or the
+      answers of a multiple choice question as in HellaSwag or ARC), ranked by their log-likelihood
+      after the prompt.
+    domain_premise: a text such as 'Next:'; the log-likelihood of a label or a candidate after it
+      alone is subtracted (PMI_DC of Holtzman et al. 2021, arXiv:2104.08315).
+    end_of_text: whether to score it after a label or a candidate, as in training with
+      task='prompt'; without it, 'Heat' is at least as likely as 'Heat 2', which begins with it.
+    labels: for classification, each label and its text, with a leading space.
+    by: classification by the 'likelihood' of these texts, or by the text that the model writes.
+    normalize: divides log-likelihoods by the 'tokens' or 'bytes' of a label's or candidate's text.
+    calibrate: contextual calibration (Zhao et al. 2021, arXiv:2102.09690).
+    language: 'zh' scores Chinese by characters, and sacreBLEU by its tokenizer 'zh'.
+    max_tokens: the most tokens that the model writes.
+    stop: strings that end the model's text.
+    temperature: temperature of sampling, for code.
+    samples: programs per problem, for code.
+    k: pass@k for code; for ranking hit@k for each above 1; hit@1 is the accuracy.
+    program: for code, a Jinja template of the program, which defines functions, with the example's
+      keys, `prompt` (rendered) and `completion`.
+    check: for code, a template with the same keys but `completion`. Another process runs it to
+      check the functions, such as 'from program import add; assert add(1, 2) == 3'. It sees only
+      their results, as plain data, and must define everything else itself.
+    timeout_seconds: limit for one program and its check.
+    prediction: key of existing predictions; the model is not asked.
+    metrics: names of the metrics to report; () is all.
   """
 
   file: Path
@@ -188,18 +192,18 @@ class Task:
     return open_template(self.prompt, self.file.parent, f"{self.file}: prompt")
 
   def answer(self, example: Example) -> str:
-    """What a right answer looks like in a prompt."""
+    """The right answer as text in a prompt."""
     value = self.gold(example)
     if self.kind == "classification":
       return self.labels[value]
     return self.after_prompt(value[0] if isinstance(value, list) else value)
 
   def after_prompt(self, text: str) -> str:
-    """A text as it follows a prompt, with a space before it where the language has them."""
+    """A text as it follows a prompt, after a space if the language has spaces."""
     return text if text[:1].isspace() or self.language == "zh" else f" {text}"
 
   def candidates_of(self, example: Example) -> list[str]:
-    """The texts to be ranked; UserError if there are not 2, or one is empty or there twice."""
+    """The texts to rank; UserError if there are fewer than 2, or one is empty or repeated."""
     texts = example.get(self.candidates)
     listed = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     if not listed or len(texts) < 2 or not all(map(str.strip, texts)):
@@ -214,10 +218,10 @@ class Task:
     return texts
 
   def gold(self, example: Example) -> Any:
-    """The value of `target`, checked; of ranking, the list of the right candidates.
+    """The value of `target`, checked; for ranking, the list of the right candidates.
 
     Raises:
-      UserError: it is missing, is not of the set of labels or candidates, or is not of its kind.
+      UserError: it is missing, of the wrong type, or not one of the labels or candidates.
     """
     value = example.get(self.target)
     if self.kind == "ranking":
@@ -287,10 +291,10 @@ def _json_type(field: dataclasses.Field) -> type | tuple[type, ...]:
 
 
 def read_examples(path: Path) -> list[Example]:
-  """Reads JSON lines, passing over empty ones.
+  """Reads JSON lines, skipping empty ones.
 
   Raises:
-    UserError: the file cannot be read or has no example, or a line is no JSON object.
+    UserError: the file cannot be read or has no example, or a line is not a JSON object.
   """
   examples = []
   try:
@@ -313,7 +317,7 @@ def evaluated_examples(task: Task, limit: int = 0, seed: int = 0) -> list[Exampl
   """The examples of `data`, or `limit` of them chosen by the seed, in their order.
 
   Raises:
-    UserError: as of `read_examples`, a target is wrong, or a label has no example.
+    UserError: as `read_examples`; a target is wrong, or a label has no example.
   """
   examples = read_examples(task.path(task.data))
   if task.kind != "code":
@@ -328,7 +332,7 @@ def evaluated_examples(task: Task, limit: int = 0, seed: int = 0) -> list[Exampl
 
 
 def choose(items: list, limit: int, seed: int) -> list:
-  """`limit` of the items, chosen by the seed, in their order; 0 is all."""
+  """Chooses `limit` of the items by the seed, in their order; 0 is all."""
   if not limit or limit >= len(items):
     return items
   chosen = np.random.default_rng([seed, 0]).choice(len(items), limit, replace=False)
@@ -338,9 +342,9 @@ def choose(items: list, limit: int, seed: int) -> list:
 def choose_shots(
   task: Task, count: int, seed: int, evaluated: Sequence[Example]
 ) -> tuple[list[Example], int]:
-  """Chooses worked examples from `train` by the seed; of labels as equally many as can be.
+  """Chooses worked examples from `train` by the seed, balanced over labels as far as possible.
 
-  An example whose prompt is that of an evaluated one is left out.
+  Examples with the same prompt as an evaluated one are left out.
 
   Returns:
     The examples, in random order, and how many were left out.
