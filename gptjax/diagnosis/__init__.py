@@ -1,1 +1,1 @@
-"""Measurements that explain a training run, one a file; gptjax.diagnose runs them."""
+"""Measurements that explain a training run, one per file; gptjax.diagnose runs them."""

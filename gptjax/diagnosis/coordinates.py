@@ -1,11 +1,11 @@
 """The coordinate check: do activations keep their size when the model is made wider?
 
 Yang et al. 2022 (arXiv:2203.03466), appendix D.1: train models of several widths for a few steps
-and look at the size of a coordinate of every activation, and of how far it has moved since the
-start. In a parametrization whose learning rate transfers, the moves do not depend on width; where
-they grow, a wider model needs a smaller learning rate, and where they shrink, a layer has stopped
-to learn. The logits themselves, random sums at the start, shrink with the root of the width under
-muP until their change outgrows them.
+and measure the size of the coordinates of every activation and of their change since the start. In
+a parametrization whose learning rate transfers, the changes do not depend on width; if they grow, a
+wider model needs a smaller learning rate, and if they shrink, a layer no longer learns. The logits
+themselves, random sums at the start, shrink with the root of the width under muP until their change
+outgrows them.
 """
 
 import copy
@@ -32,7 +32,7 @@ from gptjax.training.setup import Setup, make_setup
 
 # The branches and the residual stream of each layer, the final hidden state, the logits.
 QUANTITIES = ("attention", "mlp", "residual", "hidden", "logits")
-# Slopes of at most this are called flat: widths are few, and so are seeds.
+# Slopes of at most this count as flat, since there are few widths and seeds.
 FLAT = 0.15
 
 
@@ -62,7 +62,7 @@ def measure(config: Any, dataset: Dataset, steps: int, seeds: int) -> dict[str, 
 
   Returns:
     {quantity: [seeds, steps + 1, 2, L]}: root mean square on the first micro-batch, of the
-    activation and of its difference from step 0. L is 1 for what is not of a layer.
+    activation and of its difference from step 0. L is 1 for a quantity outside layers.
   """
   setup = make_setup(resolve(config))
   setup.require_whole_model()
@@ -78,7 +78,7 @@ def measure(config: Any, dataset: Dataset, steps: int, seeds: int) -> dict[str, 
     batch = sharding.to_global(jax.tree.map(lambda x: x[:rows], batches[0]), setup.mesh)
     for seed in range(config.seed, config.seed + seeds):
       state = step_lib.init_state(setup.model, optimizer, seed, abstract)
-      initial = jax.tree.map(jnp.copy, state.params)  # the step takes the state's own
+      initial = jax.tree.map(jnp.copy, state.params)  # the step donates the state's own
       seen = [jax.device_get(look(initial, initial, batch))]
       for one in batches:
         state, _ = train_step(state, sharding.to_global(one, setup.mesh))
@@ -189,7 +189,7 @@ def _draw(widths, means: dict[str, np.ndarray], title: str, path: epath.Path) ->
     axes.set_xticks(widths, map(str, widths))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    # At least two decades, so that what is flat looks flat.
+    # At least two decades, so that flat lines look flat.
     low, high = axes.get_ylim()
     wider = max(10 / math.sqrt(high / low), 1)
     axes.set_ylim(low / wider, high * wider)

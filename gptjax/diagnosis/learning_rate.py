@@ -1,5 +1,5 @@
-"""The learning-rate range test (Smith 2017, arXiv:1506.01186, section 3.3): train while the rate
-rises, here exponentially, and see from where to where the loss falls."""
+"""The learning-rate range test (Smith 2017, arXiv:1506.01186, section 3.3): trains while the rate
+rises, here exponentially, and finds the range in which the loss falls."""
 
 import dataclasses
 import math
@@ -16,15 +16,15 @@ from gptjax.errors import UserError
 from gptjax.training import step as step_lib
 from gptjax.training.setup import Setup
 
-# Nats, at least, that the moving average has to be above its best for the test to end.
+# The test ends when the moving average is at least so many nats above its best.
 RISE = 0.2
 _DECAY = 0.9
-# Steps on each side that a loss is averaged with for the report, which then lags behind nothing.
+# Steps on each side over which the report averages a loss, so that the average has no lag.
 _HALF_WINDOW = 5
 
 
 def sweep(setup: Setup, dataset: Dataset, rates: np.ndarray) -> list[float]:
-  """The loss of each step, up to where the test ends. All but the schedule is the config's."""
+  """Trains with a learning rate for each step and returns the losses, up to the end of the test."""
   setup.require_whole_model()
   schedule = jnp.asarray(rates, jnp.float32)
   optimizer = dataclasses.replace(
@@ -65,7 +65,7 @@ def smooth(losses: Sequence[float]) -> np.ndarray:
 def range_test(
   setup: Setup, dataset: Dataset, workdir: epath.Path, *, low: float, high: float, steps: int
 ) -> tuple[float, float]:
-  """Runs the test, writes learning_rate.csv and .png, and prints what it found.
+  """Runs the test, writes learning_rate.csv and .png, and prints the result.
 
   Returns:
     The learning rates where the loss fell fastest and where it was lowest.

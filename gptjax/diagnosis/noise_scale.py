@@ -1,9 +1,9 @@
-"""The gradient noise scale: how many tokens a step are worth their price.
+"""The gradient noise scale, which predicts the largest efficient batch size.
 
 McCandlish et al. 2018 (arXiv:1812.06162): with G the gradient of the true loss and Sigma the
 covariance of the gradient of one token, B_simple = tr(Sigma) / |G|^2 (equation 2.9) predicts the
 batch at which twice the fewest steps and twice the fewest tokens reach the same loss. Tokens of a
-row are not independent: Sigma here is what their rows' noise amounts to for each token.
+row are not independent: Sigma here is the noise of rows, per token.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ MIN_BATCHES = 4
 
 @dataclasses.dataclass(frozen=True)
 class NoiseScale:
-  """gradient_square: unbiased |G|^2. noise_trace: unbiased tr(Sigma) of a token. tokens: B_simple,
-  NaN where |G|^2 was lost in the noise. low, high: its 95 % interval, (0, inf) where unknown."""
+  """An estimate. gradient_square: unbiased |G|^2. noise_trace: unbiased tr(Sigma) of a token.
+  tokens: B_simple, NaN if |G|^2 is lost in noise. low, high: 95 % interval, (0, inf) if unknown."""
 
   gradient_square: float
   noise_trace: float
@@ -42,16 +42,16 @@ class NoiseScale:
 
 
 def estimate(squares_N: np.ndarray, dots_N: np.ndarray, weights_N: np.ndarray) -> NoiseScale:
-  """The noise scale from N micro-batches of any sizes.
+  """Estimates the noise scale from N micro-batches of any sizes.
 
-  Unbiased as in appendix A.1, with B_small the tokens of a micro-batch and B_big those of all:
-  E |mean gradient of B tokens|^2 = |G|^2 + tr(Sigma) / B holds for both. The interval is that of
+  Unbiased as in appendix A.1, with B_small the tokens of a micro-batch and B_big the tokens of all:
+  E |mean gradient of B tokens|^2 = |G|^2 + tr(Sigma) / B holds for both. The interval comes from
   the jackknife over micro-batches, of log B_simple (Efron and Tibshirani 1993, chapter 11).
 
   Args:
-    squares_N: |g|^2 of g, the gradient summed over the tokens of a micro-batch.
+    squares_N: |g|^2, g being the gradient summed over the tokens of a micro-batch.
     dots_N: product of each g with the sum of all.
-    weights_N: tokens of each.
+    weights_N: tokens of each micro-batch.
   """
 
   def moments(squares, dots, weights, total):
@@ -81,7 +81,8 @@ def estimate(squares_N: np.ndarray, dots_N: np.ndarray, weights_N: np.ndarray) -
 def measure(
   task: Task, graph: nnx.GraphDef, params: nnx.State, batches: Callable[[], Iterator[Batch]]
 ) -> NoiseScale:
-  """Two passes over the micro-batches, so that memory holds two gradients and not N."""
+  """Measures the noise scale in two passes over the micro-batches, so that memory holds only two
+  gradients."""
 
   @jax.jit
   def gradient(params, batch: Batch):
@@ -105,7 +106,7 @@ def report(workdir: epath.Path, count: int) -> NoiseScale:
   """Measures a run at its newest checkpoint, on the batches that come next, and prints it.
 
   Raises:
-    UserError: too few micro-batches, or no run with a checkpoint is there.
+    UserError: there are too few micro-batches, or there is no run with a checkpoint.
   """
   if count < MIN_BATCHES:
     raise UserError(f"--batches={count}: an interval needs at least {MIN_BATCHES} micro-batches.")

@@ -1,4 +1,4 @@
-"""Loss spikes of a run, and the batches that they came with."""
+"""Finds the loss spikes of a run, and their batches."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from gptjax.training.datasets import open_dataset
 from gptjax.training.metrics import read_metrics
 from gptjax.training.pretrained import load_checkpoint
 
-# Logged steps before the first one that can be judged.
+# Logged steps that are needed before a step can be judged.
 MIN_BEFORE = 10
 # Spikes whose batches are shown, rows of each, and tokens of a row.
 _SHOWN_SPIKES, _SHOWN_ROWS, _SHOWN_TOKENS = 5, 3, 40
@@ -26,8 +26,8 @@ _SHOWN_SPIKES, _SHOWN_ROWS, _SHOWN_TOKENS = 5, 3, 40
 
 @dataclasses.dataclass(frozen=True)
 class Spike:
-  """A logged step whose loss stands out; infinite if it was not finite. expected: the median of the
-  steps before. excess: loss - expected, in median absolute deviations of those."""
+  """A logged step with an outlying loss, infinite if it was not finite. expected: the median of the
+  steps before. excess: loss - expected, in median absolute deviations of those steps."""
 
   step: int
   loss: float
@@ -37,11 +37,11 @@ class Spike:
 
 
 def find(lines: Sequence[Mapping[str, Any]], window: int, threshold: float) -> list[Spike]:
-  """Spikes among the lines of metrics.jsonl.
+  """Finds spikes among the lines of metrics.jsonl.
 
-  A loss is one if it is above the median of the `window` logged losses before it by more than
-  `threshold` times their median absolute deviation from that median. Losses that are not finite
-  always are, and are not counted among those before.
+  A loss is a spike if it is above the median of the `window` logged losses before it by more than
+  `threshold` times their median absolute deviation from that median. Losses that are not finite are
+  always spikes, and are not part of later windows.
   """
   before: list[float] = []
   found = []
@@ -65,10 +65,10 @@ def find(lines: Sequence[Mapping[str, Any]], window: int, threshold: float) -> l
 
 
 def report(workdir: epath.Path, window: int, threshold: float) -> list[Spike]:
-  """Prints the spikes of a run, and of the largest the rows with the highest loss.
+  """Prints the spikes of a run, and for the largest the rows with the highest loss.
 
   Raises:
-    UserError: no run with metrics and a checkpoint is there, or an argument is out of range.
+    UserError: there is no run with metrics and a checkpoint, or an argument is out of range.
   """
   if window < MIN_BEFORE or not threshold > 0:
     raise UserError(
@@ -113,7 +113,7 @@ def report(workdir: epath.Path, window: int, threshold: float) -> list[Spike]:
 
 
 def row_losses(task: Task, model: Any, batch: Any) -> np.ndarray:
-  """Mean loss of each row, in nats a token; NaN for one without a valid target."""
+  """Mean loss of each row, in nats per token; NaN for a row without a valid target."""
   graph, params = nnx.split(model)
   eval_step = step_lib.make_eval_step(graph, task)
   losses = []

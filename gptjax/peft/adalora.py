@@ -1,10 +1,10 @@
-"""Which singular values of the adapters stay (Zhang et al. 2023, arXiv:2303.10512, section 3).
+"""AdaLoRA's allocation of ranks (Zhang et al. 2023, arXiv:2303.10512, section 3).
 
 A triplet is one of the r columns of A, its singular value and its row of B. The importance of each
-is watched; those that are the least important of all matrices and all layers have their singular
-values set to 0, until their number is the budget.
+triplet is tracked; the singular values of the least important, over all matrices and layers, are
+set to 0 until the budget is met.
 
-Axes: L layers of a stack, where there is one, n inputs or outputs of a projection, r triplets.
+Axes: L layers of a stack, if there is one, n inputs or outputs of a projection, r triplets.
 """
 
 import dataclasses
@@ -30,11 +30,10 @@ _TRIPLET = ("lora_a", "lora_b", "singular_values")
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """How many singular values of all matrices are not 0 after so many updates (section 3.3).
+  """The number of singular values, in all matrices, that are not 0 after an update (section 3.3).
 
-  start: up to `first_steps` updates, which are all. end: from `last_step` on. every: of the updates
-  between, those after which some are set to 0; what the gradient then does to them stays until the
-  next.
+  start: during the first `first_steps` updates, all. end: from `last_step` on. every: number of
+  updates from one pruning to the next; between them, gradients may change pruned values.
   """
 
   start: int
@@ -44,7 +43,7 @@ class Budget:
   every: int
 
   def __call__(self, updates: jax.Array) -> jax.Array:
-    """int32, by the cubic schedule of equation 12."""
+    """The budget after `updates`, int32, by the cubic schedule of equation 12."""
     left = (self.last_step - updates) / max(self.last_step - self.first_steps, 1)
     left = jnp.clip(left, 0.0, 1.0)
     return jnp.round(self.end + (self.start - self.end) * left**3).astype(jnp.int32)
@@ -55,7 +54,7 @@ class Budget:
 
 
 class AllocationState(NamedTuple):
-  """inner: of the optimizer. sensitivity, uncertainty: smoothed, as the parameters."""
+  """The optimizer's state, `inner`, and smoothed `sensitivity` and `uncertainty` per parameter."""
 
   inner: optax.OptState
   sensitivity: Any
@@ -64,8 +63,8 @@ class AllocationState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdaLoRAOptimizer(Optimizer):
-  """An optimizer that also pulls A and B towards orthonormal columns and rows, and keeps to a
-  budget of singular values."""
+  """An optimizer that also pulls A and B towards orthonormal columns and rows, and keeps a budget
+  of singular values."""
 
   parameters: Mapping[str, ParameterInfo]
   orthogonal_penalty: float
@@ -76,7 +75,7 @@ class AdaLoRAOptimizer(Optimizer):
     return AllocationState(inner, *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
   def update(self, grads: Any, state: AllocationState, params: Any, step: jax.Array):
-    """As `Optimizer.update`, with the gradient of the penalty."""
+    """Updates like `Optimizer.update`, with the gradient of the penalty added."""
     pull = jax.grad(orthogonality)(params, self.parameters)
     grads = jax.tree.map(lambda g, p: g + self.orthogonal_penalty * p, grads, pull)
     new, inner, norm = super().update(grads, state.inner, params, step)
@@ -91,7 +90,7 @@ class AdaLoRAOptimizer(Optimizer):
     return tree.map_named(allocate, new), AllocationState(inner, sensitivity, uncertainty), norm
 
   def _observe(self, grads, params, state: AllocationState, updates) -> tuple[Any, Any]:
-    """Equations 8 to 10. In the final phase they stay, and so does what is set to 0."""
+    """Smoothed sensitivity and uncertainty (equations 8 to 10), constant in the final phase."""
 
     def smooth(old: jax.Array, new: jax.Array) -> jax.Array:
       smoothed = _SMOOTHING * old + (1 - _SMOOTHING) * new
@@ -103,7 +102,7 @@ class AdaLoRAOptimizer(Optimizer):
     return sensitivity, jax.tree.map(smooth, state.uncertainty, apart)
 
   def _most_important(self, sensitivity, uncertainty, count: jax.Array) -> dict[str, jax.Array]:
-    """{name of singular values: bool [L, r]}, of which `count` are true in all."""
+    """{name of singular values: bool [L, r]}, true for the `count` most important."""
     scores = tree.named_leaves(jax.tree.map(jnp.multiply, sensitivity, uncertainty))  # Equation 11.
     importance = {}
     for path in _paths(self.parameters):
@@ -122,15 +121,15 @@ class AdaLoRAOptimizer(Optimizer):
 def allocate_ranks(
   optimizer: Optimizer, config: Any, parameters: Mapping[str, ParameterInfo], run: RunLength | None
 ) -> AdaLoRAOptimizer:
-  """Puts the penalty and the budget on an optimizer.
+  """Adds the penalty and the budget to an optimizer.
 
   Args:
     config: `config.peft`.
-    parameters: those that are trained.
-    run: None is for an optimizer that is only traced.
+    parameters: the trained parameters.
+    run: length of the run; None for an optimizer that is only traced.
 
   Raises:
-    UserError: the two phases without a change of the budget leave no step between them.
+    UserError: the two phases with a constant budget leave no step between them.
   """
   shapes = [parameters[f"{path}/singular_values"].shape for path in _paths(parameters)]
   initial, last_step, every = 0, 1, 0
@@ -157,7 +156,7 @@ def allocate_ranks(
 
 
 def orthogonality(params: Any, parameters: Mapping[str, ParameterInfo]) -> jax.Array:
-  """Equation 4, summed over all matrices: |A^T A - I|^2 + |B B^T - I|^2."""
+  """The penalty of equation 4, summed over all matrices: |A^T A - I|^2 + |B B^T - I|^2."""
   total = jnp.zeros(())
   for name, x in tree.named_leaves(params).items():
     if name.endswith(_TRIPLET[:2]):
@@ -173,6 +172,6 @@ def _paths(parameters: Mapping[str, ParameterInfo]) -> list[str]:
 
 
 def _columns(x: jax.Array, info: ParameterInfo) -> jax.Array:
-  """A parameter of triplets as [L, n, r]."""
+  """Reshapes a parameter of triplets to [L, n, r]."""
   x = jnp.moveaxis(x, info.axes.index("rank"), -1)
   return x.reshape(*x.shape[: info.axes.count("layers")], -1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Adapters as what a run trains; see `gptjax.training.adaptation.WholeModel` for the interface."""
+"""Training of adapters; see `gptjax.training.adaptation.WholeModel` for the interface."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ from gptjax.training.adaptation import WholeModel
 
 @dataclasses.dataclass(frozen=True)
 class Adapters(WholeModel):
-  """Trains adapters beside a model whose own parameters stay as they are.
+  """Trains adapters beside a frozen model.
 
   Attributes:
-    peft: what is adapted and how.
+    peft: the method and its targets.
     options: `config.peft`, which also has the durations of AdaLoRA's budget.
   """
 
@@ -53,7 +53,7 @@ class Adapters(WholeModel):
   def initial_params(
     self, config: ModelConfig, seed: int, base: Mapping[str, Any] | None
   ) -> dict[str, Any]:
-    if base is None:  # Shapes alone are wanted.
+    if base is None:  # Only shapes are needed.
       base = nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
     return surgery.initial_adapters(config, self.peft, base, seed)
 
@@ -70,20 +70,20 @@ class Adapters(WholeModel):
     parameters: Mapping[str, ParameterInfo],
     trained: Mapping[str, ParameterInfo],
   ) -> dict[str, Any]:
-    """The parameters that are not trained, in the format `peft.base`."""
+    """The frozen parameters, in the format `peft.base`."""
     return quantize_params(tree.without(base, trained), parameters, self.peft.base)
 
   def merge(self, model: GPT) -> GPT:
     return surgery.merge(model) if self.method in surgery.MERGED else model
 
   def export(self, folder: Path, model: GPT, family: Any, base: str) -> None:
-    """Writes the adapters of a model into a folder, as the `peft` library has them.
+    """Writes the adapters of a model into a folder, in the format of the `peft` library.
 
     Args:
-      folder: where to.
+      folder: the folder to write to.
       model: the adapted model.
-      family: its `gptjax.interop.family.Family`, in whose names they are written.
-      base: the name of the model that they are for.
+      family: its `gptjax.interop.family.Family`, which gives the names of tensors.
+      base: the name of the adapters' base model.
     """
     adapters = nnx.to_pure_dict(nnx.state(model, Adapter))
     huggingface.write(folder, model.config, self.peft, adapters, family, base)

@@ -1,4 +1,4 @@
-"""What is adapted and how, checked once."""
+"""The configuration of adapters, checked once."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from gptjax.config import DURATION
 from gptjax.errors import UserError, did_you_mean
 
-# Methods, and what a rule of their `targets` may say of the parameters that it matches.
+# Methods, and the options that a rule of their `targets` may have.
 METHODS: Mapping[str, tuple[str, ...]] = {
   "lora": ("rank", "alpha"),
   "adalora": ("rank", "alpha"),
@@ -20,8 +20,8 @@ METHODS: Mapping[str, tuple[str, ...]] = {
   "ptuning": (),
   "prefix": (),
 }
-# The durations of 'adalora': before the first lambdas are set to 0, with those that are left in the
-# end, and from one change to the next.
+# The durations of 'adalora': before the first lambdas are set to 0, with the final number of
+# lambdas, and from one change to the next.
 DURATIONS = ("budget_initial", "budget_final", "budget_every")
 # These put virtual tokens before the text, and have no targets.
 VIRTUAL_METHODS = ("prompt", "ptuning", "prefix")
@@ -30,40 +30,44 @@ BASES = ("float32", "bfloat16", "int8", "nf4")
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-  """Which few parameters are trained. Every field is a key of `config.peft`.
+  """Method and targets of adapters. Every field is a key of `config.peft`.
 
-  method:
+  The methods:
     'lora': W + alpha / rank A B (Hu et al. 2021, arXiv:2106.09685).
-    'adalora': W + alpha / rank A diag(lambda) B, of whose lambdas the least important are set to 0
-      (Zhang et al. 2023, arXiv:2303.10512); when and how is said in `gptjax.peft.adalora`.
+    'adalora': W + alpha / rank A diag(lambda) B, whose least important lambdas are set to 0 (Zhang
+      et al. 2023, arXiv:2303.10512), by the schedule of `gptjax.peft.adalora`.
     'dora': LoRA of the direction of each column of W, and its length (Liu et al. 2024,
       arXiv:2402.09353).
-    'ia3': a factor of each output of a projection, or of each input (Liu et al. 2022,
+    'ia3': a factor for each output of a projection, or each input (Liu et al. 2022,
       arXiv:2205.05638).
-    'bitfit': the biases that the model has (Zaken et al. 2022, arXiv:2106.10199).
+    'bitfit': the model's biases (Zaken et al. 2022, arXiv:2106.10199).
     'houlsby': a bottleneck behind a projection (Houlsby et al. 2019, arXiv:1902.00751).
     'parallel': a bottleneck beside the feed-forward network (He et al. 2022, arXiv:2110.04366).
     'prompt': embeddings of virtual tokens (Lester et al. 2021, arXiv:2104.08691).
-    'ptuning': the same, made of trained vectors by a small network (Liu et al. 2021,
+    'ptuning': such embeddings, computed from trained vectors by a small network (Liu et al. 2021,
       arXiv:2103.10385).
     'prefix': keys and values of virtual tokens in each layer (Li and Liang 2021,
-      arXiv:2101.00190), without a network that makes them.
-  targets: rules, a pattern or (pattern, options) each, of the parameters that are adapted: kernels
-    of projections, of 'bitfit' biases, of 'parallel' the networks ('blocks/mlp'). The first pattern
-    that is found in a name decides; a parameter that none is found in stays as it is. The options
-    are `rank` and `alpha`, in the place of those below, and of 'ia3' `scale_input`.
-  unfrozen: patterns of the model's own parameters that are trained whole beside the adapters, as an
-    embedding with new tokens, or the head (`modules_to_save` and `bias` of the `peft` library).
-  rank: of A B, or the width of a bottleneck.
-  alpha: the factor of A B and of a parallel bottleneck is alpha / rank,
-  rank_stabilized: of A B alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
-  target_rank: of 'adalora', the mean number of lambdas of a matrix that are left in the end.
-  orthogonal_penalty: of 'adalora', gamma, the factor of |A^T A - I|^2 + |B B^T - I|^2.
-  virtual_tokens: how many; all text sees them.
-  base: what the kernels of the frozen layers are kept in: 'float32', 'bfloat16', or 'int8' or 'nf4'
-    as of `gptjax.peft.quantized`. The adapters and all products are as before.
+      arXiv:2101.00190), without a network that computes them.
 
-  Of 'adalora', `config.peft` also has the durations `DURATIONS`, which only a run gives a meaning.
+  `config.peft` of 'adalora' also has the durations `DURATIONS`, which depend on the run's length.
+
+  Attributes:
+    method: one of these.
+    targets: rules, a pattern or (pattern, options) each, for the adapted parameters: kernels of
+      projections, for 'bitfit' biases, for 'parallel' networks ('blocks/mlp'). The first pattern
+      found in a name decides; a parameter without one is not adapted. Options are `rank` and
+      `alpha`, instead of those below, and `scale_input` for 'ia3'.
+    unfrozen: patterns of the model's own parameters that are trained whole beside the adapters, for
+      instance an embedding with new tokens (`modules_to_save` and `bias` of the `peft` library).
+    rank: rank of A B, or the width of a bottleneck.
+    alpha: alpha / rank is the factor of A B and of a parallel bottleneck.
+    rank_stabilized: the factor of A B is alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023,
+      arXiv:2312.03732).
+    target_rank: for 'adalora', the mean number of lambdas of a matrix that are left in the end.
+    orthogonal_penalty: for 'adalora', gamma, the factor of |A^T A - I|^2 + |B B^T - I|^2.
+    virtual_tokens: number of virtual tokens, which all text sees.
+    base: format of the frozen layers' kernels: 'float32', 'bfloat16', or 'int8' or 'nf4' by
+      `gptjax.peft.quantized`. It does not change the precision of adapters and products.
   """
 
   method: str
@@ -108,7 +112,7 @@ class PeftConfig:
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any] | None) -> "PeftConfig | None":
-    """Reads `config.peft`; None if all of the model is trained."""
+    """Reads `config.peft`; None if the whole model is trained."""
     if not config or config["method"] == "none":
       if config and config.get("base", "float32") != "float32":
         raise UserError(f"peft.base={config['base']!r} is of a frozen model: choose a peft.method.")
@@ -122,7 +126,7 @@ class PeftConfig:
 
   @property
   def rules(self) -> list[tuple[str, Mapping[str, Any]]]:
-    """The targets, a pattern and its options each."""
+    """The targets as pairs of a pattern and its options."""
     return [(rule, {}) if isinstance(rule, str) else (rule[0], rule[1]) for rule in self.targets]
 
   def scale(self, rank: int, alpha: float) -> float:

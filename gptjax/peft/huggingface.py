@@ -1,9 +1,8 @@
 """Adapters in the format of the `peft` library: adapter_config.json, adapter_model.safetensors.
 
-The names of modules are those of a family's table (`gptjax.interop.families`). Where their one
-projection is several of ours (GPT-2's c_attn), the low-rank products of ours are blocks of theirs.
-Parameters that are trained whole beside the adapters are what they call `modules_to_save` and
-`bias`.
+The names of modules come from a family's table (`gptjax.interop.families`). If one projection of
+theirs is several of ours (GPT-2's c_attn), our low-rank products are blocks of theirs. Parameters
+that are trained whole beside the adapters are in the fields `modules_to_save` and `bias`.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ _TASK_TYPES = {
   "ForQuestionAnswering": "QUESTION_ANS",
 }
 
-# Bookkeeping, options of training, and what the names and shapes of the tensors repeat.
+# Bookkeeping, options of training, and fields that repeat the names and shapes of the tensors.
 _NOT_READ = {
   "auto_mapping",
   "base_model_name_or_path",
@@ -85,14 +84,14 @@ _NOT_READ = {
   "encoder_dropout",
   "prefix_projection",
 }
-# Fields of which only these values leave the model to be what the tensors say.
+# The only values of these fields with which the tensors alone decide the model.
 _ONLY = {
   "bias": ("none", "all", "lora_only"),
   # The others change the parameters of the model itself.
   "init_lora_weights": (True, False, "gaussian"),
   "num_transformer_submodules": (1, None),
 }
-# Fields whose texts are regular expressions, and those that a kind of adapter cannot do without.
+# Fields whose texts are regular expressions, and the required fields of each kind of adapter.
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "alpha_pattern")
 _NEEDED = {
   "LORA": ("target_modules", "lora_alpha"),
@@ -109,13 +108,13 @@ _READ = {
 def read(
   folder: Path, model_config: ModelConfig, family: Family
 ) -> tuple[PeftConfig, dict[str, Any]]:
-  """What `surgery.put_on` takes, of a folder of the `peft` library for a model of this family.
+  """Reads a folder of the `peft` library for a model of a family, as input for `surgery.put_on`.
 
   P-tuning is stored as the embeddings that its network makes, and read as prompt tuning.
 
   Raises:
-    UserError: the folder lacks a file, a field has a value that is not known, a tensor is missing
-      or of another shape, or has no place.
+    UserError: the folder lacks a file, a field has an unknown value, or a tensor is missing, has
+      another shape or no place in the model.
   """
   fields, tensors = _read_fields(folder), _Tensors(folder)
   method = _TYPES[fields["peft_type"]]
@@ -139,7 +138,7 @@ def read(
 
 
 def merge_folder(model: GPT, folder: Path, family: Family) -> GPT:
-  """A model with the adapters of a folder merged into it; UserError as of `read` and `merge`."""
+  """Merges the adapters of a folder into a model; UserError as `read` and `merge`."""
   return merge(put_on(model, *read(folder, model.config, family)))
 
 
@@ -154,7 +153,7 @@ def write(
   """Writes trained parameters, a nested dict, into an existing folder; `base` is the model's name.
 
   Raises:
-    UserError: the `peft` library has no such method, or the family no place for an adapter.
+    UserError: the `peft` library lacks the method, or the family a place for an adapter.
   """
   flat = {name: np.asarray(x, np.float32) for name, x in tree.named_leaves(adapters).items()}
   fields: dict[str, Any] = {
@@ -222,7 +221,7 @@ def _read_fields(folder: Path) -> dict[str, Any]:
 
 
 class _Tensors:
-  """The tensors of a folder, float32, and which of them were read."""
+  """The tensors of a folder, float32, and the names of those that were read."""
 
   def __init__(self, folder: Path):
     self._path = folder / WEIGHTS
@@ -238,7 +237,7 @@ class _Tensors:
     return name in self._tensors
 
   def take(self, name: str, *shape: int) -> np.ndarray:
-    """The tensor `name`, which must be of `shape` if one is given; of it -1 may be any size."""
+    """The tensor `name`, which must have the `shape` if one is given; -1 stands for any size."""
     if name not in self._tensors:
       raise UserError(f"{self._path}: no tensor {name!r}, which {CONFIG} asks for.")
     self._unread.discard(name)
@@ -258,10 +257,10 @@ class _Tensors:
 
 
 def _task_type(model_config: ModelConfig, family: Family) -> str | None:
-  """The field by which the library chooses its class around the model; None is its general one."""
+  """The field by which the library chooses its class of model; None is its general class."""
   if family.label_head is not None:
     if "." in family.label_head.theirs:
-      return None  # The others train the module whole that the head is a part of (RoBERTa).
+      return None  # Other classes train the whole module that contains the head (RoBERTa).
     architecture = family.architecture(model_config)
     return next(task for name, task in _TASK_TYPES.items() if architecture.endswith(name))
   if model_config.encoder_layers:
@@ -321,7 +320,7 @@ def _read_lora(fields, tensors: _Tensors, projections):
 def _take_layers(
   tensors: _Tensors, projection: Projection, adapted: Sequence[bool], suffix: str, *shape: int
 ) -> list[np.ndarray]:
-  """A tensor a layer, zeros of a layer that is not adapted; a size of -1 is then none."""
+  """A tensor for each layer; zeros for a layer that is not adapted, with sizes of 0 for -1."""
   nothing = np.zeros([max(size, 0) for size in shape], np.float32)
   return [
     tensors.take(name, *shape) if is_adapted else nothing
@@ -330,7 +329,7 @@ def _take_layers(
 
 
 def _factor(method: str, part: str) -> str:
-  """What the library calls A or B."""
+  """The library's name of A or B."""
   return f"lora_{part}" if method == "adalora" else f"lora_{part}.weight"
 
 
@@ -385,7 +384,7 @@ def _write_lora(config: PeftConfig, flat, projections):
     "lora_dropout": 0.0,
   }
   if config.method == "adalora":
-    # One rank and one factor for all: the others are made up for.
+    # The library has one rank and one factor for all; the values make up for other ones.
     scales = {name: config.scale(rank, alphas[name]) for name, rank in ranks.items()}
     rank = max(ranks.values())
     for projection in adapted:
@@ -398,7 +397,7 @@ def _write_lora(config: PeftConfig, flat, projections):
       "init_r": rank,
       "target_r": config.target_rank,
       "lora_alpha": scales[first] * rank,
-      "total_step": 1,  # The library asks for one, even where nothing is trained.
+      "total_step": 1,  # The library requires one, even if nothing is trained.
     }, tensors
   return fields | {
     "peft_type": "LORA",
@@ -417,11 +416,7 @@ def _kernels(flat: Mapping[str, Any], leaf: str) -> list[str]:
 
 
 def _adapted(projections, names: Mapping[str, Any]) -> Iterator[Projection]:
-  """Yields the projections that hold one of the names; all names are held.
-
-  Raises:
-    UserError: the family has no projection for a name.
-  """
+  """Yields the projections that contain one of the names; UserError if a name is in none."""
   held = {name for projection in projections for name in projection.names}
   if homeless := set(names) - held:
     raise UserError(f"the family has no projection for {min(homeless)!r}.")
@@ -431,7 +426,7 @@ def _adapted(projections, names: Mapping[str, Any]) -> Iterator[Projection]:
 
 
 def _joined(projection: Projection, options, flat, config: PeftConfig):
-  """Rank, alpha, A [L, rank, in] and B [L, rank, *out] of each name, of one product for all.
+  """Rank, alpha, A [L, rank, in] and B [L, rank, *out] of each name, joined to one product.
 
   Singular values are the last column of A.
   """
@@ -479,7 +474,7 @@ def _read_ia3(fields, tensors: _Tensors, projections):
       continue
     of_input = len(tensors.take(names[adapted.index(True)], -1, -1)) == 1
     shape = (1, projection.inputs) if of_input else (projection.outputs, 1)
-    # What is not adapted is scaled by 1.
+    # Parts that are not adapted are scaled by 1.
     layers = _take_layers(tensors, projection, adapted, "ia3_l", *shape)
     layers = [x if is_adapted else x + 1 for x, is_adapted in zip(layers, adapted, strict=True)]
     if of_input:
@@ -530,7 +525,7 @@ def _targets(projections: Sequence[Projection]) -> list[str]:
 
 
 def _prefix_shape(config: ModelConfig, tokens: int) -> tuple[int, ...]:
-  """[P, L, 2, K, H]: keys and values of each layer in turn."""
+  """Shape of a prefix, [P, L, 2, K, H]: keys and values of each layer in turn."""
   return (tokens, config.num_layers, 2, config.num_kv_heads, config.head_dim)
 
 

@@ -1,7 +1,7 @@
-"""Projections with adapters. Each takes the place of a projection and keeps its parameters' names.
+"""Projections with adapters. Each replaces a projection and keeps its parameters' names.
 
-A projection may be a stack of those of all layers: its parameters, and then those of its adapter,
-have a leading axis L, which is gone where the layer is called.
+A projection may be stacked over all layers: its parameters and its adapter's then have a leading
+axis L, which is gone when a layer is called.
 """
 
 import math
@@ -15,18 +15,18 @@ from gptjax.model.layers import Linear, add_vector, contract
 
 
 class Adapter(nnx.Param):
-  """A parameter that is trained where all others are frozen."""
+  """A parameter that is trained while the others are frozen."""
 
 
 def adopt(module: nnx.Module, base: nnx.Module) -> None:
-  """Gives a module all that another has: the parameters themselves, not copies."""
+  """Gives a module all attributes of another: the parameters themselves, not copies."""
   for name, value in vars(base).items():
     if not name.startswith("_"):
       setattr(module, name, value)
 
 
 def split_shape(base: Linear) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-  """Shapes of the kernel's axes of the stack (L,) or (), its inputs, and its outputs."""
+  """Splits a kernel's shape: the stack's axis (L,) or (), the inputs, the outputs."""
   shape = base.kernel.shape
   stack = len(shape) - len(base.axes)
   inputs = stack + base.contracted_axes
@@ -76,7 +76,7 @@ class LoRALinear(AdaptedLinear):
     return super().__call__(x) + self._low_rank(x)
 
   def merged(self) -> tuple[jax.Array, jax.Array | None]:
-    """The kernel and the bias of a plain projection that does the same."""
+    """The kernel and the bias of an equivalent plain projection."""
     return self.kernel[...] + self._change(), _value(self.bias)
 
   def unmerged(self, kernel: jax.Array, bias: jax.Array | None):
@@ -89,7 +89,7 @@ class LoRALinear(AdaptedLinear):
     return contract(self.scale * h, b, 1, ("rank", *self._out_axes))
 
   def _change(self) -> jax.Array:
-    """scale A B, in the shape of the kernel."""
+    """The change of the kernel, scale A B, in its shape."""
     stack, ins, outs = split_shape(self)
     a = self._inward().reshape(*stack, math.prod(ins), -1)
     b = self.lora_b[...].reshape(*stack, -1, math.prod(outs))
@@ -179,7 +179,7 @@ class IA3Linear(AdaptedLinear):
     return kernel, bias if self.scale_input or bias is None else bias / self.ia3_scale[...]
 
   def _factors(self) -> jax.Array:
-    """Those of the kernel's elements, to be broadcast."""
+    """Factors of the kernel's elements, to be broadcast."""
     stack, ins, outs = split_shape(self)
     ones_in, ones_out = (1,) * len(ins), (1,) * len(outs)
     shape = (*ins, *ones_out) if self.scale_input else (*ones_in, *outs)

@@ -1,6 +1,6 @@
-"""The projections of a model that the `peft` library adapts, and what it calls them.
+"""The projections of a model that the `peft` library adapts, and their names there.
 
-Where their one projection is several of ours (GPT-2's c_attn), ours are blocks of its outputs.
+If one projection of theirs is several of ours (GPT-2's c_attn), ours are blocks of its outputs.
 """
 
 import math
@@ -15,18 +15,18 @@ from gptjax.interop.tensors import Entry, applicable
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, describe_parameters
 
-# What the library puts before the name of a module of the model.
+# Prefix of the names of a model's modules in the library.
 PREFIX = "base_model.model."
 
 
 class Projection:
-  """A projection of theirs in every layer, and those of ours that it holds.
+  """A projection of theirs in every layer, and our projections that it contains.
 
   Attributes:
     module: its name in the model, `{i}` being the layer.
-    names: the kernels of ours, in their order along its outputs.
-    target: what the library calls it in every layer: the end of its name.
-    is_ambiguous: whether the library finds another projection by that end too.
+    names: our kernels, in their order along its outputs.
+    target: the library's name for it in every layer: the end of its name.
+    is_ambiguous: whether that end also matches another projection.
   """
 
   def __init__(
@@ -55,12 +55,12 @@ class Projection:
 
   @property
   def targets(self) -> list[str]:
-    """What to list for the library, which takes a whole name or the end of one."""
+    """Names to list for the library, which accepts a whole name or the end of one."""
     return self.modules if self.is_ambiguous else [self.target]
 
   @property
   def pattern(self) -> str:
-    """The key of its options, a regular expression of a whole name or the end of one."""
+    """The key of its options, a regular expression for a whole name or the end of one."""
     return _all_layers(self.module) if self.is_ambiguous else self.target
 
   @property
@@ -72,7 +72,7 @@ class Projection:
     return [f"{PREFIX}{module}.{suffix}" for module in self.modules]
 
   def split(self, tensors: Sequence[np.ndarray], rank: int | None = None) -> list[np.ndarray]:
-    """[out, rank] or [out] of each layer -> [L, rank, *out] or [L, *out] of each of ours."""
+    """Splits [out, rank] or [out] of each layer into our kernels' [L, rank, *out] or [L, *out]."""
     entry, infos = self._like_outputs(rank)
     layers = [entry.split(tensor, infos, self._config) for tensor in tensors]
     return [np.stack(of_name) for of_name in zip(*layers, strict=True)]
@@ -86,7 +86,7 @@ class Projection:
     return self._infos[name].shape[1 + len(self.in_shape) :]
 
   def _like_outputs(self, rank: int | None) -> tuple[Entry, dict[str, ParameterInfo]]:
-    """The entry and the parameters as if the projection had `rank` inputs, or were a bias."""
+    """The entry and the parameters of a projection with `rank` inputs, or of a bias."""
     middle, inputs = ((), None) if rank is None else ((rank,), (1,))
     infos = {}
     for name, info in self._infos.items():
@@ -98,8 +98,8 @@ class Projection:
 
 
 def find_entries(model_config: ModelConfig, family: Family) -> list[Entry]:
-  """The tensors of the model that the library adapts, by the names that they have there: those of
-  a model without a head begin with the part that its class does not have."""
+  """The tensors of the model by their names in the library, which omit the family's prefix in a
+  class without a head."""
   entries = applicable(
     family.entries(model_config), describe_parameters(model_config), family.model_type
   )
@@ -109,7 +109,7 @@ def find_entries(model_config: ModelConfig, family: Family) -> list[Entry]:
 
 
 def find_projections(entries: Sequence[Entry], model_config: ModelConfig) -> list[Projection]:
-  """The projections inside of layers, experts excluded."""
+  """The projections inside layers, without experts."""
   parameters = describe_parameters(model_config)
   modules = [
     _module(entry) for entry in entries if parameters[entry.ours[0]].fan_in_axes is not None
@@ -124,7 +124,7 @@ def find_projections(entries: Sequence[Entry], model_config: ModelConfig) -> lis
 
 
 def is_target(fields: Mapping[str, Any], module: str) -> bool:
-  """Whether the library adapts a module, by the fields of adapter_config.json that say so."""
+  """Whether the library adapts a module, by the fields of adapter_config.json."""
   targets = fields["target_modules"]
   if not _is_named(module, targets) or is_saved(fields, module):
     return False
@@ -141,7 +141,7 @@ def is_target(fields: Mapping[str, Any], module: str) -> bool:
 
 
 def is_saved(fields: Mapping[str, Any], module: str) -> bool:
-  """Whether the library saves a module whole, alone or within one that holds it."""
+  """Whether the library saves a module whole, alone or within a module that contains it."""
   parts = module.split(".")
   holders = [".".join(parts[: end + 1]) for end in range(len(parts))]
   saved = tuple(fields.get("modules_to_save") or ())
@@ -149,7 +149,7 @@ def is_saved(fields: Mapping[str, Any], module: str) -> bool:
 
 
 def _is_named(module: str, names: str | Sequence[str]) -> bool:
-  """Whether a regular expression, or a name or the end of one in a list, is that of a module."""
+  """Whether a module matches a regular expression, or a list of names or ends of names."""
   if isinstance(names, str):
     return names == "all-linear" or re.fullmatch(names, module) is not None
   return any(f".{module}".endswith(f".{name}") for name in names)

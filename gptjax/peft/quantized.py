@@ -1,8 +1,8 @@
-"""A frozen model whose kernels take half of the bytes or less (QLoRA, Dettmers et al. 2023,
-arXiv:2305.14314).
+"""Quantisation of a frozen model's kernels to half of the bytes or less (QLoRA, Dettmers et al.
+2023, arXiv:2305.14314).
 
-Quantised are the projections of all layers, experts included. Embeddings, norms and biases stay
-float32, as does the router of experts, whose choices a rounding error could turn.
+The projections of all layers are quantised, experts included. Embeddings, norms and biases stay
+float32, and so does the router of experts, whose choices a rounding error could change.
 """
 
 import functools
@@ -39,20 +39,20 @@ NF4 = (
   0.7229568362236023,
   1.0,
 )
-# Values that share a scale, of nf4.
+# Values of nf4 that share a scale.
 BLOCK = 64
 
 
 class QuantizedKernel(nnx.Module):
-  """Takes the place of a projection's kernel: `kernel[...]` is dequantised, float32.
+  """Replaces a projection's kernel: `kernel[...]` is the dequantised kernel, float32.
 
   A projection calls it within its layer, so that one layer at a time is dequantised, and again in
-  the backward pass. Experts keep what they dequantised for that, unless model.remat says otherwise.
-  A leading axis L of a stack, or none, is that of both variables.
+  the backward pass. Experts keep the dequantised kernel for that, unless model.remat says
+  otherwise. Both variables have the leading axis L of a stack, if there is one.
 
-  values: int8 of the kernel's shape; or of nf4 uint8, two values a byte, the first in the low bits,
-  along the last contracted axis. scales: float32, each of the kernel's axes being as long as it has
-  scales: 1 where all values share one, and along the last contracted axis one a block.
+  values: int8 in the kernel's shape; for nf4 uint8, two values a byte, the first in the low bits,
+  along the last contracted axis. scales: float32, with the kernel's axes: of length 1 if all values
+  share a scale, along the last contracted axis one per block.
   """
 
   def __init__(self, kernel: nnx.Param, base: str):
@@ -63,7 +63,7 @@ class QuantizedKernel(nnx.Module):
     self.values = nnx.Variable(parts["values"])
     self.scales = nnx.Variable(parts["scales"])
     self.base = base
-    # From the end, where a stack makes no difference.
+    # Counted from the end, so that a stack's axis makes no difference.
     self.last_contracted = contracted[-1] - len(shape)
 
   @property
@@ -84,11 +84,11 @@ class QuantizedKernel(nnx.Module):
 
 
 def quantize(kernel: jax.Array, base: str, contracted: Sequence[int]) -> dict[str, jax.Array]:
-  """`values` and `scales` of a `QuantizedKernel`.
+  """Computes `values` and `scales` of a `QuantizedKernel`.
 
-  int8: the largest value of an output column, over the axes `contracted`, is 127. nf4: the nearest
-  of the table, times the largest value of a block of 64 along the last of these axes, or of all of
-  that axis where 64 does not divide it.
+  int8: the largest value of an output column, over the axes `contracted`, becomes 127. nf4: the
+  nearest value of the table, times the largest value of a block of 64 along the last of these axes,
+  or of the whole axis if 64 does not divide it.
   """
   if base == "int8":
     largest = jnp.abs(kernel).max(contracted, keepdims=True)
@@ -109,7 +109,7 @@ def quantize(kernel: jax.Array, base: str, contracted: Sequence[int]) -> dict[st
 
 
 def _look_up(codes: jax.Array) -> jax.Array:
-  """NF4[codes], by selections: accelerators gather element by element."""
+  """NF4[codes] by selections, since accelerators gather element by element."""
   values = [jnp.float32(value) for value in NF4]
   for bit in range(4):
     is_set = (codes >> bit & 1).astype(bool)
@@ -118,7 +118,7 @@ def _look_up(codes: jax.Array) -> jax.Array:
 
 
 def quantize_model(model: GPT, base: str) -> None:
-  """Puts a `QuantizedKernel`, or bfloat16, in the place of each kernel that is quantised.
+  """Replaces each kernel to be quantised by a `QuantizedKernel`, or by bfloat16.
 
   Raises:
     UserError: as `quantize_params`.
@@ -136,17 +136,17 @@ def quantize_model(model: GPT, base: str) -> None:
 def quantize_params(
   params: Mapping[str, Any], parameters: Mapping[str, ParameterInfo], base: str
 ) -> dict[str, Any]:
-  """The parameters of the model that `quantize_model` makes, each split over the mesh as before.
+  """Quantises parameters for the model that `quantize_model` makes, with unchanged shardings.
 
-  Kernel by kernel, each of which is deleted then, so that memory never holds both models.
+  Each kernel is deleted once it is quantised, so that memory never holds both models.
 
   Args:
-    params: a nested dict of arrays, or of `jax.ShapeDtypeStruct`s with shardings, as is the result.
-    parameters: what `describe_parameters` says of the model.
-    base: of `PeftConfig`.
+    params: a nested dict of arrays, or of `jax.ShapeDtypeStruct`s with shardings, like the result.
+    parameters: descriptions by `describe_parameters`.
+    base: format, as in `PeftConfig`.
 
   Raises:
-    UserError: the axis along which nf4 makes pairs is odd.
+    UserError: the axis along which nf4 makes pairs has an odd length.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   for name in quantized_names(parameters, base):
@@ -189,8 +189,8 @@ def quantized_names(parameters: Mapping[str, ParameterInfo], base: str) -> list[
 
 
 def _split_as(sharding: Sharding, shape: Sequence[int]) -> Sharding:
-  """The sharding of a kernel for an array of its axes that are shorter: what the mesh does not
-  divide is whole."""
+  """The sharding of a kernel for an array with the same but shorter axes: axes that the mesh does
+  not divide stay whole."""
   if not isinstance(sharding, NamedSharding):
     return sharding
   spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]

@@ -1,5 +1,5 @@
-"""Several LoRA adapters on one model, of which each row of a batch takes its own (the setting of
-Punica, Chen et al. 2023, arXiv:2310.18547, and S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
+"""Several LoRA adapters on one model, chosen for each row of a batch (the setting of Punica, Chen
+et al. 2023, arXiv:2310.18547, and S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 
     model = put_several_on(model, [(config, adapters), (other_config, other_adapters)])
     choose(model, [0, 1, None])
@@ -29,10 +29,10 @@ from gptjax.peft.surgery import describe_adapters, find_targets
 
 
 class SeveralLoRALinear(AdaptedLinear):
-  """x W + b + scale x A B, with the scale, A and B of the adapter of each row. It is not trained.
+  """x W + b + scale x A B, with the scale, A and B of each row's adapter. It is not trained.
 
   lora_a: float32 [A, *in, R]. lora_b: float32 [A, R, *out]. scales: float32 [A]. ids: int32 [B],
-  -1 for none; at first of no rows.
+  -1 for none; at first without rows.
   """
 
   def __init__(self, base: Linear, lora_a: np.ndarray, lora_b: np.ndarray, scales: np.ndarray):
@@ -61,23 +61,23 @@ class SeveralLoRALinear(AdaptedLinear):
 
 
 def put_several_on(model: GPT, adapters: Sequence[tuple[PeftConfig, Mapping[str, Any]]]) -> GPT:
-  """Puts trained adapters beside each other; `choose` then says which one a row takes.
+  """Puts several trained adapters on a model; `choose` then assigns them to rows.
 
   Args:
-    model: changed, and not to be used any more.
-    adapters: of each its config, of method 'lora', and its values, a nested dict, as
+    model: changed, and must not be used afterwards.
+    adapters: for each its config, of method 'lora', and its values, a nested dict, as
       `surgery.put_on` takes and `huggingface.read` returns. Ranks and targets may differ.
 
   Raises:
-    UserError: there are none, one is not LoRA's or not of the model, or they were trained beside
-      models of different formats.
+    UserError: there are none, one is not LoRA or does not fit the model, or they were trained
+      beside models of different formats.
   """
   if not adapters:
     raise UserError("put_several_on needs at least one adapter.")
   bases = {config.base for config, _ in adapters}
   if len(bases) > 1:
     raise UserError(f"adapters of different peft.base, {' and '.join(sorted(bases))}.")
-  # For each adapter what it has for a projection: (A, B, scale).
+  # For each adapter, (A, B, scale) by projection.
   found: list[dict[str, tuple[np.ndarray, np.ndarray, float]]] = []
   for i, (config, values) in enumerate(adapters):
     if config.method != "lora":
@@ -103,7 +103,7 @@ def put_several_on(model: GPT, adapters: Sequence[tuple[PeftConfig, Mapping[str,
 
 
 def _make(base: Linear, parts: Sequence[tuple[np.ndarray, np.ndarray, float] | None]):
-  """Puts the adapters of a projection together, padded with zeros to one rank; None is none."""
+  """Stacks the adapters of a projection, padded with zeros to one rank; None is no adapter."""
   stack, ins, outs = split_shape(base)
   rank = max(part[0].shape[-1] for part in parts if part is not None)
   lora_a = np.zeros((*stack, len(parts), *ins, rank), np.float32)
@@ -119,7 +119,7 @@ def _make(base: Linear, parts: Sequence[tuple[np.ndarray, np.ndarray, float] | N
 
 
 def choose(model: GPT, adapter_ids: Sequence[int | None]) -> None:
-  """Says which adapter each row of the next batches takes, by its place in the list; None is none.
+  """Assigns an adapter, by its index, to each row of the next batches; None is no adapter.
 
   Raises:
     UserError: there is no such adapter.

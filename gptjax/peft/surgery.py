@@ -34,20 +34,20 @@ from gptjax.peft.virtual import (
   add_prompt,
 )
 
-# Adapters of these become part of the projection's own parameters.
+# Adapters that can be merged into the projection's own parameters.
 MERGED = ("lora", "adalora", "dora", "ia3", "bitfit", "prompt", "ptuning")
 
 
 def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
-  """Puts adapters on a model, which then still computes what it did, but for virtual tokens and
-  what the format `config.base` rounds off.
+  """Puts adapters on a model without changing its output, except by virtual tokens and by rounding
+  to the format `config.base`.
 
-  The model itself is changed, and not to be used any more. Its parameters keep their names; those
-  that are to be trained are `Adapter`s, so `nnx.split(adapted, Adapter, ...)` tells them apart.
+  The model itself is changed, and must not be used afterwards. Its parameters keep their names;
+  trained ones are `Adapter`s, so `nnx.split(adapted, Adapter, ...)` separates them.
 
   Raises:
-    UserError: a rule of `config.targets` names nothing that could be adapted so, one of
-      `config.unfrozen` names no parameter or one that is quantised, or the model cannot see virtual
+    UserError: a rule of `config.targets` matches nothing that the method can adapt, one of
+      `config.unfrozen` matches no parameter or a quantised one, or the model cannot see virtual
       tokens.
   """
   whole = _find_whole(model, config)
@@ -90,8 +90,8 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
 
 
 def _find_whole(model: GPT, config: PeftConfig) -> list[str]:
-  """Names of the parameters that are trained beside the adapters: a head of labels, which is new,
-  and those of `config.unfrozen`."""
+  """Names of the parameters that are trained beside the adapters: a label head, which is new, and
+  the matches of `config.unfrozen`."""
   parameters = describe(model)
   whole = [name for name in LABEL_HEAD if name in parameters]
   for pattern in config.unfrozen:
@@ -112,7 +112,7 @@ def _find_whole(model: GPT, config: PeftConfig) -> list[str]:
 
 
 def _train(module: nnx.Module, name: str) -> None:
-  """Makes an adapter of one of a module's own parameters."""
+  """Turns one of a module's own parameters into an `Adapter`, so that it is trained."""
   parameter = getattr(module, name)
   told = {"fan_in_axes": parameter.fan_in_axes} if hasattr(parameter, "fan_in_axes") else {}
   adapter = Adapter(parameter[...], axes=parameter.axes, role=parameter.role, **told)
@@ -120,10 +120,10 @@ def _train(module: nnx.Module, name: str) -> None:
 
 
 def find_targets(model: GPT, config: PeftConfig) -> dict[str, Mapping[str, Any]]:
-  """{name: options} of what the rules adapt.
+  """{name: options} of the parameters or networks that the rules adapt.
 
   Raises:
-    UserError: a rule names nothing.
+    UserError: a rule matches nothing.
   """
   kind, candidates = _candidates(model, config.method)
   named = by_name(config, describe(model)).rules
@@ -139,13 +139,13 @@ def find_targets(model: GPT, config: PeftConfig) -> dict[str, Mapping[str, Any]]
 
 
 def by_name(config: PeftConfig, parameters: Mapping[str, ParameterInfo]) -> PeftConfig:
-  """The config with the names of parameters in the place of their roles."""
+  """The config with roles of parameters replaced by their names."""
   roles = {name: info.role for name, info in parameters.items()}
   return dataclasses.replace(config, targets=tuple(tree.name_roles(config.rules, roles)))
 
 
 def _candidates(model: GPT, method: str) -> tuple[str, list[str]]:
-  """What a method can adapt: a word for it, and names."""
+  """A word for the things that a method can adapt, and their names."""
   if method == "bitfit":
     biases = [name for name, info in describe(model).items() if info.role == "bias"]
     return "bias", [name for name in biases if name not in LABEL_HEAD]
@@ -153,8 +153,8 @@ def _candidates(model: GPT, method: str) -> tuple[str, list[str]]:
   paths = [
     "/".join(map(str, path))
     for path, module in nnx.iter_modules(model)
-    # The loss takes the kernel of the output projection and never calls the module; the head of
-    # labels is trained whole.
+    # The loss uses the kernel of the output projection without calling the module; the label head
+    # is trained whole.
     if isinstance(module, wanted) and path not in (("head",), ("label_head",))
   ]
   if method == "parallel":
@@ -176,7 +176,7 @@ def _parameters(model: GPT) -> dict[str, nnx.Variable]:
 
 
 def abstract_model(model_config: ModelConfig, config: PeftConfig | None) -> GPT:
-  """The adapted model; nothing is allocated. Without a config, the model itself."""
+  """The adapted model without allocating anything; without a config, the model itself."""
 
   def make() -> GPT:
     model = GPT(model_config, nnx.Rngs(0))
@@ -193,7 +193,7 @@ def describe_adapters(model_config: ModelConfig, config: PeftConfig) -> dict[str
 def initial_adapters(
   model_config: ModelConfig, config: PeftConfig, base: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-  """The trained parameters at first, a nested dict, of those of the model, `base`."""
+  """The initial trained parameters, a nested dict, given the model's, `base`."""
   model = GPT(model_config, nnx.Rngs(seed))
   nnx.update(model, base)
   model = adapt(model, config, nnx.Rngs(seed))
@@ -201,18 +201,18 @@ def initial_adapters(
 
 
 def put_on(model: GPT, config: PeftConfig, adapters: Mapping[str, Any]) -> GPT:
-  """Adapts a model as `adapt` does, with trained parameters, a nested dict."""
+  """Adapts a model like `adapt`, with the values of trained parameters, a nested dict."""
   adapted = adapt(model, config, nnx.Rngs(0))
   nnx.update(adapted, adapters)
   return adapted
 
 
 def merge(model: GPT) -> GPT:
-  """A model without adapters that computes the same: a plain `GPT`, or, where a prompt was tuned,
-  one with the keys and values that the prompt makes.
+  """Merges adapters into the model: the result is a plain `GPT`, or, for a tuned prompt, a model
+  with the prompt's keys and values.
 
-  Of a quantised base, what the adapters were trained beside are its dequantised kernels, so they
-  are merged into these; the plain model is float32 again.
+  With a quantised base, adapters are merged into the dequantised kernels that they were trained
+  beside; the plain model is float32 again.
 
   Raises:
     UserError: the adapters cannot become part of a plain model.
@@ -237,15 +237,15 @@ def merge(model: GPT) -> GPT:
 
 
 def unmerge(model: GPT, config: PeftConfig, adapters: Mapping[str, Any]) -> GPT:
-  """The adapted model that `merge` made `model` of, to rounding.
+  """The inverse of `merge`, up to rounding: returns the adapted model.
 
   Args:
-    model: changed, and not to be used any more.
-    config: of the adapters.
+    model: changed, and must not be used afterwards.
+    config: config of the adapters.
     adapters: their values, a nested dict.
 
   Raises:
-    UserError: the method loses what the parameters were.
+    UserError: merging by this method loses the original parameters.
   """
   if config.method not in ("lora", "adalora", "ia3"):
     raise UserError(f"peft.method={config.method!r}: what was merged cannot be told apart again.")

@@ -1,8 +1,8 @@
-"""Virtual tokens before the text: keys and values of their own, or embeddings that make them.
+"""Virtual tokens before the text: trained keys and values, or embeddings from which they follow.
 
-Every segment of a packed row sees them as if they stood right before it, a layer with a window only
-as far back as that reaches; they see only those before them. So a row has one copy of them,
-whatever it is packed of, and they take no place in it.
+Every segment of a packed row sees them as if they came right before it, within the window of a
+layer if it has one; a virtual token sees only those before it. So a row has one copy of them,
+however it is packed, and they take none of its positions.
 
 Axes: B batch, T query positions, S key positions, P virtual tokens, D width, N query heads, K
 key-value heads, H head width, L layers.
@@ -25,8 +25,8 @@ from gptjax.peft.layers import Adapter, adopt
 class PrefixAttention(Attention):
   """Attention that also sees P keys and values, [P, K, H] each, at the positions before the text.
 
-  The keys are those of position 0 (or of 0 to P - 1, already rotated). They are turned back by P
-  positions; to move the text on by P would be the same, since rotary positions are relative.
+  The keys are stored for position 0 (or for 0 to P - 1, already rotated), and rotated back by P
+  positions; moving the text forward by P would be the same, since rotary positions are relative.
   """
 
   def __init__(self, base: Attention, keys: nnx.Variable, values: nnx.Variable):
@@ -60,12 +60,12 @@ class PrefixAttention(Attention):
     config = self.config
     P = keys_PKH.shape[0]
     turned_PKH = rotate(keys_PKH[None], jnp.full((1, P), -P), config, local=local)[0]
-    _, factor = rope_frequencies(config, local=local)  # Not a matter of the position.
+    _, factor = rope_frequencies(config, local=local)  # It does not depend on the position.
     return turned_PKH.at[..., : config.rope_dim].divide(factor)
 
 
 class PrefixGPT(GPT):
-  """A model each of whose layers sees keys and values of its own, [L, P, K, H] each."""
+  """A model with additional keys and values in each layer, [L, P, K, H] each."""
 
   def __init__(self, base: GPT, keys: nnx.Variable, values: nnx.Variable):
     adopt(self, base)
@@ -81,8 +81,7 @@ class PrefixGPT(GPT):
 class PromptGPT(GPT):
   """A model that reads embeddings [P, D] before the text (Lester et al. 2021, section 2).
 
-  What they make of themselves in each layer does not depend on the text, so they are run once for
-  all rows.
+  Their keys and values in each layer do not depend on the text, so they are run once for all rows.
   """
 
   def __init__(self, base: GPT, prompt: nnx.Variable):
@@ -93,11 +92,11 @@ class PromptGPT(GPT):
     return self.as_prefix(*self.keys_and_values()).run(x_BTD, positions_BT, **kwargs)
 
   def embeddings(self) -> jax.Array:
-    """The embeddings that are read before the text, float32 [P, D]."""
+    """The embeddings of the virtual tokens, float32 [P, D]."""
     return self.prompt[...]
 
   def keys_and_values(self) -> tuple[jax.Array, jax.Array]:
-    """What the prompt makes in each layer, [L, P, K, H] each."""
+    """The prompt's keys and values in each layer, [L, P, K, H] each."""
     x_1PD = self.embeddings()[None]
     P = x_1PD.shape[1]
     positions_1P = jnp.arange(P)[None]
@@ -108,15 +107,15 @@ class PromptGPT(GPT):
     return tuple(jnp.stack([pair[i][0] for pair in pairs]) for i in (0, 1))
 
   def as_prefix(self, keys: jax.Array, values: jax.Array) -> PrefixGPT:
-    """The same model, with the keys and values that the prompt makes."""
+    """The same model, with the prompt's keys and values instead of its embeddings."""
     prefixed = PrefixGPT(self, nnx.Variable(keys), nnx.Variable(values))
     del prefixed.prompt
     return prefixed
 
 
 class PTuningGPT(PromptGPT):
-  """A prompt that a network makes of trained vectors [P, D] (Liu et al. 2021, section 3.2): two
-  hidden layers with ReLU, the one of the `peft` library that is no LSTM."""
+  """A model whose prompt a network computes from trained vectors [P, D] (Liu et al. 2021, section
+  3.2): two hidden layers with ReLU, the `peft` library's network without an LSTM."""
 
   def __init__(self, base: GPT, prompt: nnx.Variable, rngs: nnx.Rngs):
     super().__init__(base, prompt)
@@ -132,7 +131,7 @@ class PTuningGPT(PromptGPT):
 
 
 class PromptEncoder(nnx.Module):
-  """float32 [P, D] -> [P, D]."""
+  """The network from trained vectors to embeddings, float32 [P, D] -> [P, D]."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.first, self.second, self.last = (PromptProjection(width, rngs) for _ in range(3))
@@ -148,7 +147,7 @@ class PromptProjection(nnx.Module):
     def uniform(*shape: int) -> jax.Array:
       return jax.random.uniform(rngs.params(), shape, minval=-(width**-0.5), maxval=width**-0.5)
 
-    # Without fan_in_axes, since it is not run for every token, and no FLOPs of each.
+    # Without fan_in_axes: it is not run for every token, so it has no FLOPs per token.
     self.kernel = Adapter(uniform(width, width), axes=("embed", None), role="hidden")
     self.bias = Adapter(uniform(width), axes=(None,), role="bias")
 
@@ -157,7 +156,7 @@ class PromptProjection(nnx.Module):
 
 
 def add_prefix(model: GPT, tokens: int, rngs: nnx.Rngs) -> PrefixGPT:
-  """Keys and values, normal, of the standard deviation of the model's initialisation."""
+  """Adds keys and values, normal, with the standard deviation of the model's initialisation."""
   config = _check(model, tokens)
   shape = (config.num_layers, tokens, config.num_kv_heads, config.head_dim)
   axes = ("positions", "kv_heads", "head_dim")
@@ -170,7 +169,7 @@ def add_prefix(model: GPT, tokens: int, rngs: nnx.Rngs) -> PrefixGPT:
 
 
 def add_prompt(model: GPT, tokens: int, rngs: nnx.Rngs) -> PromptGPT:
-  """A prompt of the embeddings of tokens that are drawn from the vocabulary (Lester et al. 2021,
+  """Adds a prompt with the embeddings of tokens drawn from the vocabulary (Lester et al. 2021,
   section 3.2)."""
   config = _check(model, tokens)
   ids = jax.random.randint(rngs.params(), (tokens,), 0, config.vocab_size)
@@ -179,14 +178,14 @@ def add_prompt(model: GPT, tokens: int, rngs: nnx.Rngs) -> PromptGPT:
 
 
 def add_encoded_prompt(model: GPT, tokens: int, rngs: nnx.Rngs) -> PTuningGPT:
-  """A prompt that a network makes of vectors, normal of standard deviation 1 at first."""
+  """Adds a prompt that a network computes from vectors, at first normal with deviation 1."""
   config = _check(model, tokens)
   vectors = jax.random.normal(rngs.params(), (tokens, config.embed_dim))
   return PTuningGPT(model, Adapter(vectors, axes=("positions", "embed"), role="embedding"), rngs)
 
 
 def _check(model: GPT, tokens: int):
-  """Makes room for virtual tokens, and returns the config as it was.
+  """Makes room for virtual tokens, and returns the unchanged config.
 
   Raises:
     UserError: the model cannot see virtual tokens.
@@ -204,7 +203,7 @@ def _check(model: GPT, tokens: int):
       raise UserError(
         f"peft: virtual tokens are not known with model.{field}={getattr(config, field)!r}."
       )
-  # Only this kernel is told what is seen; learned positions begin behind the virtual tokens.
+  # Only this kernel takes an explicit mask; learned positions begin after the virtual tokens.
   model.config = dataclasses.replace(
     config, attention="xla", position_offset=config.position_offset + tokens
   )

@@ -28,10 +28,10 @@ def read(
   family: Family,
   model_config: ModelConfig,
 ) -> dict[str, np.ndarray]:
-  """The parameters of the model that the file has, and must have by its `fields`.
+  """Reads the model's own parameters from the file, which must match its `fields`.
 
   Raises:
-    UserError: one is missing in a layer, or was trained apart from what the model ties it to.
+    UserError: one is missing in a layer, or was trained separately from the one it is tied to.
   """
   parameters = describe_parameters(model_config)
   _check_ties(tensors, _ties(entries, family))
@@ -59,17 +59,17 @@ def write(
   *,
   has_bias: bool,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """The fields and the tensors of those parameters of the model that are trained.
+  """Returns the fields and the tensors for the model's own parameters that are trained.
 
   Args:
-    flat: what is trained, adapters and parameters of the model.
+    flat: all that is trained, adapters and parameters of the model.
     adapted: the modules of projections that have adapters, `{i}` being the layer.
     entries: the tensors of the model.
-    family, model_config: of the model.
+    family, model_config: the model's.
     has_bias: whether the library's method has fields for biases and tied embeddings.
 
   Raises:
-    UserError: the library cannot be told that just these are trained.
+    UserError: the library's fields cannot express this set of parameters.
   """
   parameters = describe_parameters(model_config)
   trained = [entry for entry in entries if any(name in flat for name in entry.ours)]
@@ -105,8 +105,8 @@ def write(
 def _say(
   trained: Sequence[Entry], entries: Sequence[Entry], adapted: Container[str], *, has_bias: bool
 ) -> tuple[str, list[Entry]]:
-  """The value of `bias` that, with whole modules, names what is trained, and the rest, which is
-  those modules."""
+  """The value of the field `bias`, and the trained tensors that it does not cover, which belong to
+  whole modules."""
   biases = [entry for entry in entries if entry.theirs.endswith(".bias")]
   values = {"none": []}
   if has_bias:
@@ -129,7 +129,7 @@ def _find_apart(
   entries: Sequence[Entry],
   adapted: Container[str],
 ) -> UserError | None:
-  """Why some tensors are not those of whole modules without adapters."""
+  """Reasons why some tensors are not those of whole modules without adapters."""
   for entry in saved:
     module, _ = _module_and_leaf(entry.theirs)
     if module in adapted:
@@ -151,7 +151,7 @@ def _apart(trained: str, frozen: str) -> UserError:
 
 
 def _is_asked_for(fields: Mapping[str, Any], name: str) -> bool:
-  """Whether the fields say that a tensor of the model is in the file."""
+  """Whether, by the fields, a tensor of the model is in the file."""
   module, leaf = _module_and_leaf(name)
   if leaf == "bias":
     match fields.get("bias"):
@@ -163,15 +163,15 @@ def _is_asked_for(fields: Mapping[str, Any], name: str) -> bool:
 
 
 def _written(tensors: Tensors, name: str) -> str:
-  """What the file calls a tensor of the model: another name where its module has an adapter."""
+  """The name in the file of a tensor of the model; it differs if the module has an adapter."""
   module, leaf = _module_and_leaf(name)
   inside = f"{PREFIX}{module}.base_layer.{leaf}"
   return inside if inside in tensors else PREFIX + name
 
 
 def _ties(entries: Sequence[Entry], family: Family) -> dict[str, str]:
-  """The tensors of the library's model that are another one in ours; a model of labels has no
-  output projection that could be one."""
+  """{tensor of the library's model: the tensor that it is tied to}; empty for a model with a label
+  head, which has no output projection."""
   if family.label_head is not None:
     return {}
   own = {entry.theirs for entry in entries}
@@ -179,7 +179,7 @@ def _ties(entries: Sequence[Entry], family: Family) -> dict[str, str]:
 
 
 def _check_ties(tensors: Tensors, ties: Mapping[str, str]) -> None:
-  """Refuses a tensor without its copies, or with others: the library trained it alone."""
+  """Refuses a tensor whose tied copies are missing or differ: the library trained it alone."""
   for name in set(ties.values()):
     copies = [copy for copy, original in ties.items() if original == name]
     there = [copy for copy in copies if PREFIX + copy in tensors]
@@ -198,6 +198,6 @@ def _equal(tensors: Tensors, one: str, other: str) -> bool:
 
 
 def _module_and_leaf(name: str) -> tuple[str, str]:
-  """'model.norm.weight' -> ('model.norm', 'weight')."""
+  """Splits a name: 'model.norm.weight' -> ('model.norm', 'weight')."""
   module, _, leaf = name.rpartition(".")
   return module, leaf
