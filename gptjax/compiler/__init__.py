@@ -1,1 +1,1 @@
-"""What a training or decoding step costs on accelerators that are not here."""
+"""Estimates the cost of a training or decoding step on accelerators that are not here."""

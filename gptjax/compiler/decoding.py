@@ -1,4 +1,4 @@
-"""What writing text would cost: one decoding step, a new token for each row of a batch."""
+"""Estimates the cost of a decoding step, which adds a token to each row of a batch."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ def make_decoding_plan(
   """The setup of a config whose model decodes `batch` rows with room for `context` positions each.
 
   Raises:
-    UserError: as `make_setup`, and for what cannot be decoded.
+    UserError: as `make_setup`, or the model cannot be decoded.
   """
   mesh = sharding.make_mesh(config.mesh, devices)
   rows = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
@@ -60,10 +60,10 @@ def make_decoding_plan(
 
 
 def compile_decoding(setup: Setup, target: Target) -> Report:
-  """The report of one step of greedy decoding, with the batch and the context of the setup.
+  """Compiles a step of greedy decoding with the setup's batch and context, and reports on it.
 
-  Parameters and cache are in `model.dtype`. The layers lie apart, as `GPT.unstack` leaves them: to
-  take them out of their stack would be to copy every parameter for every token.
+  Parameters and cache are in `model.dtype`. The layers are separate, as after `GPT.unstack`, since
+  slicing them out of the stack would copy every parameter for every token.
   """
   batch, context = setup.config.batch_size, setup.config.sequence_length
   graph, params = abstract_parameters(setup)
@@ -84,8 +84,8 @@ def compile_decoding(setup: Setup, target: Target) -> Report:
 
 
 def abstract_parameters(setup: Setup) -> tuple[nnx.GraphDef, Any]:
-  """The model with its layers apart: its static part, and its parameters as
-  `jax.ShapeDtypeStruct`s in the compute dtype with the shardings of `sharding.RULES`."""
+  """The model with separate layers: its static part, and its parameters as `jax.ShapeDtypeStruct`s
+  in the compute dtype with the shardings of `sharding.RULES`."""
 
   def build() -> GPT:
     model = GPT(setup.model, nnx.Rngs(0))
@@ -108,7 +108,7 @@ def abstract_parameters(setup: Setup) -> tuple[nnx.GraphDef, Any]:
 
 
 def _unstacked(setup: Setup, path: tuple[Any, ...]) -> ParameterInfo:
-  """What `setup.parameters` says of a parameter of a single layer, or of one outside of layers."""
+  """The description in `setup.parameters` of a parameter in a single layer or outside layers."""
   info = setup.parameters["/".join(str(part) for part in path if not isinstance(part, int))]
   if info.axes[0] != "layers":
     return info
@@ -117,8 +117,8 @@ def _unstacked(setup: Setup, path: tuple[Any, ...]) -> ParameterInfo:
 
 
 def abstract_decoding(setup: Setup) -> Decoding:
-  """The state between two steps, as `jax.ShapeDtypeStruct`s with shardings: rows are split as those
-  of a batch, the cache by its heads too, the logits by the vocabulary."""
+  """The state between two steps, as `jax.ShapeDtypeStruct`s with shardings: rows are split like a
+  batch, the cache also by heads, the logits by vocabulary."""
   B, S = setup.config.batch_size, setup.config.sequence_length
 
   def build() -> Decoding:
@@ -149,12 +149,12 @@ def abstract_decoding(setup: Setup) -> Decoding:
 
 
 def _work(setup: Setup, params: Any, decoding: Decoding) -> Work:
-  """What a step must do, whatever the program.
+  """The work of a step, whatever the program.
 
-  Read are the parameters that tokens are multiplied with or scaled by, not the tables that they
-  are only looked up in: all of each that `tensor` does not split, since a device gathers what
-  `fsdp` splits; of experts, those that some row is expected to choose if all are as likely. Of the
-  cache, what the layers see: all of it, or a window.
+  A device reads the parameters that tokens are multiplied with or scaled by, but not lookup tables:
+  all that `tensor` does not split, since it gathers those that `fsdp` splits; and the experts that
+  some row is expected to choose if all are equally likely. It reads the part of the cache that the
+  layers see: all of it, or a window.
   """
   model, mesh = setup.model, setup.mesh
   batch, context = decoding.tokens.shape

@@ -1,13 +1,13 @@
-"""From a compiled TPU program to a step time. A compiler estimate, not a measurement.
+"""Estimates a step's time from a compiled TPU program; it is not a measurement.
 
-The compiler gives cycles for every fused operation. It gives none for hand-written kernels and for
-collectives; here is what stands in for them:
+The compiler gives cycles for every fused operation, but not for hand-written kernels and for
+collectives, whose times are estimated here:
 
 - A kernel takes the time of its matrix products at KERNEL_EFFICIENCY of the peak.
 - A collective takes its bytes over the links that it can use (`Slice.link_bandwidth`); a
   permutation, over the link that most of its messages share. A synchronous one is added to the time
-  of the loop body it is in; the asynchronous ones of a loop body are hidden behind what the body
-  computes, and only what is left over is added.
+  of its loop body; the asynchronous ones of a loop body overlap with the body's computation, and
+  only the excess is added.
 
 Left out: the latency of a collective and of a kernel launch, waiting for a slower chip, the host,
 collectives that share a link, and the network between slices.
@@ -23,19 +23,22 @@ import jax
 from gptjax.compiler.hlo import Collective, Kernel, Program
 from gptjax.compiler.topology import Slice
 
-# Assumed, not measured: of the peak, in the attention kernels. A score costs 4 H FLOPs forward and
-# 10 H backward; with H = 128, 12 and 16 vector operations a score, four vector units of 1,024 lanes
-# and nothing overlapped, v5e would reach 0.57 forward and 0.71 backward.
+# Share of the peak in the attention kernels: assumed, not measured. A score costs 4 H FLOPs forward
+# and 10 H backward; with H = 128, 12 and 16 vector operations a score, four vector units of 1,024
+# lanes and nothing overlapped, v5e would reach 0.57 forward and 0.71 backward.
 KERNEL_EFFICIENCY = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Seconds of one step, and what they are made of.
+  """Estimated seconds of one step and their parts.
 
-  fused: of operations with the compiler's cycles. kernels: of hand-written ones. exposed: of
-  collectives that nothing hides. collectives: of all of them, hidden or not. kernel_flops: on one
-  device.
+  Attributes:
+    fused: operations with the compiler's cycles.
+    kernels: hand-written kernels.
+    exposed: collectives that no computation hides.
+    collectives: all collectives, hidden or not.
+    kernel_flops: FLOPs of the kernels on one device.
   """
 
   fused: float
@@ -60,9 +63,9 @@ def estimate(
   """Adds up the program's times.
 
   Args:
-    devices: of the mesh, in its order.
-    windows: of the layers of one period of the model.
-    expert_rows: the share of the rows of a kernel of experts that are in use.
+    devices: devices of the mesh, in its order.
+    windows: windows of the layers in one period of the model.
+    expert_rows: the share of the rows of an expert kernel that are in use.
   """
   clock = target.generation.clock_hz
   fused = {name: cycles / clock for name, cycles in program.cycles().items()}
@@ -101,15 +104,14 @@ def estimate(
 def kernel_flops(
   kernel: Kernel, windows: Sequence[int | None], one_pass: bool, expert_rows: float = 1.0
 ) -> float:
-  """FLOPs of one run of a splash attention or Megablox kernel on one device; 0 for a kernel it does
-  not know.
+  """FLOPs of one run of a splash attention or Megablox kernel on one device; 0 for other kernels.
 
-  Blocks that no query may see are not visited. Of a model whose layers differ in their windows,
-  each kernel counts as their mean. `one_pass`: whether one kernel makes all gradients.
+  Blocks that no query may see are not visited. If a model's layers have different windows, each
+  kernel counts as their mean. `one_pass`: whether one kernel computes all gradients.
   """
   if "gmm" in kernel.name:
     (rows, columns), (*_, contracted, produced) = kernel.operands[-2:]
-    # The sums over rows, `tgmm`, have no kernel [groups, contracted, produced] but other rows.
+    # The second operand of `tgmm`, a sum over rows, is not a kernel but other rows.
     contracted = columns if "tgmm" in kernel.name else contracted
     return expert_rows * 2.0 * rows * contracted * produced
   if "splash" not in kernel.name:
@@ -130,7 +132,7 @@ def kernel_flops(
 
 
 def visited_fraction(length: int, block_q: int, block_kv: int, window: int | None) -> float:
-  """The share of blocks of a causal score matrix that hold a visible pair."""
+  """The share of blocks of a causal score matrix that contain a visible pair."""
   visited = total = 0
   for first_q in range(0, length, block_q):
     for first_kv in range(0, length, block_kv):

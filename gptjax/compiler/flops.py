@@ -1,4 +1,4 @@
-"""FLOPs of a traced program: what it really computes, recomputation included."""
+"""Counts the FLOPs of a traced program, recomputation included."""
 
 import math
 from typing import Any
@@ -49,7 +49,7 @@ def _dot_flops(equation: Any) -> float:
 
 
 def _jaxprs(equation: Any) -> list[Any]:
-  """Of what the equation calls. Of the branches of a condition, all; of a rule's, none."""
+  """The jaxprs that an equation calls: all branches of a condition, none of a custom rule's."""
   found = []
   for name, value in equation.params.items():
     if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):

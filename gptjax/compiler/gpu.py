@@ -1,7 +1,7 @@
-"""NVIDIA GPUs that are not here: their names, what is known of them, and how their programs read.
+"""NVIDIA GPUs that are not here: their names and data, and how to read their programs.
 
-XLA compiles for a GPU that it is only told about, with the CUDA plugin of JAX and the assembler of
-a CUDA toolkit. It then neither tries kernels out nor says how long one takes.
+XLA can compile for a GPU from a description, with the CUDA plugin of JAX and the assembler of a
+CUDA toolkit. It then neither tries kernels out nor says how long one takes.
 """
 
 import ctypes.util
@@ -35,16 +35,16 @@ class Model:
   """One kind of GPU, in the node of eight that its maker sells.
 
   Attributes:
-    device_kind: as its driver calls it.
+    device_kind: the driver's name for it.
     capability: its compute capability.
-    accelerated: whether there are instructions of this capability alone, as sm_90a has.
-    cores: streaming multiprocessors.
-    fp32_units: of one of them.
-    shared_kib: shared memory of one of them; a block can have 1 KiB less.
+    accelerated: whether it has instructions for this capability alone, like sm_90a.
+    cores: number of streaming multiprocessors.
+    fp32_units: float32 units of one multiprocessor.
+    shared_kib: shared memory of one multiprocessor; a block can have 1 KiB less.
     l2_mib, clock_ghz: second-level cache, and the highest clock.
-    memory_bytes: as the driver reports it, a little less than published.
-    nvlink_bytes_per_second: to the GPUs of its node, in one direction: half of what is published.
-    nic_bytes_per_second: to other nodes, of the one network card that a GPU has.
+    memory_bytes: memory that the driver reports, a little less than published.
+    nvlink_bytes_per_second: to the GPUs of its node, in one direction: half of the published rate.
+    nic_bytes_per_second: to other nodes, by the one network card per GPU.
   """
 
   device_kind: str
@@ -77,7 +77,7 @@ MODELS = {
   ),
 }
 
-# What a call or a fusion is, by the first of these that stands in its target or configuration.
+# Kind of a call or a fusion, by the first of these that is found in its target or configuration.
 _KINDS = (
   ("__cudnn$fmha", "cuDNN attention"),
   ("__cudnn", "cuDNN"),
@@ -88,8 +88,8 @@ _KINDS = (
   ("__triton", "Triton fusion"),
   ("__custom_fusion", "XLA fusion"),
 )
-# Of cuDNN's attention, matrix products over queries and keys: QK and AV, and backward also the
-# scores again and the gradients of Q, K, V and A.
+# Matrix products over queries and keys in cuDNN's attention: QK and AV; backward the scores again
+# and the gradients of Q, K, V and A.
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 
 
@@ -98,9 +98,9 @@ class Gpus(Target):
   """GPUs to compile for, in one node or several.
 
   Attributes:
-    name: as it was asked for.
-    devices: what JAX sees, node by node.
-    chip: what one of them has at most.
+    name: the name that was given.
+    devices: JAX devices, node by node.
+    chip: peak performance of one of them.
     model: its row of the table.
     cuda: root of a CUDA toolkit.
   """
@@ -117,20 +117,20 @@ class Gpus(Target):
 
   @property
   def hbm_bytes(self) -> int:
-    """The share of the memory that JAX takes, by the same environment variable."""
+    """The memory that JAX takes, a share set by the same environment variable."""
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
     return int(self.model.memory_bytes * share)
 
   @property
   def compiler_options(self) -> Mapping[str, str]:
-    # Autotuning runs kernels, for which it needs the GPU.
+    # Autotuning runs kernels, which needs the GPU.
     return {"xla_gpu_cuda_data_dir": str(self.cuda), "xla_gpu_autotune_level": "0"}
 
   def link_bandwidth(self, group: int) -> float:
-    """Bytes a second that a device sends at most in a collective of `group` devices.
+    """Most bytes a second that a device sends in a collective of `group` devices.
 
-    A group that fits a node is taken to lie in one. Of a larger one, each network card carries an
-    eighth of what the node sends.
+    A group that fits in a node is assumed to be in one. In a larger group, each network card
+    carries an eighth of the node's bytes.
     """
     inside = self.model.nvlink_bytes_per_second
     if group <= GPUS_PER_NODE:
@@ -139,12 +139,12 @@ class Gpus(Target):
 
 
 def is_name(name: str) -> bool:
-  """Whether a topology's name begins as those of GPUs do."""
+  """Whether a topology's name is that of GPUs, by its beginning."""
   return re.split(r"[-:]", name)[0] in MODELS
 
 
 def parse_name(name: str) -> tuple[str, int, int]:
-  """'h100-16' -> ('h100', 2, 8): the kind, nodes, and GPUs a node."""
+  """Parses a name: 'h100-16' -> ('h100', 2, 8), the kind, nodes, and GPUs per node."""
   match = re.fullmatch(r"(\w+)-(\d+)", name)
   count = int(match[2]) if match else 0
   whole = count > 0 and count % GPUS_PER_NODE == 0
@@ -158,7 +158,7 @@ def parse_name(name: str) -> tuple[str, int, int]:
 
 
 def find_gpus(name: str) -> Gpus:
-  """The GPUs of a name: 'h100-8' is one node, 'h100-16' two.
+  """Finds the GPUs with a name: 'h100-8' is one node, 'h100-16' two.
 
   Raises:
     UserError: there are no such GPUs, or the plugin, cuDNN or the CUDA toolkit is not installed.
@@ -188,9 +188,9 @@ def find_gpus(name: str) -> Gpus:
 
 
 def target_config(model: Model) -> str:
-  """The description of a GPU that XLA wants instead of the GPU, a protocol buffer as text.
+  """XLA's description of a GPU, used instead of the GPU itself, a protocol buffer as text.
 
-  Limits of threads and registers are those of every compute capability from 8.0 to 10.0.
+  Limits of threads and registers are the same for all compute capabilities from 8.0 to 10.0.
   """
   major, minor = model.capability
   extension = "ACCELERATED_FEATURES" if model.accelerated else "NONE"
@@ -223,7 +223,7 @@ def target_config(model: Model) -> str:
 
 
 def find_cuda() -> Path | None:
-  """The root of a CUDA toolkit: that of Python's packages, of CUDA_HOME, of PATH, of the system."""
+  """The root of a CUDA toolkit: from Python's packages, CUDA_HOME, PATH, or the system."""
   parts = ("bin/ptxas", "nvvm/libdevice")
   return next((root for root in _cuda_roots() if all((root / p).exists() for p in parts)), None)
 
@@ -247,7 +247,7 @@ def _installed(module: str) -> bool:
 
 
 def count_kernels(program: Program) -> dict[str, int]:
-  """{kind: how many run}: calls of NVIDIA's libraries, Triton's kernels, and XLA's own."""
+  """Counts kernels that run, by kind: calls of NVIDIA's libraries, Triton's, and XLA's own."""
   counts: Counter[str] = Counter()
   for _, instruction, times in program.steps():
     if instruction.opcode in ("custom-call", "fusion"):
@@ -265,7 +265,7 @@ def _kind(instruction: Instruction) -> str:
 
 
 def judge_attention_by(model: Model) -> None:
-  """Makes JAX ask this GPU what cuDNN can do there, instead of the one of this machine, if any."""
+  """Makes JAX check cuDNN attention for this GPU model, not for a GPU of this machine."""
 
   def is_capable(capability: str) -> bool:
     return model.capability >= tuple(map(int, capability.split(".")))
@@ -274,10 +274,10 @@ def judge_attention_by(model: Model) -> None:
 
 
 def attention_flops(program: Program) -> float:
-  """FLOPs of all calls of cuDNN's attention, on one device.
+  """FLOPs of all calls of cuDNN's attention on one device.
 
-  Under a causal mask half the keys are seen. The documents of packed rows are not known here, and
-  not subtracted.
+  A causal mask counts half of the keys. Documents of packed rows are not known here, and not
+  subtracted.
   """
   total = 0.0
   for _, instruction, times in program.steps():

@@ -1,4 +1,4 @@
-"""Reading an optimised XLA program: what it computes, how long, and what it sends.
+"""Reads an optimised XLA program: its computation, time and communication.
 
 XLA:TPU writes its own estimate of cycles on every fusion. A loop's body is written once, however
 often it runs, so everything here is multiplied by trip counts.
@@ -32,7 +32,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of a program. `shape` is its text, layout included; `rest` all after the operands."""
+  """One line of a program. `shape` is text with the layout, `rest` the text after the operands."""
 
   name: str
   opcode: str
@@ -43,7 +43,7 @@ class Instruction:
 
   @property
   def op_name(self) -> str:
-    """Where in the traced Python program it comes from."""
+    """Its origin in the traced Python program."""
     found = re.search(r'op_name="([^"]*)"', self.rest)
     return found[1] if found else ""
 
@@ -53,13 +53,13 @@ class Instruction:
 
   @property
   def cycles(self) -> int:
-    """The compiler's own estimate; 0 where it makes none."""
+    """The compiler's own estimate of cycles; 0 if it makes none."""
     found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
     return int(found[1]) if found else 0
 
   @property
   def operand_layouts(self) -> str:
-    """The shapes of a custom call's operands, as text; empty where they are not written."""
+    """The shapes of a custom call's operands, as text; empty if the program omits them."""
     layouts = _LAYOUTS.search(self.rest)
     return layouts[1] if layouts else ""
 
@@ -81,12 +81,12 @@ class Collective:
   Attributes:
     kind: one of COLLECTIVES.
     count: how often it runs in a step.
-    bytes: that a chip sends in all those runs, by a ring (bandwidth-optimal) algorithm.
+    bytes: bytes that a chip sends in all those runs, by a ring (bandwidth-optimal) algorithm.
     group: how many devices take part.
     asynchronous: whether the program computes something else meanwhile.
-    op_name: where it comes from.
-    computation: the computation it is in, where others may hide it.
-    pairs: of a permutation, who sends to whom, as indices of the mesh's devices.
+    op_name: its origin in the Python program.
+    computation: the computation it is in, whose operations may hide it.
+    pairs: (sender, receiver) of a permutation, as indices of the mesh's devices.
   """
 
   kind: str
@@ -104,11 +104,11 @@ class Kernel:
   """A hand-written (Mosaic) kernel, for which the compiler estimates no cycles.
 
   Attributes:
-    name: as its author called it.
+    name: its author's name for it.
     count: how often it runs in a step.
-    computation: that it is in.
+    computation: the computation it is in.
     operands: shapes of its floating-point operands.
-    metadata: what its author wrote about it.
+    metadata: its author's metadata.
   """
 
   name: str
@@ -119,7 +119,7 @@ class Kernel:
 
 
 def shape_bytes(shape: str) -> int:
-  """Bytes of all arrays in the text of a shape, without padding."""
+  """Bytes of all arrays in a shape, given as text, without padding."""
   total = 0
   for kind, dims, _ in _ARRAY.findall(shape):
     bits = _BITS.get(kind)
@@ -144,7 +144,7 @@ class Program:
 
   Attributes:
     computations: {name: its instructions, in scheduled order}.
-    entry: name of the first to run.
+    entry: name of the computation that runs first.
     unknown_loops: loops whose trip count could not be read; they count once.
   """
 
@@ -195,23 +195,23 @@ class Program:
     return frozenset(found)
 
   def steps(self) -> Iterator[tuple[str, Instruction, int]]:
-    """Every operation that runs by itself, with its computation and how often it runs."""
+    """Yields each operation that runs by itself, with its computation and how often it runs."""
     for name in self.scheduled:
       for instruction in self.computations[name]:
         yield name, instruction, self.runs[name]
 
   def cycles(self) -> Mapping[str, int]:
-    """Estimated cycles of each scheduled computation, over all its runs, without what it calls."""
+    """Estimated cycles of each scheduled computation, over all its runs, without its callees."""
     totals = dict.fromkeys(self.scheduled, 0)
     for name, instruction, times in self.steps():
       totals[name] += instruction.cycles * times
     return totals
 
   def collectives(self, devices: int) -> list[Collective]:
-    """All collectives. What the compiler split into overlapped pieces is one.
+    """All collectives. One that the compiler split into overlapped pieces counts once.
 
     Args:
-      devices: in the program, which is the group where none is written.
+      devices: devices of the program, the default group.
     """
     found: dict[str, Collective] = {}
     callers = self._callers()
@@ -226,7 +226,7 @@ class Program:
         if name.startswith("all-reduce-scatter"):
           kind = "reduce-scatter"
         group = _group_size(instruction.rest, devices)
-        # XLA:GPU writes a pair of start and done even where nothing comes between them.
+        # XLA:GPU writes a pair of start and done even if nothing comes between them.
         asynchronous = '"is_sync":true' not in instruction.rest and (
           instruction.opcode.endswith("-start")
           or "async_collective_fusion_config" in instruction.rest
@@ -286,7 +286,7 @@ class Program:
     }
 
   def _trip_count(self, computation: str, loop: Instruction) -> int:
-    """Of a loop that counts up to a constant, as those of `scan` and of XLA's own passes do."""
+    """The trip count of a loop that counts up to a constant, as in `scan` and XLA's own passes."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
       return int(known[1])
     condition = {i.name: i for i in self.computations[loop.attribute("condition").lstrip("%")]}
@@ -315,7 +315,7 @@ class Program:
 
 
 def _statements(text: str) -> Iterator[str]:
-  """The lines of a program. What a kernel says of itself may stand on several."""
+  """Yields the statements of a program; a kernel's metadata may span several lines."""
   statement = ""
   for line in text.splitlines():
     if line == "}" or _LINE.match(line) or _HEADER.match(line):
@@ -339,7 +339,7 @@ def _parse(line: str) -> Instruction | None:
     name=start[2],
     opcode=line[end:opening].strip(),
     shape=line[begin:end],
-    # A constant's value stands where the operands of others do.
+    # A constant's value is written in the place of operands.
     operands=tuple(operands) if operands else (line[opening + 1 : closing],),
     rest=line[closing + 1 :],
     is_root=bool(start[1]),
@@ -363,7 +363,7 @@ def _constant(instruction: Instruction | None) -> int | None:
 
 
 def _group_size(rest: str, devices: int) -> int:
-  """Devices in one group of a collective, in any of the ways XLA writes groups."""
+  """Number of devices in a group of a collective, in any of XLA's notations."""
   if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
     return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
@@ -386,8 +386,8 @@ def _sent_bytes(kind: str, instruction: Instruction, group: int) -> float:
   size = sum(arrays)
   started = instruction.opcode.endswith("-start")
   if started and (kind != "all-reduce" or instruction.shape.startswith("((")):
-    # Its shape is (operand, result, ...), or ((operands), results, ...); that of an all-reduce may
-    # be the results alone.
+    # Its shape is (operand, result, ...), or ((operands), results, ...); an all-reduce may have the
+    # results alone.
     data = [array for array in arrays if array > 4]
     size = sum(data[len(data) // 2 :])
   match kind:

@@ -1,4 +1,4 @@
-"""What a compiled step needs and would take, as one table and one JSON object."""
+"""Reports memory, FLOPs and time of a compiled step, as one table and one JSON object."""
 
 import dataclasses
 import functools
@@ -18,14 +18,14 @@ from gptjax.devices import chips
 from gptjax.errors import UserError
 from gptjax.training.setup import Setup
 
-# In the compiler's sentences about what does not fit.
+# Sizes in the compiler's messages about programs that do not fit.
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """All collectives of one kind in a step: how many, bytes that a device sends, how many of them
-  run while something else is computed."""
+  """The collectives of one kind in a step: their number, bytes that a device sends, and how many
+  overlap with computation."""
 
   count: int
   bytes: int
@@ -34,15 +34,15 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a step is asked to do.
+  """The work of a step.
 
   Attributes:
-    tokens: that it processes, on all devices.
-    model_flops: for all of them, by `flop_rule`.
-    held: {name: bytes} of the arguments on one device, where their parts matter.
+    tokens: tokens that it processes on all devices.
+    model_flops: FLOPs for all of them, by `flop_rule`.
+    held: {name: bytes} of the arguments on one device, if their parts matter.
     read: {name: bytes} that a device must read from its memory in a step; if empty, arguments and
-      output are taken.
-    advice: what makes it smaller; if empty, the largest arrays say it.
+      output count.
+    advice: how to make it smaller; if empty, the advice depends on the largest arrays.
   """
 
   tokens: int
@@ -55,14 +55,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-  """What a target's own dialect of programs tells.
+  """Costs that are read from a program in its target's own dialect.
 
   Attributes:
     network: {name: seconds} that the collectives take at the peak of the links.
-    kernel_flops: of hand-written kernels, on one device.
-    kernels: {kind: how many run in a step}, where the compiler chooses among several kinds.
-    estimate: of the time; None where the compiler makes none.
-    remark: what to know about these numbers, one sentence.
+    kernel_flops: FLOPs of hand-written kernels on one device.
+    kernels: {kind: how many run in a step}, if the compiler chooses among several kinds.
+    estimate: estimated time; None if the compiler gives no cycles.
+    remark: a caveat about these numbers, one sentence.
   """
 
   network: Mapping[str, float]
@@ -76,7 +76,7 @@ class Costs:
 def read_costs(
   target: Target, program: Program, setup: Setup, collectives: list[Collective]
 ) -> Costs:
-  """Reads the costs of a program that was compiled for the target. Each kind registers its own."""
+  """Reads the costs of a program compiled for the target. Each kind of target registers its own."""
   raise NotImplementedError(type(target).__name__)
 
 
@@ -84,7 +84,7 @@ def read_costs(
 def _(target: Slice, program: Program, setup: Setup, collectives: list[Collective]) -> Costs:
   devices = list(setup.mesh.devices.flat)
   model, experts = setup.model, setup.model.num_experts
-  # Of the rows that `model.moe` makes room for, those of an even load.
+  # The share of the rows in `model.moe` that are in use under an even load.
   rows = max(model.experts_per_token, experts // setup.mesh.shape["expert"]) / (experts or 1)
   times = estimate(program, target, devices, model.windows, collectives, rows)
   return Costs({"ici": times.collectives}, times.kernel_flops, estimate=times)
@@ -92,18 +92,18 @@ def _(target: Slice, program: Program, setup: Setup, collectives: list[Collectiv
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """A step compiled for a target. Bytes and FLOPs are of one device and one step.
+  """A step compiled for a target. Bytes and FLOPs are per device and step.
 
   Attributes:
-    work: what the step does.
-    hbm: bytes of arguments, temporaries, output (what is not written over the arguments) and
-      code; of a program that does not fit, what it would need.
+    work: the work of the step.
+    hbm: bytes of arguments, temporaries, output (unless written over the arguments) and code; for
+      a program that does not fit, the bytes that it would need.
     capacity: bytes a program may use.
     buffers: (bytes, shape, origin) of the largest arrays.
-    hardware_flops: what is computed, recomputation included.
-    collectives: by kind.
+    hardware_flops: FLOPs computed, recomputation included.
+    collectives: traffic by kind.
     roofline: seconds that computing, memory and network would take at their peaks.
-    costs: what else the program tells; None if it does not fit.
+    costs: other costs read from the program; None if it does not fit.
     program: the optimised program's text; empty if it does not fit.
   """
 
@@ -182,12 +182,12 @@ class Report:
 def compile_report(
   setup: Setup, target: Target, step: Callable, arguments: tuple[Any, ...], work: Work
 ) -> Report:
-  """Compiles step(*arguments) for the target and reads what came out.
+  """Compiles step(*arguments) for the target and reads the program.
 
   Args:
-    setup: whose mesh is of the target's devices.
+    setup: setup with a mesh of the target's devices.
     step: from `jax.jit`. arguments: abstract, with shardings.
-    work: what the step does.
+    work: the work of the step.
   """
   devices = len(target.devices)
   with jax.set_mesh(setup.mesh):
@@ -264,7 +264,7 @@ def compile_report(
 
 
 def _needed(problem: str, arguments: Any) -> dict[str, int]:
-  """What the compiler says a program would use that it refuses."""
+  """Bytes that a refused program would use, from the compiler's message."""
   leaves = jax.tree.leaves(arguments)
   held = sum(
     leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves
@@ -289,7 +289,7 @@ def _refused_buffers(problem: str) -> list[tuple[int, str, str]]:
 
 
 def advice(report: Report, setup: Setup) -> list[str]:
-  """What would make the largest arrays smaller."""
+  """Advice on how to make the largest arrays smaller."""
   if report.work.advice:
     return list(report.work.advice)
   model = setup.model
@@ -308,7 +308,7 @@ def advice(report: Report, setup: Setup) -> list[str]:
 
 
 def to_text(report: Report, setup: Setup) -> str:
-  """The report for a person."""
+  """Formats the report for people."""
   gib = 2**30
   mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items()) or "one device"
   lines = [f"{report.topology}: {report.chips} {report.chip} chips, mesh {mesh}"]
@@ -383,7 +383,7 @@ def _bound_lines(report: Report) -> list[str]:
 
 
 def _digits(report: Report) -> int:
-  """Of seconds: a step that only reads its memory once is over in milliseconds."""
+  """Digits of seconds to print; a step that reads its memory only once takes milliseconds."""
   return 6 if report.work.read else 4
 
 

@@ -1,8 +1,8 @@
-"""Looking for the layout of a training step that its compiler expects to be the fastest.
+"""Searches for the layout of a training step that its compiler expects to be the fastest.
 
-Three rounds, each from the best of the one before: how the mesh is cut, what is recomputed and in
-how many micro-batches, and which kernel and compiler options. What cannot fit by its own
-arithmetic is not compiled. Candidates are compiled in processes of their own and remembered.
+There are three rounds, each from the best of the one before: meshes; recomputation and number of
+micro-batches; kernels and compiler options. Candidates that cannot fit by arithmetic are not
+compiled. Others are compiled in processes of their own, and their reports cached.
 """
 
 import concurrent.futures
@@ -34,8 +34,8 @@ from gptjax.training.setup import make_setup
 Overrides = dict[str, Any]
 
 
-# What a token leaves in device memory in each layer between forward and backward, in units of the
-# width of the residual stream and of the feed-forward network; of 'none', about.
+# Memory of a token's saved activations in each layer, in units of the width of the residual stream
+# and of the feed-forward network; approximate for 'none'.
 _SAVED = {
   "full": (1, 0),
   "save_attention": (2, 0),
@@ -71,16 +71,16 @@ def search(
   cache_dir: Path | None = None,
   keep: int = 1,
 ) -> list[Found]:
-  """Tries layouts of a config on a slice; the fastest first.
+  """Tries layouts of a config on a slice; returns them with the fastest first.
 
   Args:
-    spec, overrides: of --config; the global batch stays as it is.
+    spec, overrides: from --config; the global batch stays the same.
     target: the slice.
-    processes: compilations side by side; each takes one or two gigabytes and more than one core.
-    tries: compilations a round, at most.
-    rounds: of the three, how many.
-    cache_dir: where reports are remembered; by default in the user's cache.
-    keep: how many of a round go into the next.
+    processes: parallel compilations; each takes one or two gigabytes and more than one core.
+    tries: most compilations in a round.
+    rounds: how many of the three rounds.
+    cache_dir: folder for cached reports; by default in the user's cache.
+    keep: how many layouts of a round go into the next.
 
   Raises:
     UserError: no candidate fits.
@@ -130,7 +130,7 @@ def default_cache() -> Path:
 
 
 def meshes(devices: int, heads: int, rows: int) -> list[Overrides]:
-  """Ways to cut a mesh, the likeliest first: fsdp short enough for a ring, and little tensor."""
+  """Possible meshes, the most promising first: `fsdp` short enough for a ring, `tensor` small."""
   ranked = []
   for doublings in range(4):
     tensor = 2**doublings
@@ -149,7 +149,7 @@ def meshes(devices: int, heads: int, rows: int) -> list[Overrides]:
 def _remat_and_accumulation(config: ConfigDict, chosen: Overrides) -> Iterable[Overrides]:
   rows = config.batch_size // (chosen["mesh.data"] * chosen["mesh.fsdp"])
   accumulations = [times for times in (1, 2, 4, 8, 16) if rows % times == 0]
-  # Full recomputation last: the first round has it, and it only fits what nothing else does.
+  # Full recomputation last: the first round has it, and it helps only if nothing else fits.
   for remats in (("none", "dots", "save_qkv"), ("full",)):
     for accumulation in accumulations:
       for remat in remats:
@@ -164,7 +164,7 @@ def _kernels_and_options(config: ConfigDict, chosen: Overrides) -> Iterable[Over
 
 
 def _best(found: Sequence[Found], keep: int, by_mesh: bool = False) -> list[Found]:
-  """The fastest; before anything is known to fit, the meshes that come nearest to it."""
+  """The fastest layouts; while none is known to fit, the meshes that come nearest to fitting."""
 
   def order(one: Found) -> tuple[float, float]:
     needed = one.report["hbm_bytes_per_chip"]["total"] if one.report else float("inf")
@@ -213,9 +213,9 @@ def _try_all(
 
 
 def misfit(config: ConfigDict, target: Slice) -> str:
-  """Why a config cannot fit the slice by arithmetic alone; empty if it may.
+  """The reason why a config cannot fit the slice by arithmetic alone; empty if it may.
 
-  A lower bound: state, gradients, and what the layers save for the backward pass.
+  A lower bound: state, gradients, and the layers' saved activations.
   """
   try:
     setup = make_setup(resolve(config), target.devices)
@@ -242,7 +242,7 @@ def _as_text(overrides: Overrides) -> dict[str, str]:
 def try_one(
   spec: str, overrides: Mapping[str, str], candidate: Overrides, target: Slice, cache: Path
 ) -> Found:
-  """Compiles one candidate in a process of its own, or remembers it. `overrides` include it."""
+  """Compiles a candidate (included in `overrides`) in its own process, or reads its report."""
   arguments = [
     f"--config={spec}",
     f"--topology={target.name}",
@@ -270,7 +270,7 @@ def try_one(
 
 @functools.cache
 def _versions() -> str:
-  """Changes whenever the program or its compiler may have."""
+  """A text that changes whenever this program or its compiler may have changed."""
   package = Path(__file__).parents[1]
   sources = b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))
   installed = [importlib.metadata.version(name) for name in ("jax", "libtpu", "flax", "optax")]
@@ -282,7 +282,7 @@ def _digest(arguments: Sequence[str]) -> str:
 
 
 def table(found: Sequence[Found], limit: int = 20) -> str:
-  """The ranking in Markdown."""
+  """Formats the ranking in Markdown."""
   lines = [
     "| tokens/s | MFU | step | HBM | layout |",
     "|---|---|---|---|---|",
@@ -305,7 +305,7 @@ def table(found: Sequence[Found], limit: int = 20) -> str:
 
 
 def describe(overrides: Overrides) -> str:
-  """'fsdp=16 remat=dots' for what is not 1 or empty."""
+  """Describes overrides that are not 1 or empty, such as 'fsdp=16 remat=dots'."""
   return " ".join(
     f"{key.rpartition('.')[2]}={value}"
     for key, value in overrides.items()

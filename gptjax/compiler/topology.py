@@ -1,4 +1,4 @@
-"""TPU slices that are not here: their names, shapes, and what is known of their chips."""
+"""TPU slices that are not here: their names, shapes, and the data of their chips."""
 
 import dataclasses
 import importlib.util
@@ -21,15 +21,15 @@ class Generation:
   """One kind of TPU.
 
   Attributes:
-    names: as Cloud writes it before the number of an accelerator type.
-    dimensions: of the torus, 2 or 3.
-    counts_cores: whether that number counts cores, two a chip, or chips.
-    clock_hz: of the matrix units: the published peak over their operations a cycle.
-    usable_hbm_gib: of one JAX device, what the compiler allows a program.
-    link_bytes_per_second: of one link of the torus, in one direction (Austin et al. 2025, How to
-      Scale Your Model, section 2, which has them as measured, a tenth below the published).
+    names: Cloud's names before the number in an accelerator type.
+    dimensions: dimensions of the torus, 2 or 3.
+    counts_cores: whether that number counts cores, two per chip, or chips.
+    clock_hz: clock of the matrix units: the published peak over their operations per cycle.
+    usable_hbm_gib: memory of one JAX device that the compiler allows a program.
+    link_bytes_per_second: rate of one link of the torus, in one direction (Austin et al. 2025, How
+      to Scale Your Model, section 2: measured, a tenth below the published rate).
     wraps_at: a dimension this long, or a multiple of it, is a ring.
-    share_of_chip: of what `chips` says of a device, what a device of the compiler has.
+    share_of_chip: the compiler's device as a share of the device in `chips`.
   """
 
   names: tuple[str, ...]
@@ -52,11 +52,11 @@ GENERATIONS = {
 
 
 class Target(Protocol):
-  """What a report needs to know of the devices that a program is compiled for.
+  """The devices that a program is compiled for, as reports need to know them.
 
-  name: as it was asked for. devices: what JAX sees. chip: what one device has at most. chips: how
-  many there are. hbm_bytes: what a program may use of one device. compiler_options: what every
-  compilation for them is told, beside the options of the config.
+  name: the name that was given. devices: JAX devices. chip: peak performance of one device. chips:
+  their number. hbm_bytes: memory that a program may use on one device. compiler_options: options of
+  every compilation for them, beside those of the config.
   """
 
   name: str
@@ -78,11 +78,11 @@ class Slice(Target):
   """TPU chips to compile for.
 
   Attributes:
-    name: as it was asked for.
-    shape: of the torus, chips; one slice of several.
-    num_slices: joined by the data centre's network.
-    devices: what JAX sees, all slices, in the order of the topology.
-    chip: what one device has at most.
+    name: the name that was given.
+    shape: shape of one slice's torus, in chips.
+    num_slices: number of slices, joined by the data centre's network.
+    devices: JAX devices of all slices, in the order of the topology.
+    chip: peak performance of one device.
     generation: its row of the table.
   """
 
@@ -99,7 +99,7 @@ class Slice(Target):
 
   @property
   def hbm_bytes(self) -> int:
-    """What a program may use of one device."""
+    """Memory that a program may use on one device."""
     return int(self.generation.usable_hbm_gib * 2**30)
 
   @property
@@ -107,10 +107,10 @@ class Slice(Target):
     return {}
 
   def link_bandwidth(self, group: int) -> float:
-    """Bytes a second that a device sends at most in a collective of `group` devices.
+    """Most bytes a second that a device sends in a collective of `group` devices.
 
-    Such a group is taken to lie along as few dimensions as hold it; a dimension that is a ring has
-    two links for it, one that is not has one.
+    The group is assumed to extend along as few dimensions as possible; a dimension that is a ring
+    has two links for it, any other has one.
     """
     links, size = 0, 1
     for length in sorted(self.shape, reverse=True):
@@ -120,10 +120,10 @@ class Slice(Target):
     return max(links, 1) * self.generation.link_bytes_per_second
 
   def busiest_link(self, messages: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
-    """How many messages share the link with the most, if all are sent at once.
+    """Number of messages on the busiest link, if all are sent at once.
 
-    Each goes from one chip's coordinates to another's, one dimension after the other, the shorter
-    way round where a dimension is a ring.
+    Each goes from one chip's coordinates to another's, one dimension after the other, in the
+    shorter direction if a dimension is a ring.
     """
     load: Counter[tuple[tuple[int, ...], int, int]] = Counter()
     for source, target in messages:
@@ -140,7 +140,7 @@ class Slice(Target):
 
 
 def find_slice(name: str, num_slices: int = 1) -> Slice:
-  """The slice of a name: as Cloud says it ('v5p-128' is 64 chips), or with its shape ('v5p:4x4x4').
+  """Finds a slice by Cloud's name ('v5p-128' is 64 chips) or by its shape ('v5p:4x4x4').
 
   Raises:
     UserError: there is no such slice, or the TPU compiler is not installed.
@@ -175,7 +175,7 @@ def find_slice(name: str, num_slices: int = 1) -> Slice:
 
 
 def parse_name(name: str) -> tuple[str, tuple[int, ...]]:
-  """'v5p-128' -> ('v5p', (4, 4, 4)); 'v5e:4x8' -> ('v5e', (4, 8))."""
+  """Parses a name: 'v5p-128' -> ('v5p', (4, 4, 4)); 'v5e:4x8' -> ('v5e', (4, 8))."""
   match = re.fullmatch(r"(\w+?)(?:-(\d+)|:(\d+(?:x\d+)*))", name)
   by_name = {alias: key for key, row in GENERATIONS.items() for alias in row.names}
   if not match or match[1] not in by_name:
@@ -214,10 +214,10 @@ def default_shape(chips: int, dimensions: int) -> tuple[int, ...]:
 
 
 def prepare_environment() -> None:
-  """Tells libtpu that there is no TPU to look for. Call before it is loaded."""
+  """Tells libtpu that there is no TPU to look for. Call it before libtpu is loaded."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
   os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-  # Several processes may compile at once: there is no chip for them to fight for.
+  # Several processes may compile at once, since no chip is used.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
