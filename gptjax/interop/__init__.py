@@ -1,1 +1,1 @@
-"""Models of other libraries' files, both ways."""
+"""Imports models from other libraries' files and exports to them."""

@@ -36,7 +36,7 @@ from gptjax.training.pretrained import (
 )
 
 FORMATS = ("gptjax", "hf", "peft")
-# Of the largest logit: float32 sums of a few thousand terms in another order.
+# Relative to the largest logit: float32 sums of a few thousand terms in another order.
 _TOLERANCE = 1e-3
 
 
@@ -52,18 +52,18 @@ def convert(
   """Writes the model and the tokenizer of a checkpoint, or its adapters, into a new folder.
 
   Args:
-    source: as `pretrained.load_model` takes it; of 'peft', a run that trained adapters.
-    target: does not exist, or is empty. It appears whole or not at all.
+    source: a checkpoint for `pretrained.load_model`; for 'peft', a run that trained adapters.
+    target: a folder that does not exist or is empty. It is written completely or not at all.
     to: 'gptjax', 'hf' or 'peft'.
-    family: of 'hf', 'peft' and an adapter, its `model_type`; None is that of the source or of what
-      it started from, or the first that fits.
-    dtype: of 'hf', that of the weights.
+    family: `model_type` for 'hf', 'peft' and an adapter; None is the type of the source or of its
+      `init_from`, or the first that fits.
+    dtype: dtype of the weights for 'hf'.
     adapter: a folder of the `peft` library to merge into the model.
 
   Raises:
-    UserError: the source cannot be read, the target is there or cannot be written, the family
-      cannot be the model, the dtype cannot hold a weight, or the adapters cannot be merged, or not
-      be written.
+    UserError: the source cannot be read, the target exists or cannot be written, the family
+      cannot express the model, the dtype cannot hold a weight, or the adapters cannot be merged or
+      written.
   """
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"--to={target} is there already and not empty; nothing is overwritten.")
@@ -88,7 +88,7 @@ def convert(
 def _model_of(
   source: str, to: str, family: str | None, dtype: str, adapter: Path | None
 ) -> Callable[[Path], None]:
-  """Loads a model, merged with an adapter; returns what writes it into a folder."""
+  """Loads a model, merged with an adapter; returns the function that writes it into a folder."""
   labels = labels_of(source)
   if to == "hf" or adapter is not None:
     task = transformers_task(labels) if labels else ""
@@ -107,18 +107,18 @@ def _model_of(
       return
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     fields = tokenizer.token_ids | (config_fields(labels) if labels else {})
-    # A text of ours ends in end_of_text, which a classifier would not find were it the padding too.
+    # Our texts end in end_of_text, which a classifier would not find if it were also the padding.
     if labels and is_run(source) and fields["pad_token_id"] == tokenizer.end_of_text:
       fields["pad_token_id"] = None
     huggingface.save(folder, model.config, params, chosen, dtype, fields)
-    # A text to be labelled is not begun by what begins a document.
+    # A text to be labelled does not begin with a document's start tokens.
     export(folder, tokenizer, starts=tokenizer.is_own and not labels)
 
   return write
 
 
 def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
-  """Loads the adapters of a run; returns what writes them into a folder."""
+  """Loads the adapters of a run; returns the function that writes them into a folder."""
   config = None if open_foreign(source) else config_lib.open_saved(epath.Path(source))
   adaptation = None if config is None else make_adaptation(config.get("peft"))
   if adaptation is None or adaptation.is_whole:
@@ -133,7 +133,7 @@ def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
 
 
 def _find_family(source: str, config: ModelConfig, family: str | None, task: str = "") -> Family:
-  """The one that is named, that of the source's files, or the first that can be the model."""
+  """The named family, the family of the source's files, or the first that can be the model."""
   foreign = None if family else open_foreign(source)
   if isinstance(foreign, huggingface.HuggingFaceModel):
     if task and foreign.labels:
@@ -143,7 +143,7 @@ def _find_family(source: str, config: ModelConfig, family: str | None, task: str
 
 
 def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | None) -> None:
-  """Writes what `pretrained.load_model` reads: a work directory whose run is at step 0."""
+  """Writes a work directory for `pretrained.load_model`, with a run at step 0."""
   values: dict[str, Any] = {"model": vars(model.config), "tokenizer": tokenizer.spec}
   if labels:
     values["task"] = {"name": labels.task, "labels": labels.names}
@@ -155,7 +155,7 @@ def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | N
 
 
 def name_checkpoint(source: str) -> str:
-  """Puts 'hf:' or 'gguf:' before what is one; a run's work directory stays as it is."""
+  """Puts 'hf:' or 'gguf:' before such a source; a run's work directory is returned unchanged."""
   if source.startswith(("hf:", "gguf:")):
     return source
   if (epath.Path(source).expanduser() / CHECKPOINTS).is_dir():
@@ -164,8 +164,8 @@ def name_checkpoint(source: str) -> str:
 
 
 def check(model: GPT, tokenizer: Tokenizer, reference: str) -> int:
-  """Prints how near a model is to what `transformers` loads of hf:PATH or gguf:FILE; 1 if they are
-  not the same model, else 0."""
+  """Prints how near a model is to the one that `transformers` loads from hf:PATH or gguf:FILE;
+  returns 0 if they are the same model, else 1."""
   same = True
   for name, found in verify(model, open_foreign(reference), tokenizer.encode).items():
     print(f"{name}: {found}")

@@ -11,9 +11,9 @@ from gptjax.interop.tensors import Entry, applicable
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import describe_parameters
 
-# Fields that change no logits, whatever they say, and are passed over in every config.
+# Fields that change no logits, whatever they say, and are ignored in every config.
 BOOKKEEPING = (
-  # Of the file and the programs that wrote it.
+  # About the file and the programs that wrote it.
   *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version"),
   *("_name_or_path", "name_or_path", "_commit_hash", "transformers.js_config", "tokenizer_class"),
   *("unsloth_version", "unsloth_fixed"),
@@ -21,7 +21,7 @@ BOOKKEEPING = (
   *("use_cache", "cache_implementation", "gradient_checkpointing", "chunk_size_feed_forward"),
   *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
   *("torchscript", "use_bfloat16", "xla_device", "tf_legacy_loss", "mamba_ssm_dtype"),
-  # What it returns beside its logits.
+  # Outputs beside its logits.
   *("output_attentions", "output_hidden_states", "output_past", "output_router_logits"),
   *("output_scores", "return_dict", "return_dict_in_generate"),
   # Tokens with a meaning, and how texts are generated.
@@ -32,15 +32,15 @@ BOOKKEEPING = (
   *("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p"),
   *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences"),
   *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "remove_invalid_values"),
-  # Of training and of heads that are trained: `Family.label_heads` reads what they need itself.
+  # For training and trained heads: `Family.label_heads` reads the fields that they need itself.
   *("id2label", "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task"),
   *("classifier_dropout", "router_aux_loss_coef", "predict_special_tokens", "summary_activation"),
   *("summary_first_dropout", "summary_last_dropout", "summary_proj_to_labels", "summary_type"),
   "summary_use_proj",
-  # Sizes that are said elsewhere.
+  # Sizes that are given elsewhere.
   *("n_ctx", "n_special"),
 )
-# Fields of which any other value would change the model.
+# Fields with their only supported values; any other value would change the model.
 _NEUTRAL: Mapping[str, Any] = {
   "add_cross_attention": False,
   "cross_attention_hidden_size": None,
@@ -57,15 +57,15 @@ class Family:
 
   Attributes:
     model_type: its name there.
-    architecture: the class that loads what we write of a config.
-    rules: of the config's fields, in the order in which they are read.
-    entries: of all tensors that a model of this config may have.
-    prefix: what the names of tensors begin with, but not where the model has no head.
-    older_names: endings of tensors' names, and what they are in older files.
+    architecture: the class that loads the files that we write for a config.
+    rules: rules for the config's fields, in the order in which they are read.
+    entries: entries for all tensors that a model of this config may have.
+    prefix: beginning of the tensors' names, except in a model without a head.
+    older_names: endings of tensors' names, and the endings in older files.
     ignored: patterns of tensors that hold nothing learnt, or a head that we do not have.
-    copies: tensors that some files have twice, and which they repeat.
+    copies: tensors that repeat another in some files, and that other.
     label_heads: the heads that score labels, by the classes of `transformers`.
-    label_head: the one of them that the models of this family have.
+    label_head: the label head that the models of this family have.
   """
 
   model_type: str
@@ -112,8 +112,8 @@ class Family:
     )
 
   def stored(self, config: ModelConfig) -> ModelConfig:
-    """The model that files of this family hold: beside a head of labels no other head, no pooler
-    that it does not read, and no bias of labels that goes into the last norm's."""
+    """The model that files of this family hold: beside a label head no other head, no pooler that
+    it does not read, and no label bias that goes into the last norm's."""
     if self.label_head is None:
       return config
     has_pooler = bool(self.label_head.pooler or config.label_pooling == "pooler")
@@ -127,7 +127,7 @@ class Family:
     )
 
   def read_config(self, fields: Fields) -> ModelConfig:
-    """Raises UserError for a field that is missing, unknown, or has a value that is."""
+    """Reads a config; UserError for a field that is missing or unknown or has an unknown value."""
     found: dict[str, Any] = {}
     for rule in self.rules:
       found |= rule.read(fields, found)
@@ -139,21 +139,17 @@ class Family:
       raise UserError(f"{fields.source}: {error}") from error
 
   def write_config(self, config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json.
-
-    Raises:
-      UserError: the family cannot be such a model.
-    """
+    """The fields of config.json; UserError if the family cannot express the model."""
     if lacking := self.lacks(config):
       kind = f"family {self.model_type!r}" if self.label_head is None else self.architecture(config)
       raise UserError(f"{kind} lacks {'; '.join(lacking)}.")
     return self._written(config)
 
   def lacks(self, config: ModelConfig) -> list[str]:
-    """Lists the fields of a config that the family cannot express; empty if it can be such a model.
+    """Lists the fields of a config that the family cannot express; empty if it can express all.
 
     Raises:
-      UserError: what it would say is no model, or has no place for a parameter.
+      UserError: the fields it would write are no model, or it has no place for a parameter.
     """
     source = f"family {self.model_type!r} of this model"
     config = self.stored(config)
@@ -175,7 +171,7 @@ class Family:
     return theirs
 
   def _tensors_that_decide(self, config: ModelConfig) -> set[str]:
-    """Names of tensors whose presence is part of the config, as `Fields.tensors` has them."""
+    """Names of tensors whose presence is part of the config, for `Fields.tensors`."""
     decided = {
       "head_transform/linear/kernel": config.head_transform,
       "pooler/kernel": config.pooler,
@@ -186,7 +182,7 @@ class Family:
 
 
 def pass_over_bookkeeping(fields: Fields) -> None:
-  """Takes the fields that change nothing; UserError for one whose value would."""
+  """Takes the fields that do not change the model; UserError if the value of one would."""
   for name in BOOKKEEPING:
     fields.take(name, None)
   for name, neutral in _NEUTRAL.items():
@@ -195,5 +191,5 @@ def pass_over_bookkeeping(fields: Fields) -> None:
 
 
 def always_these(*entries: Entry) -> Callable[[ModelConfig], Sequence[Entry]]:
-  """The entries of a family whose names do not depend on the config."""
+  """The entries of a family in which they do not depend on the config."""
   return lambda config: entries

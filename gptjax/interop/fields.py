@@ -1,4 +1,4 @@
-"""The fields of another library's config, each mapped to ours by a rule that reads and writes."""
+"""Maps the fields of another library's config to ours, by rules that read and write."""
 
 import dataclasses
 import math
@@ -14,11 +14,11 @@ _KINDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 
 
 class Fields:
-  """The fields of a file, of which none may stay unread.
+  """The fields of a file, all of which must be read.
 
   Attributes:
     source: the file, for errors.
-    tensors: names of the tensors that come with it, which decide what a config leaves open.
+    tensors: names of the file's tensors, which decide what the config leaves open.
   """
 
   def __init__(self, values: Mapping[str, Any], source: str, tensors: Collection[str] = ()):
@@ -30,8 +30,8 @@ class Fields:
     """Returns the value of a field.
 
     Raises:
-      UserError: it is missing and has no default, or it is neither that nor of `kind`, a type or a
-        union of some; an int is a float too, a bool is no int.
+      UserError: it is missing and has no default, or it is neither the default nor of `kind`, a
+        type or a union of types; an int is also a float, a bool is not an int.
     """
     value = self._unread.pop(name, default)
     if value is REQUIRED:
@@ -46,7 +46,7 @@ class Fields:
     return value
 
   def take_mapping(self, name: str) -> Mapping[str, Any] | None:
-    """Returns a field that has fields; None if it is null or missing."""
+    """Returns a field with fields of its own; None if it is null or missing."""
     return self.take(name, None, dict | None)
 
   def refuse(self, name: str, value: Any, known: Collection[Any]) -> UserError:
@@ -65,9 +65,9 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One thing that configs say, both ways.
+  """One correspondence between their fields and ours, in both directions.
 
-  read: their fields, and what of our config the rules before it found -> more of it.
+  read: their fields, and the fields of ours from earlier rules -> more fields of ours.
   write: our config -> their fields.
   """
 
@@ -76,8 +76,8 @@ class Rule:
 
 
 def same(theirs: str, ours: str, default: Any = REQUIRED, *, none: Any = None) -> Rule:
-  """A value that is copied. `none` is what we write for their null, or for a field that is missing
-  and whose default is null."""
+  """A value that is copied. `none` is our value for their null, or for a missing field whose
+  default is null."""
 
   kind = _KINDS[ours] if none is None else _KINDS[ours] | None
 
@@ -93,12 +93,12 @@ def same(theirs: str, ours: str, default: Any = REQUIRED, *, none: Any = None) -
 
 
 def copied(**theirs: str) -> tuple[Rule, ...]:
-  """Values that must be there and are copied, each by our name for it."""
+  """Required values that are copied, by our names."""
   return tuple(same(name, ours) for ours, name in theirs.items())
 
 
 def several(theirs: str, *ours: str, default: Any = REQUIRED) -> Rule:
-  """A value that we say more than once."""
+  """A value that we have in several fields."""
 
   def read(fields, found):
     return dict.fromkeys(ours, fields.take(theirs, default, _KINDS[ours[0]]))
@@ -107,7 +107,7 @@ def several(theirs: str, *ours: str, default: Any = REQUIRED) -> Rule:
 
 
 def choice(theirs: str, values: Mapping[Any, Mapping[str, Any]], default: Any = REQUIRED) -> Rule:
-  """A value that stands for some of our fields; of values that mean the same, the first is
+  """A value that stands for some of our fields; among values with the same meaning, the first is
   written."""
 
   def read(fields, found):
@@ -122,19 +122,19 @@ def choice(theirs: str, values: Mapping[Any, Mapping[str, Any]], default: Any = 
       for value, ours in values.items()
       if all(getattr(config, name) == x for name, x in ours.items())
     )
-    # Where none fits, what is written reads as another config, which the caller refuses.
+    # If none fits, the written value reads as another config, which the caller refuses.
     return {theirs: next(fits, next(iter(values)))}
 
   return Rule(read, write)
 
 
 def always(**ours: Any) -> Rule:
-  """Fields of ours that the architecture implies, without a field of theirs."""
+  """Values of our fields that the architecture implies, without a field of theirs."""
   return Rule(lambda fields, found: ours, lambda config: {})
 
 
 def fixed(theirs: str, value: Any) -> Rule:
-  """A field of which we know one value alone, its default."""
+  """A field with a single supported value, its default."""
 
   def read(fields, found):
     if (said := fields.take(theirs, value)) != value:
@@ -145,7 +145,7 @@ def fixed(theirs: str, value: Any) -> Rule:
 
 
 def ignored(*names: str) -> Rule:
-  """Fields that say nothing of what the model computes."""
+  """Fields without influence on the model's output."""
 
   def read(fields, found):
     for name in names:
@@ -163,8 +163,8 @@ def read_layers(
   window: int | None,
   num_layers: int,
 ) -> dict[str, Any]:
-  """`layer_pattern` and `window` of what a field calls the kind of each layer; `names` maps their
-  kinds to ours."""
+  """`layer_pattern` and `window` from a field with the kind of each layer; `names` maps their kinds
+  to ours."""
   for kind in kinds:
     if not isinstance(kind, str) or kind not in names:
       raise fields.refuse(theirs, kind, names)

@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp: Llama, Qwen 2 and Qwen 3, their weights dequantised as they are read."""
+"""Reads GGUF files of llama.cpp: Llama, Qwen 2 and Qwen 3, with weights dequantised on reading."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from gptjax.model.gpt import ParameterInfo, describe_parameters
 from gptjax.model.positions import rope_frequencies
 
 _ROPE_FACTORS = "rope_freqs.weight"
-# Of Llama 3.1 to 3.3; files have only the factors that follow from it.
+# Scaling of Llama 3.1 to 3.3; files have only the factors that follow from it.
 _LLAMA3_ORIGINAL_POSITIONS = 8192
 
 
@@ -57,7 +57,7 @@ _FAMILIES = {
 
 
 def _entries(architecture: str) -> tuple[Entry, ...]:
-  # llama.cpp turns neighbouring dimensions of Llama together, and has put them side by side.
+  # llama.cpp rotates neighbouring dimensions of Llama together, and reorders them accordingly.
   pairs = {"rotary_pairs": architecture == "llama"}
   return (
     *table("token_embd", "embed"),
@@ -100,14 +100,14 @@ class _GGUFTensors:
 
 
 class GGUFModel:
-  """An opened file, `path`: the config and the parameters of our model, to be loaded.
+  """An opened file, `path`: our config of its model, and its parameters to load.
 
   Attributes:
-    labels: none, since GGUF holds language models.
+    labels: None, since GGUF holds language models.
 
   Raises:
-    UserError: there is no such file, it is damaged, its architecture or a field of it is unknown,
-      or its tensors do not fit its fields.
+    UserError: there is no such file, it is damaged, its architecture or a field is unknown, or its
+      tensors do not fit its fields.
   """
 
   labels = None
@@ -134,7 +134,7 @@ class GGUFModel:
     if "token_embd.weight" not in self._tensors.names:
       raise UserError(f"{path}: no tensor 'token_embd.weight', which the config needs.")
     found["vocab_size"] = self._tensors.shape("token_embd.weight")[0]
-    # Stored in float32; the number that was meant has few digits.
+    # Stored in float32; the original number has few digits.
     found["norm_eps"] = float(f"{found['norm_eps']:.6g}")
     try:
       self.config = ModelConfig(**self._with_llama3_rope(found))
@@ -153,7 +153,7 @@ class GGUFModel:
   def load(
     self, shardings: Mapping[str, jax.sharding.Sharding], *, progress: bool = False
   ) -> dict[str, Any]:
-    """The parameters as `Importer.load` makes them."""
+    """Loads the parameters by `Importer.load`."""
     return self._importer.load(shardings, progress=progress)
 
   @property
@@ -162,7 +162,7 @@ class GGUFModel:
     return str(self.path)
 
   def _with_llama3_rope(self, found: dict[str, Any]) -> dict[str, Any]:
-    """Llama 3.1's scaling, told by the factors that it divides the frequencies by."""
+    """Adds Llama 3.1's scaling, recognised by the factors that divide the frequencies."""
     if _ROPE_FACTORS not in self._tensors.names:
       return found
     factors = self._tensors.read(_ROPE_FACTORS)
@@ -180,9 +180,9 @@ class GGUFModel:
 
 def _open(path: Path) -> tuple[dict[str, Any], _GGUFTensors]:
   reader = open_gguf(path)
-  from gguf.quants import dequantize  # There, since the file is open.
+  from gguf.quants import dequantize  # Installed, since the file is open.
 
-  # Lists of tokens and merges take seconds to decode, and are none of the model's fields.
+  # Lists of tokens and merges take seconds to decode, and the model does not need them.
   fields = {
     name: field.contents()
     for name, field in reader.fields.items()

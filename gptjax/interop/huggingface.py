@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: config.json, safetensors and a tokenizer."""
+"""Reads and writes folders of Hugging Face models: config.json, safetensors and a tokenizer."""
 
 import json
 import re
@@ -52,20 +52,20 @@ FAMILIES: Mapping[str, Family] = {
     t5.MT5,
   )
 }
-# Files that have a model of one of these families inside, by their `model_type`.
+# Families of models that are inside files of another `model_type`, by that type.
 _INSIDE: Mapping[str, Family] = {"gemma3": gemma.GEMMA3_INSIDE}
 _READ: Mapping[str, Family] = {**FAMILIES, **_INSIDE}
-# Without these fields `transformers` takes the ids of the tokens of one model of the family.
+# Without these fields `transformers` takes the token ids of one model of the family.
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bpe"]
 
 
 class HuggingFaceModel:
-  """An opened folder: the config and the parameters of our model, to be loaded.
+  """An opened folder: our config of its model, and its parameters to load.
 
   Attributes:
-    labels: what its head scores; None of a language model.
+    labels: the labels of its head; None for a language model.
 
   Raises:
     UserError: there is no such folder, its architecture or one of its fields is unknown, its
@@ -97,7 +97,7 @@ class HuggingFaceModel:
   def load(
     self, shardings: Mapping[str, jax.sharding.Sharding], *, progress: bool = False
   ) -> dict[str, Any]:
-    """The parameters as `Importer.load` makes them."""
+    """Loads the parameters by `Importer.load`."""
     with TensorFiles(self.folder) as tensors:
       return self._importer(tensors).load(shardings, progress=progress)
 
@@ -122,7 +122,7 @@ class HuggingFaceModel:
 
 
 def find_folder(path: str) -> Path:
-  """A local folder, or a model of the Hub, fetched by its id where `huggingface_hub` can.
+  """A local folder, or a model of the Hub, fetched by its id with `huggingface_hub`.
 
   Raises:
     UserError: it is neither, or it cannot be fetched.
@@ -156,15 +156,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def find_family(config: ModelConfig, name: str | None = None, task: str = "") -> Family:
-  """The family that can be a model of this config; the first of them, or the one that is named.
+  """The first family that can express this config, or the named one.
 
   Args:
-    config: of the model.
+    config: config of the model.
     name: a `model_type`.
-    task: of a model of labels, what `transformers` calls its head.
+    task: for a model with a label head, the head's name in `transformers`.
 
   Raises:
-    UserError: no family can, or the named one cannot; it says what is lacking.
+    UserError: no family can, or the named one cannot; it says what is missing.
   """
   if config.num_labels and not task:
     raise UserError(
@@ -182,7 +182,7 @@ def find_family(config: ModelConfig, name: str | None = None, task: str = "") ->
       family = family.with_task(task) if task else family
       found.append((family.lacks(config), family))
     except UserError:
-      continue  # Further away than one that only lacks something.
+      continue  # Less suitable than a family that only lacks something.
   lacking, nearest = min(found, key=lambda one: len(one[0]))
   if lacking:
     kind = nearest.architecture(config) if task else repr(nearest.model_type)
@@ -201,12 +201,11 @@ def save(
   dtype: str = "float32",
   more_fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-  """Writes config.json, with the fields that no model says, and the weights into an existing empty
-  folder.
+  """Writes config.json, with `more_fields`, and the weights into an existing empty folder.
 
   Raises:
-    UserError: the family cannot say what the config is, a bias of labels has no place there, or the
-      dtype cannot hold a value.
+    UserError: the family cannot express the config, a label bias has no place there, or the dtype
+      cannot hold a value.
   """
   fields = _NO_TOKENS | more_fields | family.write_config(config) | {"dtype": dtype}
   stored = family.stored(config)

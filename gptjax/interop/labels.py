@@ -1,4 +1,4 @@
-"""Heads that score labels, as `transformers` has them, and the names of the labels."""
+"""Label heads in the format of `transformers`, and the names of the labels."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,24 +13,24 @@ from gptjax.interop.tensors import Entry, linear
 from gptjax.objectives.task import find_task
 from gptjax.training.pretrained import Labels, number_labels
 
-# The tasks that a head of `transformers` is read as, by `LabelTask.transformers_head`.
+# Tasks that a head of `transformers` can be read as, by `LabelTask.transformers_head`.
 _READ_AS = ("classification", "multi_label", "regression", "tagging", "span")
-# Classes that score as another does.
+# Classes that score like another.
 _ALIASES = {"NextSentencePrediction": "SequenceClassification"}
-# Where a bias of the labels can go that a head has no place for.
+# The bias that can absorb a label bias for which a head has no place.
 _FOLDS_INTO = "final_norm/bias"
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelHead:
-  """The head that a class of `transformers` puts on the model in place of the language model's.
+  """The head of a class of `transformers` that replaces the language model's.
 
   Attributes:
     theirs: name of the projection onto the labels.
-    bias: whether it has one.
-    pooler: name of the pooler that it reads, of a class that reads one.
-    pooler_activation: the pooler's.
-    prefix: what the names of the model's tensors begin with, if not with the family's prefix.
+    bias: whether that has a bias.
+    pooler: name of the pooler that it reads, if it reads one.
+    pooler_activation: the pooler's activation.
+    prefix: beginning of the names of the model's tensors, if not the family's prefix.
   """
 
   theirs: str
@@ -48,7 +48,7 @@ class LabelHead:
 
   @property
   def rule(self) -> Rule:
-    """Reads how many labels there are, and what their head is like."""
+    """The rule that reads the number of labels and the properties of their head."""
 
     def read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
       names = fields.take("id2label", None, dict | None)
@@ -85,7 +85,7 @@ def read_labels(values: Mapping[str, Any], task: str, source: str) -> Labels:
 
   Args:
     values: the fields.
-    task: as of `transformers_task`.
+    task: as in `transformers_task`.
     source: the file, for errors.
 
   Raises:
@@ -108,14 +108,14 @@ def read_labels(values: Mapping[str, Any], task: str, source: str) -> Labels:
 
 
 def can_fold_bias(parameters: Mapping[str, Any]) -> bool:
-  """Whether a model of these parameters has a place for what `fold_bias` folds."""
+  """Whether a model with these parameters has a bias into which `fold_bias` can fold."""
   return _FOLDS_INTO in parameters
 
 
 def fold_bias(params: Mapping[str, Any]) -> dict[str, Any]:
-  """The parameters of the same model without a bias of the labels, W x + b = W (x + c).
+  """The parameters of an equivalent model without a label bias, W x + b = W (x + c).
 
-  c is the smallest of those with W c = b, and goes into the bias of the norm that makes x.
+  c is the smallest solution of W c = b, and goes into the bias of the norm that computes x.
 
   Raises:
     UserError: there is no such c, or float32 cannot hold it.

@@ -1,4 +1,4 @@
-"""Moves parameters between files of another library and arrays of ours, tensor by tensor."""
+"""Moves parameters between another library's files and our arrays, tensor by tensor."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from gptjax.model.gpt import ParameterInfo
 
 
 class Tensors(Protocol):
-  """The tensors of a file, by name; each is read when it is asked for."""
+  """The tensors of a file, by name; each is read only when asked for."""
 
   @property
   def names(self) -> frozenset[str]: ...
@@ -28,15 +28,15 @@ class Tensors(Protocol):
 
 
 class Importer:
-  """Parameters of a model from the tensors of a file; checked whole before any is read.
+  """Loads parameters of a model from the tensors of a file; all are checked before any is read.
 
   Args:
-    entries: which tensor holds what.
+    entries: which tensor holds which parameters.
     tensors: the file.
-    parameters: of our model.
-    config: of our model.
+    parameters: descriptions of our model's parameters.
+    config: config of our model.
     source: the file's name, for errors.
-    prefix, older_names, ignored, copies: as of `Family`.
+    prefix, older_names, ignored, copies: as in `Family`.
 
   Raises:
     UserError: a tensor is missing, is of another shape, or has no place in the model.
@@ -78,12 +78,12 @@ class Importer:
   def load(
     self, shardings: Mapping[str, jax.sharding.Sharding], *, progress: bool = False
   ) -> dict[str, Any]:
-    """Returns the parameters of which there are shardings, float32, each device's part on that
-    device. Beside the result what this process has of one parameter is in memory, and the tensor
-    that is being read.
+    """Returns the parameters named in `shardings`, float32, each device's part on that device.
+    Beside the result, memory holds this process's part of one parameter and the tensor that is
+    being read.
 
     Raises:
-      UserError: a tensor is not one of floats, or a copy of one that the config ties to it is not.
+      UserError: a tensor is not of floats, or differs from one that the config ties it to.
     """
     for name, original in self._copies.items():
       if not np.array_equal(self._tensors.read(name), self._tensors.read(original)):
@@ -97,7 +97,7 @@ class Importer:
     return traverse_util.unflatten_dict(loaded, sep="/")
 
   def _load_parameter(self, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Reads each tensor once, and none of which no device here has a part."""
+    """Reads each tensor once, and skips those without a part on the devices here."""
     info, entry = self._parameters[name], self._entry_of[name]
     own = entry.ours.index(name)
 

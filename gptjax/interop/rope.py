@@ -1,4 +1,4 @@
-"""Rotary positions in configs, and how they are scaled."""
+"""Rotary positions and their scaling in configs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from gptjax.errors import UserError
 from gptjax.interop.fields import REQUIRED, Fields, Rule
 from gptjax.model.config import ModelConfig
 
-# Of each `rope_type`: our numbers, their names, and what the method itself has, which we say as 0.
+# For each `rope_type`: our fields, their names, and the method's default, which is 0 in our fields.
 _SCALINGS: Mapping[str, Sequence[tuple[str, str, float | None]]] = {
   "default": (),
   "linear": (("rope_factor", "factor", None),),
@@ -39,10 +39,10 @@ def rope(
   """Rotary positions: `rope_parameters`, or `rope_theta` and `rope_scaling` in older files.
 
   Args:
-    default_base, default_fraction: base and rotated part of a file that does not say them.
-    must_say_scaling: whether a file that says nothing is refused.
-    older_base, older_fraction: what older files call the base and the rotated part of a head; None
-      where they have no field for it.
+    default_base, default_fraction: base and rotated part if the file does not give them.
+    must_say_scaling: whether a file without `rope_parameters` and `rope_scaling` is refused.
+    older_base, older_fraction: names of the base and the rotated part of a head in older files;
+      None if they have no such field.
     kinds: the scalings that the family has.
   """
 
@@ -59,7 +59,7 @@ def rope(
 
   def write(config):
     theirs = write_rope(config)
-    if older_fraction:  # Whose default may be another.
+    if older_fraction:  # Its default may differ.
       theirs.setdefault("partial_rotary_factor", 1.0)
     return {"rope_parameters": theirs}
 
@@ -69,7 +69,7 @@ def rope(
 def read_rope(
   fields: Fields, found: Mapping[str, Any], kinds: Sequence[str] = tuple(_SCALINGS)
 ) -> dict[str, Any]:
-  """One set of rotary parameters -> our fields; `found` has the width and the positions."""
+  """Reads a set of rotary parameters into our fields; `found` has the width and the positions."""
 
   def number(name: str, default: Any = REQUIRED) -> float:
     return float(fields.take(name, default, float))
@@ -107,8 +107,8 @@ def read_rope(
 
 
 def _attention_factor(fields: Fields, factor: float) -> float:
-  """The factor of rotated queries and keys under 'yarn'; 0 for the method's own. DeepSeek's files
-  have the ratio of two numbers like the method's, with `mscale` in place of its 1."""
+  """The factor of rotated queries and keys in 'yarn'; 0 for the method's default. In DeepSeek's
+  files it is the ratio of two such numbers, with `mscale` instead of the method's 1."""
   said = fields.take("attention_factor", None, float | None)
   scales = [fields.take(name, None, float | None) for name in ("mscale", "mscale_all_dim")]
   if said is None and all(scales) and factor > 1:
@@ -124,7 +124,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
   theirs |= {name: getattr(config, ours) or own for ours, name, own in _SCALINGS[kind]}
   if config.rope_dim != config.head_dim:
     fraction = config.rope_dim / config.head_dim
-    if int(config.head_dim * fraction) < config.rope_dim:  # As it is read.
+    if int(config.head_dim * fraction) < config.rope_dim:  # Rounded as in reading.
       fraction = math.nextafter(fraction, 1)
     theirs["partial_rotary_factor"] = fraction
   if kind in ("llama3", "yarn"):

@@ -1,7 +1,7 @@
-"""The tensors of another library's files, each mapped to ours by an entry that is read both ways.
+"""Maps the tensors of another library's files to our parameters, by entries that work both ways.
 
-Axes: N heads, H head width. A parameter of ours is first brought to two axes, [in, out], and a bias
-to one, [out], without the axis of layers; that of experts stays in front unless a tensor is of one.
+Axes: N heads, H head width. Our parameter is first reshaped to two axes, [in, out], a bias to one,
+[out], without the layers' axis; the experts' axis stays in front unless each has its own tensor.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from gptjax.model.gpt import ParameterInfo
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One tensor of theirs, and the parameters of ours that it holds.
+  """One tensor of theirs, and our parameters that it holds.
 
   Attributes:
     theirs: its name; `{i}` is the layer, `{e}` the expert.
-    ours: the names of the parameters, in their order along its outputs.
-    transposed: a matrix is [out, in] (torch.nn.Linear).
-    groups: how the outputs of several parameters lie: one after the other if 1, or in so many
-      groups of a part of each: 'heads', or 'mlp', outputs in turn.
-    rotary_pairs: the dimensions that are rotated together lie side by side in each head, where ours
-      are half a head apart.
+    ours: the names of our parameters, in their order along its outputs.
+    transposed: whether a matrix is [out, in] (torch.nn.Linear).
+    groups: order of the outputs of several parameters: one parameter after the other if 1, or in
+      as many groups, with a part of each, as there are 'heads' or 'mlp' outputs.
+    rotary_pairs: whether dimensions that are rotated together are adjacent in each head; ours are
+      half a head apart.
   """
 
   theirs: str
@@ -37,14 +37,14 @@ class Entry:
   rotary_pairs: bool = False
 
   def names(self, parameters: Mapping[str, ParameterInfo]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, index) of each tensor that the entry stands for; the index is that of its layer, or of
-    its layer and expert, in the parameters, and empty where a tensor is a whole parameter."""
+    """(name, index) of each tensor of the entry; the index in our parameters is the layer, or the
+    layer and expert, or empty if a tensor is a whole parameter."""
     info = parameters[self.ours[0]]
     for index in np.ndindex(*info.shape[: self._stacks(info)]):
       yield self.theirs.format(**dict(zip("ie", index, strict=False))), index
 
   def with_prefix(self, old: str, new: str) -> "Entry":
-    """The entry of a tensor whose name begins otherwise."""
+    """The entry with another prefix of the tensor's name."""
     if not self.theirs.startswith(old):
       return self
     return dataclasses.replace(self, theirs=new + self.theirs.removeprefix(old))
@@ -63,7 +63,7 @@ class Entry:
     parameters: Mapping[str, ParameterInfo],
     config: ModelConfig,
   ) -> list[np.ndarray]:
-    """Their tensor -> a layer (or an expert of it) of each parameter, in our shape."""
+    """Splits their tensor into a layer (or an expert of it) of each parameter, in our shape."""
     flats = [self._flat(parameters[name]) for name in self.ours]
     if self._is_transposed(parameters):
       tensor = tensor.swapaxes(-1, -2)
@@ -107,7 +107,7 @@ class Entry:
     return self.transposed and parameters[self.ours[0]].fan_in_axes is not None
 
   def _stacks(self, info: ParameterInfo) -> int:
-    """How many leading axes of a parameter a tensor has one index of."""
+    """How many leading axes of a parameter (layers, experts) are split over tensors."""
     return (info.axes[0] == "layers") + ("{e}" in self.theirs)
 
   def _own_shape(self, info: ParameterInfo) -> tuple[int, ...]:
@@ -125,8 +125,8 @@ class Entry:
 
 
 def _rotary_pairs(x: np.ndarray, config: ModelConfig) -> np.ndarray:
-  """[..., N * H]: the first rope_dim dimensions of a head from (0, R/2), (1, R/2 + 1) ... apart to
-  side by side."""
+  """Reorders [..., N * H] so that the rotated pairs (0, R/2), (1, R/2 + 1) ... of each head, R
+  being rope_dim, become adjacent."""
   rotated, rest = _rotary_parts(x, config)
   pairs = rotated.reshape(*rotated.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(rotated.shape)
   return np.concatenate([pairs, rest], axis=-1).reshape(x.shape)
@@ -144,7 +144,7 @@ def _rotary_parts(x: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, np.nd
 
 
 def linear(theirs: str, *ours: str, **how) -> list[Entry]:
-  """A torch.nn.Linear: weight [out, in] and, where ours has one, bias."""
+  """A torch.nn.Linear: weight [out, in] and, if ours has one, bias."""
   return _projection(theirs, ours, transposed=True, **how)
 
 
@@ -168,7 +168,7 @@ def norm(theirs: str, ours: str) -> list[Entry]:
 
 
 def linears(theirs: str, ours: str, **names: str) -> list[Entry]:
-  """A torch.nn.Linear for each of our names, below what both sides call the module."""
+  """A torch.nn.Linear for each of our names, within modules with the given names."""
   return [
     entry
     for name, written in names.items()
@@ -183,7 +183,7 @@ def table(theirs: str, ours: str) -> list[Entry]:
 def applicable(
   entries: Sequence[Entry], parameters: Mapping[str, ParameterInfo], family: str
 ) -> list[Entry]:
-  """The entries whose parameters this model has: each parameter in exactly one.
+  """The entries for this model's parameters, each parameter in exactly one.
 
   Raises:
     UserError: the family has no place for a parameter.

@@ -1,4 +1,4 @@
-"""Holds our model against that of `transformers`, on the same tokens."""
+"""Compares our model with the one of `transformers` on the same tokens."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +24,9 @@ _NEEDS = "--verify runs transformers: pip install torch transformers, and accele
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-  """How near two models' logits are, of one row of tokens.
+  """Agreement of two models' logits on a row of tokens.
 
-  largest_difference: of any logit. scale: the largest logit of the reference. kl: nats, the mean
+  largest_difference: over all logits. scale: the largest logit of the reference. kl: nats, the mean
   over positions of KL(reference || ours). top1: the share of positions with the same best token.
   """
 
@@ -63,15 +63,15 @@ def verify(
 
   Args:
     model: ours.
-    reference: the files that `transformers` is to load.
-    encode: the tokenizer's text -> ids.
+    reference: the files for `transformers` to load.
+    encode: the tokenizer's function from text to ids.
 
   Raises:
     UserError: torch, transformers or, for GGUF, accelerate is not installed.
   """
   config = model.config
   rng = np.random.default_rng(0)
-  # From its offset on: RoBERTa gives padding, the id before it, no position.
+  # Ids from the offset on: RoBERTa gives padding, the id before that, no position.
   random = rng.integers(config.position_offset, config.vocab_size, _RANDOM_TOKENS)
   room = config.max_positions - config.position_offset
   rows = {"random tokens": random[:room], "text": encode(TEXT)[:room]}
@@ -91,7 +91,7 @@ def verify(
   def run(tokens) -> Agreement:
     ours = np.asarray(run_ours(params, np.asarray([tokens], np.int32)))[0]
     theirs = run_reference(tokens)
-    if theirs.ndim == 1:  # Of the text, where ours has scores of each token.
+    if theirs.ndim == 1:  # Scores of the text; ours has scores of each token.
       ours, theirs = ours[0 if config.visibility == "bidirectional" else -1, None], theirs[None]
     return compare(ours, theirs)
 
@@ -105,8 +105,8 @@ def _has_logits(config: ModelConfig) -> bool:
 def _load_reference(
   reference: HuggingFaceModel | GGUFModel,
 ) -> Callable[[Sequence[int]], np.ndarray]:
-  """A function from tokens [T] to logits [T, V], or to hidden states where there are none; of
-  labels [T, K], or [K] of a class that scores texts."""
+  """A function from tokens [T] to logits [T, V], or hidden states if there are none; with labels to
+  scores [T, K], or [K] from a class that scores texts."""
   try:
     import torch
     import transformers

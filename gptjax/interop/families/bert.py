@@ -1,6 +1,6 @@
 """BERT, RoBERTa, XLM-R, CamemBERT and DistilBERT: encoders, with the head of masked language
-modelling and the pooler if the file has them. Chinese BERT and RoBERTa-wwm-ext are of the
-architecture BERT."""
+modelling and the pooler if the file has them. Chinese BERT and RoBERTa-wwm-ext have BERT's
+architecture."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +34,7 @@ _RULES = (
   same("attention_probs_dropout_prob", "attention_dropout", 0.1),
   fixed("position_embedding_type", "absolute"),
   fixed("tie_word_embeddings", True),
-  # Of the original Chinese models, whose pooler is as of the others.
+  # In the original Chinese models, whose pooler is the usual one.
   ignored(
     "directionality",
     "pooler_fc_size",
@@ -51,7 +51,7 @@ _NEXT_SENTENCE = "cls.seq_relationship"
 
 
 def _heads(transform: str, prefix: str) -> Rule:
-  """The heads of a model, which its tensors tell."""
+  """The heads of a model, which follow from its tensors."""
 
   def read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     has_head = f"{transform}.weight" in fields.tensors
@@ -84,7 +84,7 @@ def _encoder(prefix: str) -> list[Entry]:
 
 
 def _read_offset(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
-  # Positions are counted from one behind the id of padding.
+  # Positions are counted from the id after padding's.
   return {"position_offset": fields.take("pad_token_id", 1, int) + 1}
 
 
@@ -101,7 +101,7 @@ def _architecture(name: str):
   return of
 
 
-# Of LayerNorms, in files of before 2019 and those made of them.
+# Names in LayerNorms, in files from before 2019 and files made from them.
 _OLDER_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 BERT = Family(
@@ -136,13 +136,13 @@ BERT = Family(
 
 
 def _roberta(model_type: str, stem: str) -> Family:
-  """RoBERTa, or one that differs from it in its name and its vocabulary."""
+  """RoBERTa, or a family that differs from it in its name and its vocabulary."""
   return Family(
     model_type,
     _architecture(stem),
     (
       *_RULES,
-      # Its head has this one whatever the layers have, and ours has theirs.
+      # Its head always has this activation; our head has the activation of the layers.
       choice("hidden_act", {"gelu": {"activation": "gelu"}}, "gelu"),
       Rule(_read_offset, lambda config: {"pad_token_id": config.position_offset - 1}),
       _heads("lm_head.dense", "roberta."),
@@ -186,7 +186,7 @@ DISTILBERT = Family(
     same("attention_dropout", "attention_dropout", 0.1),
     choice("activation", ACTIVATIONS, "gelu"),
     fixed("tie_word_embeddings", True),
-    # The table of positions is in the file, whatever it was made of.
+    # The table of positions is in the file, even if it was computed.
     ignored("sinusoidal_pos_embds", "tie_weights_", "qa_dropout", "seq_classif_dropout"),
     always(**_POST_NORM, norm_eps=1e-12),
     _heads("vocab_transform", "distilbert."),

@@ -35,7 +35,7 @@ from gptjax.interop.tensors import norm
 
 
 def _attention_scale() -> Rule:
-  """`query_pre_attn_scalar`, of whose root the logits are divided."""
+  """`query_pre_attn_scalar`, whose root divides the attention logits."""
 
   def write(config):
     scalar = round((config.attention_scale or config.head_dim**-0.5) ** -2, 6)
@@ -60,7 +60,7 @@ _GEMMA = (
 _LATER_GEMMA = (
   *_GEMMA,
   choice("hidden_activation", {"gelu_pytorch_tanh": {"activation": "geglu"}}, "gelu_pytorch_tanh"),
-  # Older files say it here too, where it is not read.
+  # Older files repeat it in this field, which is not read.
   ignored("hidden_act"),
   _attention_scale(),
   always(norm_placement="both"),
@@ -71,7 +71,7 @@ GEMMA = decoder(
   "Gemma",
   (
     *_GEMMA,
-    # The first files say 'gelu' and mean its approximation.
+    # The first files say 'gelu' but mean its approximation.
     choice(
       "hidden_act",
       {"gelu_pytorch_tanh": {"activation": "geglu"}, "gelu": {"activation": "geglu"}},
@@ -113,7 +113,7 @@ def _five_local(fields, found, window) -> list[str]:
 
 
 def _gemma3_rope() -> Rule:
-  """Rotary positions of both kinds of layers; those of the local ones are never scaled."""
+  """Rotary positions of both kinds of layers; in local layers they are never scaled."""
 
   def read(fields, found):
     parameters = fields.take_mapping("rope_parameters")
@@ -144,7 +144,7 @@ GEMMA3 = decoder(
   (
     *_LATER_GEMMA,
     same("final_logit_softcapping", "logit_soft_cap", None, none=0.0),
-    # The reference has a field for a cap of attention, which it does not read.
+    # The reference has a field for a cap of attention but does not read it.
     ignored("_sliding_window_pattern", "attn_logit_softcapping"),
     always(qk_norm=True),
     layers(4096, _five_local),
@@ -156,7 +156,7 @@ GEMMA3 = decoder(
 
 
 def _text_config(rules: Sequence[Rule], defaults: Mapping[str, Any]) -> Rule:
-  """The text's part of a multimodal config; `defaults` are what its files leave out."""
+  """The text's part of a multimodal config; `defaults` are for fields that its files omit."""
 
   def read(fields, found):
     inner = fields.nested("text_config", {**defaults, **fields.take("text_config", kind=dict)})
@@ -169,12 +169,12 @@ def _text_config(rules: Sequence[Rule], defaults: Mapping[str, Any]) -> Rule:
   return Rule(read, lambda config: {})
 
 
-# The text of a multimodal Gemma 3, whose files have its weights under another name beside those of
-# images, which are left out. It is written as a Gemma 3 of text.
+# The text model of a multimodal Gemma 3, whose files have its weights under another name beside the
+# image model's, which are left out. It is written as a Gemma 3 for text.
 GEMMA3_INSIDE = dataclasses.replace(
   GEMMA3,
   rules=(
-    # What `transformers` takes for a field that is not there, in the configs of 4B to 27B.
+    # Defaults of `transformers` for fields that are missing in the configs of 4B to 27B.
     _text_config(
       GEMMA3.rules,
       {

@@ -55,7 +55,7 @@ def _label_heads(stem: str) -> dict[str, LabelHead]:
 
 
 def _mlp_dim(theirs: str) -> Rule:
-  """A width that is null for four times that of the model."""
+  """The feed-forward width, null for four times the model's width."""
   return Rule(
     lambda fields, found: {
       "mlp_dim": fields.take(theirs, None, int | None) or 4 * found["embed_dim"]
@@ -84,7 +84,7 @@ GPT1 = Family(
     *_SHAPE,
     *_DROPOUTS,
     Rule(lambda fields, found: {"mlp_dim": 4 * found["embed_dim"]}, lambda config: {}),
-    # What this architecture calls 'gelu' is the approximation by tanh.
+    # In this architecture 'gelu' is the approximation by tanh.
     choice("afn", {"gelu": {"activation": "gelu_tanh"}, "relu": {"activation": "relu"}}, "gelu"),
     same("tie_word_embeddings", "tied_head", True),
     always(norm_placement="post"),

@@ -1,5 +1,5 @@
-"""Llama and what descends from it: Mistral, Qwen 2 and 3 (dense and of experts), Phi-3, Granite,
-OLMo 2, SmolLM3, Mixtral, gpt-oss; Gemma in a file of its own."""
+"""Llama and its descendants: Mistral, Qwen 2 and 3 (dense and with experts), Phi-3, Granite,
+OLMo 2, SmolLM3, Mixtral, gpt-oss. Gemma is in a file of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -31,8 +31,8 @@ _KINDS = {FULL: "full", SLIDING: "local"}
 def shape(
   norm_eps: float = 1e-6, *, kv_heads: Any = REQUIRED, head_dim: Any = None
 ) -> tuple[Rule, ...]:
-  """`kv_heads` and `head_dim`: None where they follow from the other sizes if the file does not
-  have them; other families then have numbers of one model's."""
+  """Rules for a model's sizes. `kv_heads` and `head_dim` are defaults, the numbers of one model;
+  None derives them from the other sizes."""
   return (
     *copied(vocab_size="vocab_size", embed_dim="hidden_size", mlp_dim="intermediate_size"),
     *copied(num_layers="num_hidden_layers", num_heads="num_attention_heads"),
@@ -81,7 +81,7 @@ def decoder(
   entries: Sequence[Entry] = LLAMA_ENTRIES,
   heads: Mapping[str, LabelHead] = MappingProxyType({}),
 ) -> Family:
-  """A family whose class of language models is called `stem`ForCausalLM."""
+  """A family of decoders, whose class of language models is `stem`ForCausalLM."""
   return Family(
     model_type,
     lambda config: f"{stem}ForCausalLM",
@@ -95,7 +95,7 @@ def decoder(
 
 
 def label_heads(stem: str, question_answering: str | None = None) -> dict[str, LabelHead]:
-  """`question_answering`: the prefix of the class for it, of a family that has one."""
+  """Label heads of a family; `question_answering` is the prefix of that class, if there is one."""
   heads = {
     f"{stem}ForSequenceClassification": LabelHead("score", bias=False),
     f"{stem}ForTokenClassification": LabelHead("score"),
@@ -109,8 +109,8 @@ def label_heads(stem: str, question_answering: str | None = None) -> dict[str, L
 def layers(
   window: int | None, default: Callable[[Fields, Mapping[str, Any], int | None], list[str]]
 ) -> Rule:
-  """`layer_types` and `sliding_window`. `default(fields, found, window)` makes the types of a file
-  that does not list them; null is no window."""
+  """`layer_types` and `sliding_window`, null for no window. `default(fields, found, window)` makes
+  the types for a file that does not list them."""
 
   def read(fields, found):
     size = fields.take("sliding_window", window, int | None)
@@ -128,8 +128,8 @@ def layers(
 
 
 def _one_window(default: int | None, switch: str | None = None) -> Rule:
-  """A window of all layers, or of none (Mistral). `switch` is a field that says whether it is used,
-  False where it is missing."""
+  """A window in all layers or in none (Mistral). `switch` is a field that says whether it is used,
+  False if it is missing."""
 
   def read(fields, found):
     window = fields.take("sliding_window", default, int | None)
@@ -146,7 +146,7 @@ def _one_window(default: int | None, switch: str | None = None) -> Rule:
 
 
 def _qwen_layers() -> Rule:
-  """Layers from `max_window_layers` on have a window, where windows are used at all."""
+  """Layers from `max_window_layers` on have a window, if windows are used at all."""
 
   def default(fields, found, window):
     uses = fields.take("use_sliding_window", False, bool)
@@ -219,7 +219,7 @@ QWEN3 = decoder(
 
 
 def _read_rotary_layers(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
-  """`no_rope_layers`, whose 1 is a layer that rotates; or each but the last of so many does."""
+  """`no_rope_layers`, 1 for layers that rotate; or an interval, whose last layer does not."""
   count, interval = found["num_layers"], fields.take("no_rope_layer_interval", 4, int)
   rotary = fields.take("no_rope_layers", None, list | None)
   if rotary is None:
@@ -286,7 +286,7 @@ PHI3 = decoder(
     _one_window(None),
     rope(10_000.0, older_fraction="partial_rotary_factor", kinds=("default",)),
     fixed("attention_bias", False),
-    # The code that older files came with, before `transformers` had the family.
+    # The code that came with older files, before `transformers` had the family.
     ignored("original_max_position_embeddings", "auto_map"),
   ),
   entries=(
@@ -316,7 +316,7 @@ GRANITE = decoder(
       lambda fields, found: {"attention_scale": fields.take("attention_multiplier", 1.0, float)},
       lambda config: {"attention_multiplier": config.attention_scale or config.head_dim**-0.5},
     ),
-    # What the logits are divided by.
+    # The divisor of the logits.
     Rule(
       lambda fields, found: {"logit_scale": 1 / fields.take("logits_scaling", 1.0, float)},
       lambda config: {"logits_scaling": round(1 / config.logit_scale, 6)},
@@ -330,7 +330,7 @@ def every_other(fields, found, window) -> list[str]:
 
 
 def _experts(theirs: str, **projections: str) -> list[Entry]:
-  """The router and each expert's projections, by our name of each."""
+  """The router and each expert's projections, by our names."""
   theirs = f"model.layers.{{i}}.{theirs}"
   router = linear(f"{theirs}.gate", "blocks/mlp/router")
   return [*router, *linears(f"{theirs}.experts.{{e}}", "blocks/mlp", **projections)]
@@ -395,7 +395,7 @@ QWEN3_MOE = decoder(
 
 
 def _interleaved(theirs: str, part: str) -> Entry:
-  """Gate and up of each expert in one tensor, their outputs in turn."""
+  """Gate and up of each expert in one tensor, with alternating outputs."""
   return Entry(theirs, (f"blocks/mlp/gate/{part}", f"blocks/mlp/up/{part}"), groups="mlp")
 
 

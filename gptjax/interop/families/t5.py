@@ -32,14 +32,14 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_head(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
-  """A file of an untied head has its matrix, whatever its config says of tying."""
+  """An untied head has its matrix in the file, whatever the config says about tying."""
   fields.take("tie_word_embeddings", None)
   return {"tied_head": "lm_head.weight" not in fields.tensors}
 
 
 def _read_scale(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
-  """The hidden states are scaled in T5 but not in its version 1.1, which older files tell by the
-  untied head."""
+  """The scale of the hidden states in T5, but not in version 1.1, which in older files is known by
+  the untied head."""
   tied = fields.take("tie_word_embeddings", True)
   scaled = fields.take("scale_decoder_outputs", tied is not False)
   return {"logit_scale": found["embed_dim"] ** -0.5 if scaled else 1.0}
@@ -57,7 +57,7 @@ _RULES = (
   same("relative_attention_num_buckets", "t5_buckets", 32),
   same("relative_attention_max_distance", "t5_max_distance", 128),
   same("layer_norm_epsilon", "norm_eps", 1e-6),
-  # Which its positions do not end at.
+  # Its positions do not end there.
   same("n_positions", "max_positions", 512),
   several("dropout_rate", "residual_dropout", "attention_dropout", "embed_dropout", default=0.1),
   same("decoder_start_token_id", "decoder_start", 0),
@@ -76,7 +76,7 @@ _QKV = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
 def _stack(theirs: str, ours: str, last: int) -> list[Entry]:
-  """A stack whose layers have `last` sublayers before the feed-forward network."""
+  """A stack of layers with `last` sublayers before the feed-forward network."""
   layer, blocks = f"{theirs}.block.{{i}}.layer", f"{ours}blocks"
   feed_forward = f"{layer}.{last}.DenseReluDense"
   return [
@@ -93,7 +93,7 @@ def _stack(theirs: str, ours: str, last: int) -> list[Entry]:
 
 
 def _entries(up: str) -> tuple[Entry, ...]:
-  """`up` is what the plain or the gated network calls the projection."""
+  """All tensors; `up` is the projection's name in the plain or the gated network."""
   return (
     *table("shared", "embed"),
     *_stack("encoder", "encoder/", 1),
@@ -125,7 +125,7 @@ T5 = Family(
     Rule(_read_head, lambda config: {}),
   ),
   _of_config,
-  # An early file has a bias of cross-attention, which nothing reads.
+  # An early file has a bias of cross-attention that nothing reads.
   ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
   copies=_COPIES,
 )
