@@ -1,1 +1,1 @@
-"""What to run: each file has `get_config(arg)`, composed of the named parts in `configs/parts`."""
+"""Configs: each file has `get_config(arg)`, composed of the named parts in `configs/parts`."""

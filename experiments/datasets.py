@@ -100,7 +100,7 @@ def fetch(name: str) -> Path:
 
 
 def _revision() -> str:
-  """Of the code that makes examples, whose changes make them anew."""
+  """Fingerprint of the code that makes examples; when it changes, they are made again."""
   sources = (Path(module.__file__).read_bytes() for module in (recipes, splits))
   return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
 

@@ -1,4 +1,4 @@
-"""What sweeps on English prose share: short runs that keep nothing but their metrics."""
+"""Common settings of sweeps on English prose: short runs that keep only their metrics."""
 
 from collections.abc import Mapping
 from typing import Any

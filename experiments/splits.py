@@ -31,7 +31,7 @@ class LeftOut(NamedTuple):
 
 
 def letters(text: str) -> str:
-  """What two texts have in common that differ in case, spaces or punctuation alone."""
+  """A key that is equal for texts that differ only in case, spaces or punctuation."""
   return re.sub(r"\W+", "", text).casefold() or text
 
 

@@ -51,7 +51,7 @@ def _llama(
 
 
 def _gpt4_style(num_layers: int, embed_dim: int, num_heads: int, num_experts: int) -> dict:
-  """What a mixture of the size of GPT-4 may look like. OpenAI published no shape (OpenAI 2023,
+  """A possible mixture of experts of GPT-4's size. OpenAI published no shape (OpenAI 2023,
   arXiv:2303.08774, section 2) and never said that GPT-4 is a mixture: all of it is made up, but for
   the vocabulary, the 100,277 of its tokenizer rounded up to a multiple of 128."""
   return {

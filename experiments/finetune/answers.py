@@ -1,4 +1,4 @@
-"""What SmolLM2 answers before and after fine-tuning on instructions, side by side.
+"""Answers of SmolLM2 before and after fine-tuning on instructions, side by side.
 
     python -m experiments.finetune.answers --runs=runs/finetune
 

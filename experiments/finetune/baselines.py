@@ -1,4 +1,4 @@
-"""What a fine-tuned model has to beat on each set: counts, dictionaries and linear models.
+"""Baselines for fine-tuned models on each set: counts, dictionaries and linear models.
 
     python -m experiments.finetune.baselines
 

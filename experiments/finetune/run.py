@@ -149,7 +149,7 @@ def do(name: str, method: str, seed: int) -> dict[str, Any]:
 
 
 def training_figures(workdir: Path, log: Path) -> dict[str, Any]:
-  """What metrics.jsonl tells, and the number of parameters that the program printed."""
+  """The results in metrics.jsonl, and the number of parameters that the program printed."""
   lines = read_metrics(workdir)
   validations = [line for line in lines if "val/loss" in line]
   (told,) = re.findall(

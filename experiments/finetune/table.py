@@ -72,7 +72,7 @@ def results_table(name: str, results: Results) -> list[str]:
 
 
 def step_ratios() -> dict[str, str]:
-  """Of each method of `peft`, how long its step is beside LoRA's."""
+  """The time of a step of each method of `peft`, relative to LoRA's."""
   path = FOLDER / "steps.csv"
   if not path.exists():
     return {}
@@ -130,7 +130,7 @@ def place(run: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def methods_of(task: Task) -> list[str]:
-  """Those that are not trained first."""
+  """The methods of a task; those without training come first."""
   return [*(f"{shots} shots" for shots in task.prompted), *task.methods]
 
 

@@ -1,4 +1,4 @@
-"""What SmolLM2-135M-Instruct loses where its frozen kernels are kept in fewer bits.
+"""Measures the loss of SmolLM2-135M-Instruct with its frozen kernels in fewer bits.
 
     python -m experiments.pretrained.quantized
 

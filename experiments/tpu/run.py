@@ -1,4 +1,4 @@
-"""What the TPU compiler expects of GPT models on slices of 16 to 4,096 chips.
+"""The TPU compiler's estimates for GPT models on slices of 16 to 4,096 chips.
 
     python -m experiments.tpu.run [--only=NAME,...] [--processes=N] [--tries=N]
 

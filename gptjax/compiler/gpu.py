@@ -41,7 +41,8 @@ class Model:
     cores: number of streaming multiprocessors.
     fp32_units: float32 units of one multiprocessor.
     shared_kib: shared memory of one multiprocessor; a block can have 1 KiB less.
-    l2_mib, clock_ghz: second-level cache, and the highest clock.
+    l2_mib: second-level cache.
+    clock_ghz: the highest clock.
     memory_bytes: memory that the driver reports, a little less than published.
     nvlink_bytes_per_second: to the GPUs of its node, in one direction: half of the published rate.
     nic_bytes_per_second: to other nodes, by the one network card per GPU.

@@ -21,8 +21,9 @@ class Batch:
     prefix: int32 [B, T], 1 where all of the segment sees the input, for a prefix language model.
     token_types: int32 [B, T], 1 in the second of two texts.
     values: float32 [B, T, K], a target value for each of K labels, where no single label is right.
-    encoder_inputs, encoder_segment_ids, encoder_positions: int32 [B, S], the encoder's row; a
-      segment of the decoder's row sees the encoder's segment of the same id.
+    encoder_inputs: int32 [B, S], tokens the encoder reads.
+    encoder_segment_ids: int32 [B, S]; decoders see the encoder's segment of the same id.
+    encoder_positions: int32 [B, S].
   """
 
   inputs: np.ndarray | jax.Array

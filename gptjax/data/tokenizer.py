@@ -54,7 +54,9 @@ class Tokenizer:
     prefix: id to put before a text that nothing else precedes: the start of a sequence if there is
       such a token, else its end (`prefix_token_id` of lm-eval).
     stops: ids that end a completion.
-    fim_prefix, fim_middle, fim_suffix: ids for fill-in-the-middle, or None.
+    fim_prefix: id of the separator before the prefix for fill-in-the-middle, or None.
+    fim_middle: id of the one before the middle.
+    fim_suffix: id of the one before the suffix.
     mask: id of the mask token, or None.
     sentinels: ids of the sentinels for removed spans, in order (Raffel et al. 2020); may be empty.
     specials: the ids of all special tokens by their text.

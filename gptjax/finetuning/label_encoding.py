@@ -94,8 +94,8 @@ class Layout:
 
   Attributes:
     tokens: all tokens.
-    first, second: (start, stop) of the texts; the second's stop includes its end_of_text; (0, 0)
-      without a second text.
+    first: (start, stop) of the first text.
+    second: the same, with its end_of_text, of the second; (0, 0) without one.
     place: position at which a model scores the whole.
     truncated: whether the texts were cut to fit.
   """

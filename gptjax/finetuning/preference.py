@@ -29,7 +29,9 @@ class Preference(LabelTask):
   The two answers of a record, each after the prompt, have at most half a row each.
 
   Attributes:
-    prompt_key, chosen_key, rejected_key: keys of a record's texts.
+    prompt_key: key of a record's prompt.
+    chosen_key: key of its better answer.
+    rejected_key: key of its worse answer.
     separator: text between a prompt and an answer.
   """
 

@@ -73,11 +73,12 @@ class Mask:
 
   Attributes:
     kernel: 'xla', 'splash' or 'cudnn'.
-    window, visibility: see `visible`.
+    window: see `visible`.
+    visibility: see `visible`.
     segment_ids_BT: for a kernel that computes the mask itself.
-    visible_BTS, query_positions_BT: the mask for other kernels, and the positions of its queries,
-      which adapters with additional keys need.
+    visible_BTS: the mask for other kernels.
     rotates: whether the layer has the model's rotary positions.
+    query_positions_BT: positions of the mask's queries, for adapters with additional keys.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})

@@ -34,7 +34,8 @@ class Group:
   """Settings of the parameters that a rule matches.
 
   Attributes:
-    lr, decay: multipliers of `optim.learning_rate` and `optim.weight_decay`.
+    lr: multiplier of `optim.learning_rate`.
+    decay: multiplier of `optim.weight_decay`.
     algorithm: replaces `optim.name`.
     frozen: neither updated nor counted in the gradient norm; no optimizer state is kept.
   """

@@ -127,7 +127,7 @@ class Study:
       )
 
   def current(self) -> dict[str, FrozenTrial]:
-    """The one entry of each key that counts."""
+    """The valid entry of each key."""
     entries = self._study.get_trials(deepcopy=False)
     retried = {number for entry in entries for number in _RETRY.retry_history(entry)}
     current: dict[str, FrozenTrial] = {}
