@@ -39,8 +39,7 @@ class FileSet:
   files: tuple[Path, ...]
 
   def identity(self) -> str:
-    """A text that changes when a file is added, removed, renamed or written, but not by moving the
-    whole folder."""
+    """Changes when a file is added, removed, renamed or written, not when the folder moves."""
     stats = [(file, file.stat()) for file in self.files]
     rows = [(str(f.relative_to(self.root)), s.st_size, s.st_mtime_ns) for f, s in stats]
     return hashlib.sha256(repr(rows).encode()).hexdigest()

@@ -15,11 +15,8 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def open_gguf(path: Path) -> Any:
-  """Opens a file as a gguf.GGUFReader.
-
-  Raises:
-    UserError: there is no such file, it is damaged or cut short, or `gguf` is not installed.
-  """
+  """Opens a file as a gguf.GGUFReader; UserError if it is missing, damaged or cut short, or if
+  `gguf` is not installed."""
   try:
     import gguf  # An extra: few need it.
   except ImportError as error:

@@ -38,8 +38,7 @@ class Template:
   source: str
 
   def render(self, example: Example, **more: str) -> str:
-    """The text of an example; UserError if the template is wrong, a variable is missing, or a null
-    is printed."""
+    """The text of an example; UserError for a wrong template, missing variable or printed null."""
     variables = {**example.record, **more}
     try:
       return _compile(self.source).render(variables)

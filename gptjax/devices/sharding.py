@@ -118,8 +118,7 @@ def _as_rings(grid: np.ndarray, axis: int) -> np.ndarray:
 
 
 def ring_of_box(box: tuple[int, ...]) -> list[tuple[int, ...]]:
-  """Orders all cells of a box so that each is next to the one before, and if possible the last to
-  the first."""
+  """Orders the cells of a box so that each is next to the one before, if possible in a ring."""
   rows = next((i for i, side in enumerate(box) if side % 2 == 0), None)
   others = [side for i, side in enumerate(box) if i != rows]
   if rows is None or math.prod(others) == 1:

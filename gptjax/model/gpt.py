@@ -38,8 +38,7 @@ class HeadTransform(nnx.Module):
 
 
 class GPT(Stack):
-  """Tokens in, logits of the vocabulary or scores of labels out. Parameters are float32; layers are
-  stacked as [L, ...]."""
+  """Tokens in, logits or scores of labels out. Parameters are float32, layers stacked [L, ...]."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, V, std = config.embed_dim, config.vocab_size, config.init_std

@@ -16,8 +16,7 @@ def hidden(
   stats: ActivationStats | None = None,
   router_stats: RouterStats | None = None,
 ) -> jax.Array:
-  """Hidden states [B, T, D] of a batch, after running the encoder if there is one; arguments as in
-  `GPT.hidden`."""
+  """Hidden states [B, T, D], after running an encoder if there is one; see `GPT.hidden`."""
   encoded = None
   if batch.encoder_inputs is not None:
     key, encoder_key = (None, None) if key is None else jax.random.split(key)

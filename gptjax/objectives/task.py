@@ -52,8 +52,7 @@ class Rows(Protocol):
 
 
 class Encoded(Protocol):
-  """A tokenised part of a corpus; `num_bytes` of UTF-8 text if known. Equal parts have equal
-  checksums."""
+  """A tokenised part of a corpus, with `num_bytes` of UTF-8 text if known, and a checksum."""
 
   num_tokens: int
   checksum: int

@@ -109,8 +109,7 @@ class NextToken(TextTask):
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(TextTask):
-  """Predicts the rest of a text after a prefix that sees itself in both directions (Raffel et al.
-  2020, section 3.2.3)."""
+  """Predicts a text after a bidirectional prefix (Raffel et al. 2020, section 3.2.3)."""
 
   name = "prefix"
   visibility = "prefix"

@@ -64,8 +64,7 @@ def bootstrap(measure: Measure, n: int, *, resamples: int = RESAMPLES, seed: int
 
 @dataclasses.dataclass(frozen=True)
 class Biased:
-  """A measure of at least 0 that noise makes larger. A bootstrap draw has the noise twice, so its
-  value is biased."""
+  """A measure of at least 0 that noise makes larger; a bootstrap draw has the noise twice."""
 
   measure: Measure
 
@@ -358,8 +357,7 @@ def code(passed: Sequence[Sequence[bool]], k: Sequence[int]) -> dict[str, Measur
 def language_modelling(
   nats: Sequence[float], tokens: Sequence[int], texts: Sequence[str]
 ) -> dict[str, Measure]:
-  """Perplexity of tokens and of words, and bits per byte, over documents; `nats` are their negative
-  log-likelihoods."""
+  """Perplexity of tokens and of words, and bits per byte; `nats` per document are -log p."""
   sizes = [(len(text.split()), len(text.encode())) for text in texts]
   table = np.array([(a, b, *c) for a, b, c in zip(nats, tokens, sizes, strict=True)], float)
 

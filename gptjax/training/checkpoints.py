@@ -127,11 +127,7 @@ class Checkpoints:
       )
 
   def wait(self) -> None:
-    """Returns when the last save is on disk.
-
-    Raises:
-      UserError: it could not be written. Raised once; the checkpoints before it are untouched.
-    """
+    """Returns when the last save is on disk; UserError, raised once, if it could not be written."""
     with _write_errors(self.directory):
       try:
         self._manager.wait_until_finished()

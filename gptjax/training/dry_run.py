@@ -11,11 +11,7 @@ from gptjax.training.setup import make_setup
 
 
 def dry_run(config: Any) -> None:
-  """Traces the training step on abstract values and prints the memory that it would take.
-
-  Raises:
-    UserError: as `resolve` and `make_setup`, and from the optimizer, the schedule or the mesh.
-  """
+  """Traces the training step on abstract values and prints the memory that it would take."""
   setup = make_setup(resolve(config))
   config, length = setup.config, setup.run_length
   optimizer = setup.make_optimizer(length)

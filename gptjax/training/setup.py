@@ -108,8 +108,7 @@ class Setup:
     return traverse_util.unflatten_dict(flat, sep="/")
 
   def frozen(self, base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The model's frozen parameters, which the step takes beside the state; `base` must not be used
-    afterwards."""
+    """The frozen parameters for the step, from `base`, which must not be used afterwards."""
     return self.adaptation.freeze(base, self.parameters, self.trained)
 
   def require_whole_model(self) -> None:
@@ -179,8 +178,7 @@ class Setup:
 
 
 def length_without_data(config: Any) -> RunLength | None:
-  """The length of a run by its config alone; None if it is given in epochs, whose length depends on
-  the data."""
+  """The length of a run by its config alone; None in epochs, whose length depends on the data."""
   if "total_epochs" in config:
     return None
   tokens = config.batch_size * config.sequence_length
