@@ -1,4 +1,4 @@
-"""What `run.py` measures, one part in a process of its own:
+"""The measurements of `run.py`, each in a process of its own:
 
     python -m experiments.gpu.parts NAME OUTPUT [smoke]
 
@@ -86,7 +86,7 @@ def measure_losses(smoke: bool) -> dict[str, Any]:
 
 
 def few_losses(setups: Mapping[str, Setup], name: str, documents: int) -> list[float]:
-  """Trains on one of the devices, from the state that the CPU makes."""
+  """Trains on one of the devices, from the CPU's initial state."""
   setup, cpu = setups[name], setups["cpu"]
   with jax.set_mesh(cpu.mesh):
     optimizer = cpu.make_optimizer(cpu.run_length)
@@ -237,7 +237,7 @@ def measure_resume(smoke: bool) -> dict[str, Any]:
 def start_training(
   model: str, overrides: Mapping[str, Any], workdir: Path, kill_at: int | None
 ) -> int | None:
-  """Trains in a process of its own, and kills it once it has told of a step, which is returned."""
+  """Trains in a process of its own, kills it after it has reported a step, and returns the step."""
   flags = os.environ.get("XLA_FLAGS", "")
   process = subprocess.Popen(
     [

@@ -1,4 +1,4 @@
-"""What gptjax does on one NVIDIA GPU: losses, MFU, decoding, kill and resume, within 20 minutes.
+"""Measures gptjax on one NVIDIA GPU: losses, MFU, decoding, kill and resume, within 20 minutes.
 
     python -m experiments.gpu.run [--output=FILE]
     python -m experiments.gpu.run --smoke --output=FILE
@@ -104,7 +104,7 @@ def write(results: Mapping[str, Any]) -> None:
 
 
 def is_good(results: Mapping[str, Any]) -> bool:
-  """Whether all was measured, and what has to be equal is."""
+  """Whether everything was measured, and values that must be equal are."""
   parts = results["parts"]
   if any(
     NOT_MEASURED in parts.get(name, {NOT_MEASURED: ""}) for name in LIMITS if name != "device"
@@ -115,7 +115,7 @@ def is_good(results: Mapping[str, Any]) -> bool:
 
 
 def table(results: Mapping[str, Any]) -> str:
-  """The results in Markdown; of what is missing, why."""
+  """The results in Markdown, with reasons for missing ones."""
   parts = results.get("parts", {})
   lines = ["| what | result |", "|---|---|"]
   for name, row in _ROWS.items():

@@ -274,7 +274,7 @@ def sum_over_rows(
 
 @contextlib.contextmanager
 def reducing_in(dtype: str) -> Iterator[None]:
-  """Adds up gradients over devices in one of `REDUCE_DTYPES`, in what is traced within.
+  """Makes code traced within add up gradients over devices in one of `REDUCE_DTYPES`.
 
   The sum of n devices in bfloat16 rounds n times to 8 bits, so that a small part beside a large one
   is lost; in float32 it sends twice the bytes.

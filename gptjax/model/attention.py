@@ -78,7 +78,7 @@ class Mask:
     segment_ids_BT: for a kernel that computes the mask itself.
     visible_BTS: the mask for other kernels.
     rotates: whether the layer has the model's rotary positions.
-    query_positions_BT: positions of the mask's queries, for adapters with additional keys.
+    query_positions_BT: positions of queries, for kernels in parts and adapters with more keys.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})

@@ -182,7 +182,7 @@ def cudnn(
 
 
 class Documents(NamedTuple):
-  """Where the documents of each row lie: int32, -1 where there is none.
+  """Offsets of the documents in each row: int32, -1 for none.
 
   starts: [B, M + 1], the last of them -1. lengths: [B, M]. are_all: whether no row has more than M.
   """
@@ -193,7 +193,7 @@ class Documents(NamedTuple):
 
 
 def find_documents(segment_ids_BT: jax.Array) -> Documents:
-  """Runs of equal segment ids, those of the padding too: what cuDNN skips, it leaves undefined."""
+  """Runs of equal segment ids, padding included, since cuDNN leaves skipped rows undefined."""
   T = segment_ids_BT.shape[1]
   # Its normalisers take 4 bytes for each head, token and document that there might be.
   M = max(MAX_DOCUMENTS, T // MEAN_DOCUMENT)

@@ -1,1 +1,1 @@
-"""How good answers are: the metrics of the field by its libraries, with bootstrap intervals."""
+"""Metrics of answers, by the field's own libraries, with bootstrap intervals."""

@@ -315,8 +315,8 @@ def check_finite(
 
 
 def agree_to_stop(history: History) -> bool:
-  """Whether the patience of process 0 is at its end. It waits for all hosts, so it is to be asked
-  only where something has been validated."""
+  """Whether process 0 has run out of patience. It waits for all hosts, so ask only after a
+  validation."""
   return bool(history.patience) and from_all_hosts(history.exhausted)[0]
 
 
