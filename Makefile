@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m gptjax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -n 2 --dist=worksteal -m "not slow"
+	$(RUN) -m pytest -n 2 --dist=worksteal --durations=20 -m "not slow"
 
 test-all: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist=worksteal
@@ -18,6 +18,7 @@ test-all: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 # Not --quiet, which would also keep --strict from seeing what is wrong. The variable is for the
 # theme's own news.
