@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.finetuning.chat_encoding import ChatEncoder, decode_flags, encode_pieces
 from gptjax.finetuning.conversations import Conversation, Conversations
 from gptjax.finetuning.record_packing import PackedConversations
-from gptjax.training.show import text_of
+from gptjax.show import text_of
 from tests.data.test_chat import (
   ANSWER,
   CHATML,

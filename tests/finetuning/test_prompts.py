@@ -17,7 +17,7 @@ from gptjax.finetuning import prompts
 from gptjax.finetuning.chat_encoding import decode_flags
 from gptjax.finetuning.prompts import PromptEncoder, Prompts
 from gptjax.inference.score import Score, encode_pair
-from gptjax.training.show import describe_row
+from gptjax.show import describe_row
 from tests.data.conftest import open_dataset
 from tests.finetuning.test_chat_encoding import spaced  # noqa: F401
 
