@@ -110,6 +110,7 @@ FLAGS_OF = {
   "evaluate": ("evaluate",),
   "convert": ("convert",),
   "diagnose": ("diagnose",),
+  "predict": ("predict",),
   "show": ("show",),
   "sweep": ("sweep",),
 }

@@ -20,7 +20,7 @@ WINGS = (
 )
 COMMANDS = (
   *("chat", "compile", "convert", "diagnose", "evaluate"),
-  *("generate", "show", "sweep", "train"),
+  *("generate", "predict", "show", "sweep", "train"),
 )
 
 

@@ -16,7 +16,7 @@ GOES_WITH = {
   "compiler": {"commands": ["compile"]},
   "diagnosis": {"commands": ["diagnose"]},
   "evals": {"commands": ["evaluate"]},
-  "finetuning": {"presets": ["finetune.py"]},
+  "finetuning": {"commands": ["predict"], "presets": ["finetune.py"]},
   "inference": {
     "wings": ["compiler", "evals"],
     "commands": ["chat", "compile", "evaluate", "generate"],

@@ -4,9 +4,7 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from gptjax.data import files
@@ -18,7 +16,6 @@ from gptjax.evals.subject import Subject
 from gptjax.evals.task import choose
 from gptjax.objectives.task import Task, make_task
 from gptjax.scores import scores
-from gptjax.training import step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +64,10 @@ def evaluate(
   """Asks the model, and measures its answers, with `resamples` draws of the bootstrap."""
   start = time.perf_counter()
   task, examples = records.task, records.examples
-  outputs = ask(records, subject)
+  answers = task.ask(subject.model, examples.examples, records.data, batch_size=subject.batch_size)
+  progress = {"total": len(examples), "disable": not subject.progress}
+  outputs = task.outputs()
+  outputs.answers = [*tqdm(answers, desc="labels", unit="text", **progress)]
   measures = task.measures(outputs)
   metrics = {
     name: scores.bootstrap(measures[name], len(examples), resamples=resamples, seed=records.seed)
@@ -91,22 +91,3 @@ def evaluate(
     for example, gold, answer in zip(examples.examples, golds, predicted, strict=True)
   ]
   return Result(f"labels:{records.path}", metrics, details, predictions, confidence, correct)
-
-
-def ask(records: LabelledRecords, subject: Subject) -> Any:
-  """The outputs of the task with the model's answers to the examples, in their order."""
-  graph, params = nnx.split(subject.model)
-  task, examples = records.task, records.examples
-  eval_step = step.make_eval_step(graph, task)
-  outputs, order = task.outputs(), []
-  bar = tqdm(total=len(examples), desc="labels", unit="text", disable=not subject.progress)
-  with bar:
-    for first in range(0, len(examples), subject.batch_size):
-      some = examples.examples[first : first + subject.batch_size]
-      batch, packed = task.pack(some, records.data)
-      _, told = eval_step(params, batch)
-      outputs.add(jax.device_get(told))
-      order += [first + member for member in packed]
-      bar.update(len(some))
-  outputs.answers = [outputs.answers[place] for place in np.argsort(order)]
-  return outputs

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from gptjax.data.batch import Batch
 from gptjax.data.options import DataOptions, PartOptions, check_records
@@ -60,6 +61,7 @@ class Classification(_OfWholeTexts, ClassTask):
   examples_per_label: int = 0
 
   name = "classification"
+  one_label = True
   metrics = ("accuracy", "f1_macro", "mcc", "ece")
   best_metric = "val/accuracy"
   transformers_head = ("SequenceClassification", "single_label_classification")
@@ -71,6 +73,9 @@ class Classification(_OfWholeTexts, ClassTask):
 
   def read_label(self, label: Any, texts: Sequence[str]) -> int:
     return records.label_index(label, self.labels)
+
+  def blank_label(self, texts: Sequence[Any]) -> int:
+    return 0
 
   def open_sources(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
     check_records(data.parts, self.name)
@@ -94,14 +99,19 @@ class Classification(_OfWholeTexts, ClassTask):
   def answers(self, batch: Batch, logits_BTK: np.ndarray) -> Iterator[Answer]:
     for row, place in np.argwhere(batch.weights > 0):
       logits_K = logits_BTK[row, place]
-      p_K = np.exp(logits_K - logits_K.max())
-      yield Answer(int(batch.targets[row, place]), int(p_K.argmax()), p_K / p_K.sum())
+      p_K = special.softmax(logits_K)
+      yield Answer(int(batch.targets[row, place]), int(p_K.argmax()), p_K)
 
   def measures(self, outputs: LabelOutputs) -> dict[str, Measure]:
     golds, predicted = outputs.golds, outputs.predicted
     correct = np.array(golds) == np.array(predicted)
     found = scores.classification(golds, predicted)
     return found | {"ece": scores.calibration_error(outputs.confidence, correct)}
+
+  def join(self, answers: Sequence[Answer]) -> Answer:
+    """The label of the mean probabilities."""
+    p_K = np.mean([answer.probabilities for answer in answers], axis=0)
+    return Answer(answers[0].gold, int(p_K.argmax()), p_K)
 
   def say(self, answer: int) -> str:
     return self.labels[answer]
@@ -125,6 +135,9 @@ class MultiLabel(_OfWholeTexts, NamedLabelTask):
   def label_names(self, label: Any) -> list[str]:
     return [records.label_text(one) for one in records.check_list(label, self.label_key, "labels")]
 
+  def blank_label(self, texts: Sequence[Any]) -> tuple[int, ...]:
+    return ()
+
   def target(self, label: tuple[int, ...], place: int) -> tuple[Target, tuple]:
     return Target(place), tuple((place, index, 1.0) for index in label)
 
@@ -144,10 +157,16 @@ class MultiLabel(_OfWholeTexts, NamedLabelTask):
 
   def answers(self, batch: Batch, logits_BTK: np.ndarray) -> Iterator[Answer]:
     for row, place in np.argwhere(batch.weights > 0):
-      yield Answer(batch.values[row, place], logits_BTK[row, place] > 0)
+      logits_K = logits_BTK[row, place]
+      yield Answer(batch.values[row, place], logits_K > 0, special.expit(logits_K))
 
   def measures(self, outputs: LabelOutputs) -> dict[str, Measure]:
     return scores.multi_label(np.array(outputs.golds) > 0, np.array(outputs.predicted))
+
+  def join(self, answers: Sequence[Answer]) -> Answer:
+    """The labels whose mean probability is above one half."""
+    p_K = np.mean([answer.probabilities for answer in answers], axis=0)
+    return Answer(answers[0].gold, p_K > 0.5, p_K)
 
   def say(self, answer: np.ndarray) -> list[str]:
     return [self.labels[index] for index in np.flatnonzero(answer)]
@@ -171,6 +190,9 @@ class Regression(_OfWholeTexts):
       raise UserError(f"{self.label_key!r} is {label!r}, not a number.")
     return float(label)
 
+  def blank_label(self, texts: Sequence[Any]) -> float:
+    return 0.0
+
   def target(self, label: float, place: int) -> tuple[Target, tuple]:
     return Target(place), ((place, 0, label),)
 
@@ -185,6 +207,10 @@ class Regression(_OfWholeTexts):
   def answers(self, batch: Batch, logits_BTK: np.ndarray) -> Iterator[Answer]:
     for row, place in np.argwhere(batch.weights > 0):
       yield Answer(float(batch.values[row, place, 0]), float(logits_BTK[row, place, 0]))
+
+  def join(self, answers: Sequence[Answer]) -> Answer:
+    """The mean."""
+    return Answer(answers[0].gold, float(np.mean([answer.predicted for answer in answers])))
 
   def measures(self, outputs: LabelOutputs) -> dict[str, Measure]:
     gold_N, predicted_N = np.array(outputs.golds), np.array(outputs.predicted)

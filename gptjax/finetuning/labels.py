@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from gptjax.data.batch import Batch
 from gptjax.data.options import DataOptions, PartOptions, check_records
@@ -32,6 +33,7 @@ from gptjax.objectives.forward import label_logits
 from gptjax.objectives.task import Task
 from gptjax.scores import scores
 from gptjax.scores.scores import Measure
+from gptjax.training.step import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,8 @@ class LabelTask(Task):
       et al. 2021 (arXiv:2106.14448), the mean of their losses plus r_drop / 4 times `divergence`.
     library: the library that the metrics need.
     columns: whether an example has a value for each label (`Batch.values`), not one label.
+    one_label: whether a whole example has exactly one label of a set.
+    is_by_word: whether the text is a list of words, each of which has a label.
     pair_key: key of a record's second text; '' is none.
     label_key: key of its label.
     transformers_head: name of the head in `transformers`, and the problem that it solves.
@@ -57,6 +61,8 @@ class LabelTask(Task):
   packs_batches: ClassVar[bool] = True
   library: ClassVar[str] = ""
   columns: ClassVar[bool] = False
+  one_label: ClassVar[bool] = False
+  is_by_word: ClassVar[bool] = False
   pair_key: ClassVar[str] = ""
   label_key: ClassVar[str] = ""
   transformers_head: ClassVar[tuple[str, str | None]] = ("", None)
@@ -77,9 +83,15 @@ class LabelTask(Task):
     return {option: key for option, key in keys.items() if key}
 
   def read(self, fields: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:
-    *texts, label = fields.values()
+    *keys, label_key = fields
+    texts = self.read_texts({key: fields[key] for key in keys})
+    return texts, self.read_label(fields[label_key], texts)
+
+  def read_texts(self, fields: Mapping[str, Any]) -> Sequence[Any]:
+    """{key: value} of a record without its label -> texts; UserError for what is none."""
+    texts = [*fields.values()]
     records.check_not_empty(texts)
-    return texts, self.read_label(label, texts)
+    return texts
 
   def read_label(self, label: Any, texts: Sequence[Any]) -> Any:
     """Parses the label of a record; UserError if that is impossible."""
@@ -88,6 +100,11 @@ class LabelTask(Task):
 
   def label_names(self, label: Any) -> list[str]:
     return [records.label_text(label)]
+
+  def blank_label(self, texts: Sequence[Any]) -> Any:
+    """Stands for the label of texts that have none yet; UserError if new texts cannot be labelled
+    alone."""
+    raise UserError(f"task={self.name!r} labels no new texts.")
 
   def open_sources(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
     """The records of a corpus: (training, validation)."""
@@ -148,6 +165,19 @@ class LabelTask(Task):
     records.warn_of_duplicates(training, validation)
 
   # --- The model ----------------------------------------------------------------------------------
+
+  def ask(
+    self, model: GPT, examples: Sequence[Example], data: DataOptions, *, batch_size: int
+  ) -> Iterator["Answer"]:
+    """Yields a model's answer to each example, in their order."""
+    graph, params = nnx.split(model)
+    eval_step = make_eval_step(graph, self)
+    for first in range(0, len(examples), batch_size):
+      batch, packed = self.pack(examples[first : first + batch_size], data)
+      _, told = eval_step(params, batch)
+      outputs = LabelOutputs(self)
+      outputs.add(jax.device_get(told))
+      yield from (outputs.answers[place] for place in np.argsort(packed))
 
   def check_model(self, model: ModelConfig) -> None:
     if model.encoder_layers:
@@ -223,9 +253,17 @@ class LabelTask(Task):
   def measures(self, outputs: "LabelOutputs") -> dict[str, Measure]:
     """The metrics as functions of the examples with given indices."""
 
+  def join(self, answers: Sequence["Answer"]) -> "Answer":
+    """Makes one answer of those to the parts of a text, in their order."""
+    raise NotImplementedError
+
   def say(self, answer: Any) -> Any:
     """Formats an answer for people and JSON."""
     return answer
+
+  def say_probabilities(self, answer: "Answer") -> Any:
+    """The probabilities of an answer as JSON holds them; None where there are none."""
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,6 +340,9 @@ class NamedLabelTask(LabelTask):
     del counts
     return examples
 
+  def say_probabilities(self, answer: "Answer") -> Any:
+    return dict(zip(self.labels, answer.probabilities.tolist(), strict=True))
+
   def labels_in(self, example: Example) -> list[int]:
     """The indices of an example's labels."""
     return [target.label for target in example.targets]
@@ -349,7 +390,8 @@ class ClassTask(NamedLabelTask):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-  """The right and the predicted answer of an example, and [K] probabilities if there are any."""
+  """What is right for an example, what is predicted, and the probabilities of the labels where
+  there are any: [K], or of each word [W, K]."""
 
   gold: Any
   predicted: Any
@@ -378,8 +420,8 @@ class LabelOutputs:
 
   @property
   def confidence(self) -> np.ndarray | None:
-    """The largest probability of each example, [N]; None without probabilities."""
-    if any(answer.probabilities is None for answer in self.answers):
+    """The largest probability of each example, [N]; None unless it has one label of a set."""
+    if not self._task.one_label:
       return None
     return np.array([answer.probabilities.max() for answer in self.answers])
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from gptjax.data.batch import Batch
 from gptjax.errors import UserError
@@ -33,6 +34,7 @@ class Tagging(ClassTask):
   word_separator: str = " "
 
   name = "tagging"
+  is_by_word = True
   metrics = ("f1", "precision", "recall")
   best_metric = "val/f1"
   library = "seqeval.metrics.sequence_labeling"
@@ -43,18 +45,21 @@ class Tagging(ClassTask):
   def between(self) -> str:
     return self.word_separator
 
-  def read(self, fields: Mapping[str, Any]) -> tuple[Sequence[Any], tuple[int, ...]]:
-    (text_key, words), (_, tags) = fields.items()
+  def read_texts(self, fields: Mapping[str, Any]) -> Sequence[Any]:
+    ((text_key, words),) = fields.items()
     records.check_list(words, text_key, "words")
     if all(isinstance(word, str) and not word.strip() for word in words):
       raise UserError("an empty text; fill it or leave the record out.")
-    return words, self.read_label(tags, words)
+    return words
 
   def read_label(self, label: Any, texts: Sequence[Any]) -> tuple[int, ...]:
     tags = records.check_list(label, self.label_key, "labels")
     if len(tags) != len(texts):
       raise UserError(f"{len(tags)} tags for {len(texts)} words; each word needs one.")
     return tuple(records.label_index(tag, self.labels) for tag in tags)
+
+  def blank_label(self, texts: Sequence[Any]) -> tuple[int, ...]:
+    return (0,) * len(texts)
 
   def label_names(self, label: Any) -> list[str]:
     return [records.label_text(tag) for tag in records.check_list(label, self.label_key, "labels")]
@@ -88,7 +93,13 @@ class Tagging(ClassTask):
       inside = (batch.segment_ids[row] == segment) & (batch.weights[row] > 0)
       words = np.flatnonzero(inside)
       words = words[np.argsort(batch.positions[row, words])]
-      yield Answer(batch.targets[row, words], logits_BTK[row, words].argmax(-1))
+      p_WK = special.softmax(logits_BTK[row, words], axis=-1)
+      yield Answer(batch.targets[row, words], p_WK.argmax(-1), p_WK)
+
+  def join(self, answers: Sequence[Answer]) -> Answer:
+    """The tags of all words."""
+    parts = ((one.gold, one.predicted, one.probabilities) for one in answers)
+    return Answer(*map(np.concatenate, zip(*parts, strict=True)))
 
   def measures(self, outputs: LabelOutputs) -> dict[str, Measure]:
     golds, predicted = outputs.golds, outputs.predicted
@@ -96,3 +107,7 @@ class Tagging(ClassTask):
 
   def say(self, answer: np.ndarray) -> list[str]:
     return [self.labels[tag] for tag in answer]
+
+  def say_probabilities(self, answer: Answer) -> list[float]:
+    """That of each word's tag."""
+    return answer.probabilities.max(-1).tolist()
