@@ -1,31 +1,42 @@
-"""Documents in local files, read at random: text, JSON lines, Parquet, the standard library.
+"""Documents in local files, read at random: text, JSON, Parquet, CSV, the standard library.
 
 A document is the value of a record's `text_key`; if that is '', the whole record as JSON.
 """
 
+import codecs
 import dataclasses
 import functools
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import platform
 import sysconfig
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 from absl import logging
+from pyarrow import csv
 
 from gptjax.errors import UserError
 from gptjax.small_files import parse_json
 
-_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+# What records are in, by the suffix of a file. A folder stands for its files of the first kind that
+# it has any of.
+_SUFFIXES = {
+  "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+  "parquet": (".parquet",),
+  "csv": (".csv", ".tsv"),
+  "json": (".json",),
+}
+RECORD_SUFFIXES = tuple(itertools.chain(*_SUFFIXES.values()))
 _BLOCK_BYTES = 1 << 24
 # How much larger than its file a decompressed text may be; real texts are 3 to 30 times as large.
 _MAX_EXPANSION = 200
@@ -264,19 +275,77 @@ class ParquetFiles:
     return pq.ParquetFile(self._files.files[number]).read_row_group(group_in_file, columns=columns)
 
 
-def open_jsonl(path: str, text_key: str, undecodable: str) -> JsonLines:
-  return JsonLines(find_files(path, _JSONL_SUFFIXES), text_key, undecodable)
+class Tables:
+  """One document a row of CSV or TSV, or an item of a JSON array; all of them in memory."""
+
+  def __init__(self, files: FileSet, text_key: str):
+    self._files, self._text_key = files, text_key
+    self._rows = [(file, row) for file in files.files for row in enumerate(_read_table(file), 1)]
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> str:
+    _, (_, record) = self._rows[index]
+    if not self._text_key:
+      return to_json(record)
+    return _text(record.get(self._text_key), self.name(index), self._text_key, [*record])
+
+  def name(self, index: int) -> str:
+    file, (number, _) = self._rows[index]
+    return f"{file}:{number}"
+
+  def sizes(self) -> np.ndarray:
+    return np.ones(len(self), np.int64)
+
+  def fingerprint(self) -> str:
+    return f"table {self._text_key} {self._files.identity()}"
 
 
-def open_parquet(path: str, text_key: str) -> ParquetFiles:
-  return ParquetFiles(find_files(path, (".parquet",)), text_key)
+def _read_table(file: Path) -> list[dict[str, Any]]:
+  if file.suffix == ".json":
+    records = parse_json(decode(file.read_bytes(), str(file), "error"), file)
+    if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
+      raise UserError(f"{file}: JSON, but neither an array of objects nor one object a line.")
+    return records
+  form = csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",", newlines_in_values=True)
+  try:
+    return csv.read_csv(file, parse_options=form).to_pylist()
+  except (OSError, pa.ArrowInvalid) as error:
+    raise UserError(f"{file}: cannot be read as {file.suffix[1:].upper()} ({error}).") from error
+
+
+def open_by_suffix(
+  path: str, text_key: str, undecodable: str, default: str = "jsonl"
+) -> JsonLines | ParquetFiles | Tables:
+  """Opens records in the format that their suffix tells, or the default where it tells none."""
+  found = find_files(path, RECORD_SUFFIXES)
+  kinds = {file: _kind_of(file, default) for file in found.files}
+  kind = min(kinds.values(), key=[*_SUFFIXES].index)
+  found = dataclasses.replace(found, files=tuple(file for file in kinds if kinds[file] == kind))
+  match kind:
+    case "jsonl":
+      return JsonLines(found, text_key, undecodable)
+    case "parquet":
+      return ParquetFiles(found, text_key)
+  return Tables(found, text_key)
+
+
+def _kind_of(file: Path, default: str) -> str:
+  kinds = (kind for kind, suffixes in _SUFFIXES.items() if file.name.endswith(suffixes))
+  kind = next(kinds, default)
+  if kind == "json":
+    with file.open("rb") as stream:  # Lines of objects are called .json too.
+      start = stream.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+    kind = "json" if start.startswith(b"[") else "jsonl"
+  return kind
 
 
 def decode(data: bytes, name: str, undecodable: str) -> str:
   """Decodes UTF-8 text; binary data is a UserError or, under 'skip', an empty document."""
   try:
     if b"\0" not in data:  # Valid UTF-8, but in no text: binary formats and UTF-16 have it.
-      return data.decode("utf-8")
+      return data.decode("utf-8").removeprefix("\ufeff")  # A byte order mark.
     reason = f"a zero byte at {data.index(0)}"
   except UnicodeDecodeError as error:
     reason = f"byte {error.start}: {error.reason}"

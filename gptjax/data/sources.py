@@ -71,10 +71,8 @@ def _open(options: PartOptions, path: str, part: str) -> Source:
       return files.TextFiles(files.find_files(path), options.undecodable)
     case "stdlib":
       return files.stdlib(options.undecodable)
-    case "jsonl":
-      return files.open_jsonl(path, options.text_key, options.undecodable)
-    case "parquet":
-      return files.open_parquet(path, options.text_key)
+    case "jsonl" | "parquet":
+      return files.open_by_suffix(path, options.text_key, options.undecodable, options.source)
     case "tfds":
       return open_tfds(path, part, options.text_key, options.tfds_data_dir)
     case "hf":

@@ -159,17 +159,15 @@ class Documents:
 
 
 def prepare_perplexity(path: str, *, seed: int = 0, limit: int = 0) -> Documents:
-  """Reads text files, or the key 'text' of JSON lines; `limit` of them are chosen by the seed.
+  """Reads text files, or the key 'text' of records; `limit` of them are chosen by the seed.
 
   Raises:
     UserError: there is no text.
   """
-  jsonl = path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
-  source = (
-    files.open_jsonl(path, "text", "error")
-    if jsonl
-    else files.TextFiles(files.find_files(path), "error")
-  )
+  if path.endswith(files.RECORD_SUFFIXES):
+    source = files.open_by_suffix(path, "text", "error")
+  else:
+    source = files.TextFiles(files.find_files(path), "error")
   documents = [(source.name(index), source[index]) for index in range(len(source))]
   documents = [(place, text) for place, text in documents if text]
   if not documents:

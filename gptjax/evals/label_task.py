@@ -51,7 +51,7 @@ def prepare(
   if subject.max_length is not None:
     data = dataclasses.replace(data, sequence_length=subject.max_length)
   text_key = next(iter(data.parts.values())).text_key
-  lines = files.open_jsonl(path, "", "error")
+  lines = files.open_by_suffix(path, "", "error")
   chosen = Subset(lines, np.array(choose([*range(len(lines))], limit, seed)))
   texts = task.read_records(chosen, text_key)
   examples = task.encode(texts, subject.tokenizer, data, progress=subject.progress)

@@ -110,7 +110,7 @@ def predict(
   """Yields what a model says of each record of a file, in its order.
 
   Args:
-    path: records, as `files.open_jsonl` takes them; a label that they have is not read.
+    path: records, as `files.open_by_suffix` takes them; a label that they have is not read.
     config: of the run (`config_of`).
     model: of it.
     tokenizer: of it.
@@ -136,7 +136,7 @@ def predict(
   data = dataclasses.replace(data, sequence_length=max_length or data.sequence_length)
   text_key = text_key or next(iter(data.parts.values())).text_key
   reader = _Unlabelled(task)
-  records = LabelledTexts(files.open_jsonl(path, "", "error"), text_key, reader).records
+  records = LabelledTexts(files.open_by_suffix(path, "", "error"), text_key, reader).records
   encoder = LabelEncoder(tokenizer, data, task)
   laid_out = [
     _lay_out(record, encoder, task, overlong)

@@ -27,7 +27,7 @@ def read(source):
 
 @pytest.mark.parametrize("suffix", OPENERS)
 def test_jsonl_reads_at_random(tmp_path, suffix):
-  source = files.open_jsonl(str(write_jsonl(tmp_path / f"a.{suffix}")), "text", "error")
+  source = files.open_by_suffix(str(write_jsonl(tmp_path / f"a.{suffix}")), "text", "error")
   assert [source[index] for index in (4, 0, 2, 1, 3, 4)] == [
     TEXTS[index] for index in (4, 0, 2, 1, 3, 4)
   ]
@@ -39,7 +39,7 @@ def test_jsonl_folder_mixes_plain_and_compressed_files(tmp_path):
   for number, suffix in enumerate(OPENERS):
     write_jsonl(tmp_path / f"{number}.{suffix}", [f"{suffix} {line}" for line in range(3)])
   (tmp_path / "README.md").write_text("not data")
-  source = files.open_jsonl(str(tmp_path), "text", "error")
+  source = files.open_by_suffix(str(tmp_path), "text", "error")
   assert read(source) == [f"{suffix} {line}" for suffix in OPENERS for line in range(3)]
   assert source.name(5) == f"{tmp_path / '1.jsonl.gz'}:3"
 
@@ -47,7 +47,7 @@ def test_jsonl_folder_mixes_plain_and_compressed_files(tmp_path):
 def test_zstandard_frames_are_read_across(tmp_path):
   path = tmp_path / "a.jsonl.zst"
   path.write_bytes(zstandard.compress(b'{"text": "a') + zstandard.compress(b'b"}\n{"text": "c"}\n'))
-  assert read(files.open_jsonl(str(path), "text", "error")) == ["ab", "c"]
+  assert read(files.open_by_suffix(str(path), "text", "error")) == ["ab", "c"]
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_a_bad_line_is_named(tmp_path, line, problem):
   path = tmp_path / "a.jsonl"
   path.write_text('{"text": "fine"}\n' + line + "\n")
   with pytest.raises(UserError, match=f"a.jsonl{problem}"):
-    read(files.open_jsonl(str(path), "text", "error"))
+    read(files.open_by_suffix(str(path), "text", "error"))
 
 
 def test_a_damaged_archive_is_named(tmp_path):
   path = write_jsonl(tmp_path / "a.jsonl.gz")
   path.write_bytes(path.read_bytes()[:-12])
   with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot be read"):
-    files.open_jsonl(str(path), "text", "error")
+    files.open_by_suffix(str(path), "text", "error")
 
 
 def test_parquet_reads_at_random_across_files_and_row_groups(tmp_path):
@@ -80,7 +80,7 @@ def test_parquet_reads_at_random_across_files_and_row_groups(tmp_path):
     texts = [f"{number} {row} 漢" for row in range(25)]
     table = pa.table({"id": range(25), "text": texts})
     pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=10)
-  source = files.open_parquet(str(tmp_path), "text")
+  source = files.open_by_suffix(str(tmp_path), "text", "error")
   assert len(source) == 50
   assert (source[49], source[0], source[24], source[25]) == (
     "1 24 漢",
@@ -94,13 +94,13 @@ def test_parquet_reads_at_random_across_files_and_row_groups(tmp_path):
 def test_parquet_names_the_missing_column_and_the_empty_cell(tmp_path):
   pq.write_table(pa.table({"content": ["a"]}), tmp_path / "a.parquet")
   with pytest.raises(UserError, match=r"no key 'text' .*text_key=content"):
-    files.open_parquet(str(tmp_path), "text")
+    files.open_by_suffix(str(tmp_path), "text", "error")
   pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
   with pytest.raises(UserError, match=r"a\.parquet:2: 'text' is NoneType"):
-    read(files.open_parquet(str(tmp_path), "text"))
+    read(files.open_by_suffix(str(tmp_path), "text", "error"))
   (tmp_path / "a.parquet").write_text("no")
   with pytest.raises(UserError, match=r"a\.parquet: not a Parquet file"):
-    files.open_parquet(str(tmp_path), "text")
+    files.open_by_suffix(str(tmp_path), "text", "error")
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe\x00", "text".encode("utf-16-le"), b"\x89PNG\r\n"])
@@ -112,6 +112,53 @@ def test_a_binary_file_is_an_error_that_names_it_or_is_skipped(tmp_path, data, c
     read(files.TextFiles(found, "error"))
   assert read(files.TextFiles(found, "skip")) == ["", "good"]
   assert "bad.txt: skipped" in caplog.text
+
+
+RECORDS = [{"text": 'a, "b"\nc', "n": 1.5}, {"text": "漢", "n": 2.0}]
+WRITTEN = {
+  "a.jsonl": "\n".join(map(json.dumps, RECORDS)),
+  "lines.json": "\n".join(map(json.dumps, RECORDS)),
+  "array.json": json.dumps(RECORDS, indent=2),
+  "a.csv": 'text,n\n"a, ""b""\nc",1.5\n漢,2.0\n',
+  "a.tsv": 'text\tn\n"a, ""b""\nc"\t1.5\n漢\t2.0\n',
+}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_format_follows_the_suffix(tmp_path, name, mark):
+  (tmp_path / name).write_text(mark + WRITTEN[name])
+  for path in (tmp_path / name, tmp_path):
+    assert read(files.open_by_suffix(str(path), "text", "error")) == ['a, "b"\nc', "漢"]
+    whole = files.open_by_suffix(str(path), "", "error")
+    assert [json.loads(record) for record in read(whole)] == RECORDS
+  with pytest.raises(UserError, match=rf"{name}:1: no key 'word' \(found: 'text', 'n'\)"):
+    read(files.open_by_suffix(str(tmp_path), "word", "error"))
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "sentence"),
+  [
+    ("a.json", "[1, 2]", "a.json: JSON, but neither an array of objects nor one object a line"),
+    ("a.csv", "a,b\n1,2,3\n", "a.csv: cannot be read as CSV .*Expected 2 columns, got 3"),
+    ("a.csv", "", "a.csv: cannot be read as CSV"),
+  ],
+)
+def test_a_bad_table_is_named(tmp_path, name, content, sentence):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(UserError, match=sentence):
+    files.open_by_suffix(str(tmp_path), "text", "error")
+
+
+def test_json_lines_come_before_other_files_of_a_folder(tmp_path):
+  (tmp_path / "train.jsonl").write_text('{"text": "a"}')
+  (tmp_path / "card.json").write_text("[1]")
+  assert read(files.open_by_suffix(str(tmp_path), "text", "error")) == ["a"]
+
+
+def test_text_has_no_byte_order_mark(tmp_path):
+  (tmp_path / "a.txt").write_text("\ufefftext")
+  assert read(files.TextFiles(files.find_files(str(tmp_path)), "error")) == ["text"]
 
 
 def test_a_folder_a_file_and_a_glob(tmp_path):
@@ -132,8 +179,8 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path):
     files.find_files(str(tmp_path / "nowhere"))
   with pytest.raises(UserError, match="no visible file in this folder"):
     files.find_files(str(tmp_path))
-  with pytest.raises(UserError, match=r"no \.parquet file in this folder"):
-    files.open_parquet(str(tmp_path), "text")
+  with pytest.raises(UserError, match=r"no \.jsonl or .* \.json file in this folder"):
+    files.open_by_suffix(str(tmp_path), "text", "error")
 
 
 def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
@@ -181,7 +228,7 @@ def test_a_small_file_that_expands_without_end_is_refused(tmp_path, monkeypatch,
       stream.write(b" " * (1 << 20))
   assert path.stat().st_size < 1 << 17
   with pytest.raises(UserError, match=rf"bomb\.{suffix}: expands to more than 200 times its"):
-    files.open_jsonl(str(path), "text", "error")
+    files.open_by_suffix(str(path), "text", "error")
 
 
 @pytest.mark.parametrize(
@@ -193,6 +240,6 @@ def test_a_small_file_that_expands_without_end_is_refused(tmp_path, monkeypatch,
 )
 def test_json_that_no_record_needs_is_refused_by_its_line(tmp_path, line, reason):
   (tmp_path / "a.jsonl").write_text('{"text": "first"}\n' + line + "\n")
-  source = files.open_jsonl(str(tmp_path), "text", "error")
+  source = files.open_by_suffix(str(tmp_path), "text", "error")
   with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{reason}"):
     source[1]

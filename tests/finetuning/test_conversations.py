@@ -142,13 +142,8 @@ def test_what_is_no_conversation_gets_one_sentence_with_its_place(record, proble
 
 
 def options(source, **changes):
-  keys = presets.PART_DEFAULTS | {
-    "key": "data",
-    "source": source,
-    "text_key": "",
-    "validation_fraction": 0.5,
-  }
-  return PartOptions(**(keys | changes))
+  keys = presets.PART_DEFAULTS | {"source": source, "text_key": "", "validation_fraction": 0.5}
+  return PartOptions("data", **(keys | changes))
 
 
 def read(pair):
@@ -171,7 +166,7 @@ def test_json_lines_are_read_with_their_line_in_errors(tmp_path):
 def test_a_broken_line_is_named(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_text('{"messages": []}\n{"messages": 1}\n[]')
-  broken = Conversations(files.open_jsonl(str(path), "", "error"))
+  broken = Conversations(files.open_by_suffix(str(path), "", "error"))
   for line, problem in enumerate(["no message is", "'messages' is int", "a JSON list, not"]):
     with pytest.raises(UserError, match=rf"a\.jsonl:{line + 1}: {problem}"):
       broken[line]
@@ -219,5 +214,5 @@ def test_tfds_records_of_bytes_and_columns_are_read(tmp_path):
 def test_what_is_said_is_text_to_train_a_tokenizer_on(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_text("\n".join(json.dumps({"messages": [HI, HELLO]}) for _ in range(3)))
-  source = Conversations(files.open_jsonl(str(path), "", "error"))
+  source = Conversations(files.open_by_suffix(str(path), "", "error"))
   assert list(conversations.texts(source, [0, 2])) == ["Hi\nHello"] * 2
