@@ -30,7 +30,7 @@ from flax import nnx
 
 from gptjax import config as config_lib
 from gptjax.errors import UserError
-from gptjax.interop.convert import FORMATS, check, convert, name_checkpoint
+from gptjax.interop.convert import FORMATS, check, convert, name_source
 from gptjax.training.pretrained import load_model
 from gptjax.training.safetensors_files import DTYPES
 
@@ -56,7 +56,7 @@ def main(overrides: Mapping[str, str]) -> int:
     raise UserError("--family is of --format=hf, --format=peft and --adapter.")
   if FLAGS.format == "peft" and FLAGS.adapter:
     raise UserError("--adapter is merged into a model, of which --format=peft writes none.")
-  source, target = name_checkpoint(FLAGS["from"].value), Path(FLAGS.to).expanduser()
+  source, target = name_source(FLAGS["from"].value), Path(FLAGS.to).expanduser()
   is_foreign = source.startswith(("hf:", "gguf:"))
   unchanged = is_foreign and FLAGS.dtype == "float32" and not FLAGS.adapter
   if FLAGS.verify and FLAGS.format != "hf" and not unchanged:

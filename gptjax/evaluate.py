@@ -31,7 +31,10 @@ FLAGS = flags.FLAGS
 
 def _define_flags() -> None:
   flags.DEFINE_string(
-    "checkpoint", None, "Work directory of a run, hf:PATH or gguf:FILE.", required=True
+    "checkpoint",
+    None,
+    "A run, a folder of Hugging Face's, hf:ORG/NAME or FILE.gguf.",
+    required=True,
   )
   flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
   flags.DEFINE_list(

@@ -26,7 +26,7 @@ FLAGS = flags.FLAGS
 
 def _define_flags() -> None:
   flags.DEFINE_string(
-    "checkpoint", None, "Work directory of a run, or hf:PATH with a head of labels.", required=True
+    "checkpoint", None, "A run, or a folder of Hugging Face's with a head of labels.", required=True
   )
   flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
   flags.DEFINE_string("input", None, "Records to label.", required=True)

@@ -10,7 +10,10 @@ FLAGS = flags.FLAGS
 def define_sampling_flags() -> None:
   """Defines the flags that `sampling_from_flags` reads, and the checkpoint's flags."""
   flags.DEFINE_string(
-    "checkpoint", None, "Work directory of a run, hf:PATH or gguf:FILE.", required=True
+    "checkpoint",
+    None,
+    "A run, a folder of Hugging Face's, hf:ORG/NAME or FILE.gguf.",
+    required=True,
   )
   flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
   flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")

@@ -31,6 +31,7 @@ from gptjax.training.pretrained import (
   labels_of,
   load_checkpoint,
   load_model,
+  name_checkpoint,
   open_foreign,
   read_model_config,
 )
@@ -128,7 +129,7 @@ def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
   task = transformers_task(labels) if labels else ""
   chosen = _find_family(config.init_from, model_config, family, task)
   model, _ = load_checkpoint(source)
-  base = config.init_from.removeprefix("hf:")
+  base = name_checkpoint(config.init_from).removeprefix("hf:")
   return lambda folder: adaptation.export(folder, model, chosen, base)
 
 
@@ -154,13 +155,11 @@ def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | N
     checkpoints.wait()
 
 
-def name_checkpoint(source: str) -> str:
-  """Puts 'hf:' or 'gguf:' before such a source; a run's work directory is returned unchanged."""
-  if source.startswith(("hf:", "gguf:")):
-    return source
-  if (epath.Path(source).expanduser() / CHECKPOINTS).is_dir():
-    return str(epath.Path(source).expanduser())
-  return f"gguf:{source}" if source.endswith(".gguf") else f"hf:{source}"
+def name_source(source: str) -> str:
+  """The checkpoint of that name, or where there is nothing of the name, the model of the Hub."""
+  named = name_checkpoint(source)
+  exists = not is_run(named) or Path(source).expanduser().exists()
+  return named if exists else f"hf:{source}"
 
 
 def check(model: GPT, tokenizer: Tokenizer, reference: str) -> int:

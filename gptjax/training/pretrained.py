@@ -1,7 +1,7 @@
 """Loads a trained model: weights, tokenizer and config, from a run or another library's files.
 
-A checkpoint is named by the work directory of a run, by hf:FOLDER or hf:ORG/NAME (Hugging Face), or
-by gguf:FILE.
+A checkpoint is the work directory of a run, a folder of Hugging Face's files or hf:ORG/NAME, or a
+GGUF file (FILE.gguf, or gguf:FILE under another name).
 """
 
 import dataclasses
@@ -32,6 +32,8 @@ _FORMATS = {
   "hf:": "gptjax.interop.huggingface:HuggingFaceModel",
   "gguf:": "gptjax.interop.gguf:GGUFModel",
 }
+# The files that tell a folder of Hugging Face's from a run's, which has a config.json too.
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +69,35 @@ def number_labels(count: int) -> tuple[str, ...]:
   return tuple(f"LABEL_{index}" for index in range(count))
 
 
+def name_checkpoint(checkpoint: epath.PathLike) -> str:
+  """Puts 'hf:' or 'gguf:' before a folder or a file that is one; a run's stays as it is."""
+  name = str(checkpoint)
+  if name.startswith(tuple(_FORMATS)):
+    return name
+  if name.endswith(".gguf"):
+    return f"gguf:{name}"
+  folder = epath.Path(name).expanduser()
+  if not (folder / config_lib.CONFIG_FILE).exists() or (folder / CHECKPOINTS).exists():
+    return name
+  weights = any(file.name.endswith(_WEIGHTS) for file in folder.iterdir())
+  return f"hf:{name}" if weights else name
+
+
 def is_run(checkpoint: epath.PathLike) -> bool:
-  """Whether a checkpoint is named by the work directory of a run."""
-  return not str(checkpoint).startswith(tuple(_FORMATS))
+  """Whether a checkpoint is the work directory of a run."""
+  return not name_checkpoint(checkpoint).startswith(tuple(_FORMATS))
 
 
 def open_foreign(checkpoint: epath.PathLike) -> ForeignModel | None:
-  """Opens hf:PATH or gguf:PATH; None if the checkpoint is not named so.
+  """Opens the files of another library; None if the checkpoint is a run.
 
   Raises:
     UserError: there is no readable model.
   """
+  name = name_checkpoint(checkpoint)
   for prefix, path in _FORMATS.items():
-    if str(checkpoint).startswith(prefix):
-      return wings.load(path, str(checkpoint))(str(checkpoint).removeprefix(prefix))
+    if name.startswith(prefix):
+      return wings.load(path, name)(name.removeprefix(prefix))
   return None
 
 
@@ -91,7 +108,7 @@ def load_model(
   their base model where that is possible.
 
   Args:
-    checkpoint: the work directory of a run, hf:PATH or gguf:PATH.
+    checkpoint: as `name_checkpoint` tells them apart.
     ema: take the moving average of the weights.
     progress: show a bar, on stderr, while another library's files are read.
 
@@ -152,7 +169,9 @@ def labels_of(checkpoint: epath.PathLike) -> Labels | None:
 def tokenizer_of(checkpoint: epath.PathLike) -> str:
   """The spec of a checkpoint's tokenizer; UserError if there is none."""
   if not checkpoint:
-    raise UserError("tokenizer='init_from' needs init_from: a run, hf:PATH or gguf:PATH.")
+    raise UserError(
+      "tokenizer='init_from' needs init_from: a run, a folder of Hugging Face's or a GGUF file."
+    )
   foreign = open_foreign(checkpoint)
   return str(epath.Path(checkpoint) / TOKENIZER) if foreign is None else foreign.tokenizer
 

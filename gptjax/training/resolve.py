@@ -51,7 +51,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
 def _architecture_to_start_from(config: ConfigDict) -> dict[str, Any]:
   """The architecture of the checkpoint `init_from`; UserError if there is none or a key differs."""
   if not config.init_from:
-    raise UserError("model=init_from needs init_from: a run, hf:PATH or gguf:PATH.")
+    raise UserError(
+      "model=init_from needs init_from: a run, a folder of Hugging Face's or a GGUF file."
+    )
   architecture = read_model_config(config.init_from).architecture
   for name, default in ModelConfig.defaults().items():
     if name in architecture and config.model[name] not in (default, architecture[name]):

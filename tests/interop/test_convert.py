@@ -21,7 +21,7 @@ from gptjax.convert import main
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.interop import convert as convert_lib
-from gptjax.interop.convert import convert, name_checkpoint
+from gptjax.interop.convert import convert, name_source
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.verify import Agreement
 from gptjax.model.gpt import describe_parameters
@@ -264,12 +264,12 @@ def test_a_tokenizer_without_a_form_there_is_refused(run, tmp_path):
 
 
 def test_checkpoints_are_named_by_what_they_are(run, original):
-  assert name_checkpoint(str(run)) == str(run)
-  assert name_checkpoint(str(original[0])) == f"hf:{original[0]}"
-  assert name_checkpoint("org/name") == "hf:org/name"
-  assert name_checkpoint("models/model.gguf") == "gguf:models/model.gguf"
+  assert name_source(str(run)) == str(run)
+  assert name_source(str(original[0])) == f"hf:{original[0]}"
+  assert name_source("org/name") == "hf:org/name"
+  assert name_source("models/model.gguf") == "gguf:models/model.gguf"
   for named in ("hf:org/name", "gguf:model.gguf"):
-    assert name_checkpoint(named) == named
+    assert name_source(named) == named
 
 
 class Flags(types.SimpleNamespace):

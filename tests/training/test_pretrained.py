@@ -21,6 +21,7 @@ from gptjax.training.pretrained import (
   check_vocabulary,
   load_model,
   load_params_into,
+  name_checkpoint,
   read_model_config,
   tokenizer_of,
 )
@@ -63,6 +64,14 @@ def expected(checkpoints):
   """(parameters by name, tokens of TEXT)."""
   model, tokenizer = load_model(checkpoints["run"])
   return tree.named_leaves(nnx.to_pure_dict(nnx.state(model))), tokenizer.encode(TEXT)
+
+
+def test_a_folder_and_a_file_are_recognised_without_their_prefix(checkpoints):
+  for named in checkpoints.values():
+    bare = named.removeprefix("hf:").removeprefix("gguf:")
+    assert name_checkpoint(bare) == name_checkpoint(named) == named
+    assert read_model_config(bare) == read_model_config(named)
+    assert tokenizer_of(bare) == tokenizer_of(named)
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf", "run"])
@@ -195,7 +204,7 @@ def test_a_run_starts_from_the_imported_model_and_goes_on(
     (
       "model=init_from,data=text",
       {"init_from": "", "tokenizer": "bytes"},
-      "model=init_from needs init_from: a run, hf:PATH or gguf:PATH",
+      "model=init_from needs init_from: a run, a folder of Hugging Face's or a GGUF file",
     ),
     ("model=init_from,data=text", {"init_from": "hf:/nowhere"}, "/nowhere: no folder of a model"),
     (
