@@ -105,6 +105,9 @@ def main(overrides) -> None:
     )
     rows += harness_rows(found)
     evaluation["lm_eval"] = {name: found[name] for name in ("results", "n-samples", "versions")}
+  for result in results:
+    if result.report:
+      print(f"{result.name}\n{result.report}")
   print(table(rows))
   if FLAGS.output:
     folder = epath.Path(FLAGS.output)

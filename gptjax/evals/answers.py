@@ -35,7 +35,8 @@ UNANSWERED = "(none)"
 @dataclasses.dataclass(frozen=True)
 class Result:
   """Results of a task. metrics: by name. details: other entries of the results file. predictions:
-  one per example, with its `place`. confidence, correct: [N], of classification by likelihood."""
+  one per example, with its `place`. confidence, correct: [N], of classification by likelihood.
+  report: table of each label for the terminal."""
 
   name: str
   metrics: dict[str, Metric]
@@ -43,6 +44,7 @@ class Result:
   predictions: list[dict[str, Any]]
   confidence: np.ndarray | None = None
   correct: np.ndarray | None = None
+  report: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

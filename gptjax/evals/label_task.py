@@ -90,4 +90,12 @@ def evaluate(
     {"place": example.name, "target": gold, "prediction": answer}
     for example, gold, answer in zip(examples.examples, golds, predicted, strict=True)
   ]
-  return Result(f"labels:{records.path}", metrics, details, predictions, confidence, correct)
+  return Result(
+    f"labels:{records.path}",
+    metrics,
+    details,
+    predictions,
+    confidence,
+    correct,
+    report=task.report(outputs),
+  )

@@ -108,6 +108,12 @@ class Classification(_OfWholeTexts, ClassTask):
     found = scores.classification(golds, predicted)
     return found | {"ece": scores.calibration_error(outputs.confidence, correct)}
 
+  def report(self, outputs: LabelOutputs) -> str:
+    golds, predicted = ([self.say(x) for x in side] for side in (outputs.golds, outputs.predicted))
+    return scores.need("sklearn.metrics").classification_report(
+      golds, predicted, labels=self.labels, digits=4, zero_division=0
+    )
+
   def join(self, answers: Sequence[Answer]) -> Answer:
     """The label of the mean probabilities."""
     p_K = np.mean([answer.probabilities for answer in answers], axis=0)
@@ -162,6 +168,15 @@ class MultiLabel(_OfWholeTexts, NamedLabelTask):
 
   def measures(self, outputs: LabelOutputs) -> dict[str, Measure]:
     return scores.multi_label(np.array(outputs.golds) > 0, np.array(outputs.predicted))
+
+  def report(self, outputs: LabelOutputs) -> str:
+    return scores.need("sklearn.metrics").classification_report(
+      np.array(outputs.golds) > 0,
+      np.array(outputs.predicted),
+      target_names=self.labels,
+      digits=4,
+      zero_division=0,
+    )
 
   def join(self, answers: Sequence[Answer]) -> Answer:
     """The labels whose mean probability is above one half."""

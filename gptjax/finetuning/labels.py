@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from gptjax.data.batch import Batch
@@ -34,6 +35,9 @@ from gptjax.objectives.task import Task
 from gptjax.scores import scores
 from gptjax.scores.scores import Measure
 from gptjax.training.step import make_eval_step
+
+# Of more labels only the commonest are counted where a run says what it learns.
+_LABELS_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +257,10 @@ class LabelTask(Task):
   def measures(self, outputs: "LabelOutputs") -> dict[str, Measure]:
     """The metrics as functions of the examples with given indices."""
 
+  def report(self, outputs: "LabelOutputs") -> str:
+    """A table of each label for the terminal; '' where there is none."""
+    return ""
+
   def join(self, answers: Sequence["Answer"]) -> "Answer":
     """Makes one answer of those to the parts of a text, in their order."""
     raise NotImplementedError
@@ -333,7 +341,23 @@ class NamedLabelTask(LabelTask):
       raise UserError(
         f"task.labels: label {missing[0]!r} has no training example; leave it out or add one."
       )
+    if once := [name for index, name in enumerate(self.labels) if counts[index] == 1]:
+      logging.warning(
+        "labels with a single training example: %s. Is each meant, or a slip of the pen?",
+        ", ".join(map(repr, once)),
+      )
     return {name: self.weigh(examples, counts) for name, examples in parts.items()}
+
+  def warnings(self, rows: Examples) -> Iterator[str]:
+    yield from super().warnings(rows)
+    counts = collections.Counter(label for one in rows.examples for label in self.labels_in(one))
+    total = max(counts.total(), 1)
+    shown = [
+      f"{self.labels[label]} {count:,} ({count / total:.1%})"
+      for label, count in counts.most_common(_LABELS_SHOWN)
+    ]
+    more = f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else ""
+    yield f"labels: {', '.join(shown)}{more}."
 
   def weigh(self, examples: Examples, counts: Mapping[int, int]) -> Examples:
     """Weights the examples by how often their labels occur in all parts."""

@@ -96,6 +96,12 @@ class Tagging(ClassTask):
       p_WK = special.softmax(logits_BTK[row, words], axis=-1)
       yield Answer(batch.targets[row, words], p_WK.argmax(-1), p_WK)
 
+  def report(self, outputs: LabelOutputs) -> str:
+    """Precision, recall and F1 of each type of entity (seqeval)."""
+    golds, predicted = ([self.say(x) for x in side] for side in (outputs.golds, outputs.predicted))
+    seqeval = scores.need("seqeval.metrics.sequence_labeling")
+    return seqeval.classification_report(golds, predicted, digits=4, zero_division=0)
+
   def join(self, answers: Sequence[Answer]) -> Answer:
     """The tags of all words."""
     parts = ((one.gold, one.predicted, one.probabilities) for one in answers)
