@@ -23,9 +23,10 @@ from gptjax import config as config_lib
 from gptjax.devices.hosts import prepare_cpu
 from gptjax.diagnosis import coordinates, learning_rate, noise_scale, spikes
 from gptjax.errors import UserError, did_you_mean
-from gptjax.training.loop import make_workdir, open_data
+from gptjax.training.loop import open_data
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import make_setup
+from gptjax.training.workdir import make_workdir
 
 FLAGS = flags.FLAGS
 WORDS = ("coordinates", "learning_rate", "noise_scale", "spikes")

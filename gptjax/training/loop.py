@@ -28,6 +28,7 @@ from gptjax.training.resolve import resolve
 from gptjax.training.setup import Setup, make_setup
 from gptjax.training.step import TrainState
 from gptjax.training.validation import History
+from gptjax.training.workdir import make_workdir, only_trainer
 
 
 def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
@@ -42,13 +43,19 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
     'val/perplexity' and 'val/bits_per_byte', or the metrics of the labels.
 
   Raises:
-    UserError: something in the config, the data or the work directory cannot be used, more than
+    UserError: something in the config, the data or the work directory cannot be used, or another
+      process trains there; more than
       `config.max_skipped_steps` updates were not finite, or the last loss is not.
     Stopped: a signal asked for it; the run has saved.
   """
   prepare_cpu()
   keep_compiled_programs()
   workdir = make_workdir(workdir)
+  with only_trainer(workdir):
+    return _train(config, workdir)
+
+
+def _train(config: Any, workdir: epath.Path) -> dict[str, float]:
   config = resolve(config)
   setup = make_setup(config)
   validation.check(config, setup.task)
@@ -157,31 +164,6 @@ def train(config: Any, workdir: epath.PathLike) -> dict[str, float]:
   if loss is None or not math.isfinite(loss):  # metrics.jsonl writes it as null.
     raise UserError(f"{workdir}: the run ended with val/loss=nan; it has learnt nothing of use.")
   return without_step(result)
-
-
-def make_workdir(workdir: epath.PathLike) -> epath.Path:
-  """Creates the work directory; UserError if process 0 cannot write it or others do not see it."""
-  workdir = epath.Path(workdir).expanduser()
-  probe = workdir / ".writable"
-  problem = None
-  if jax.process_index() == 0:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      probe.write_text("")
-    except (OSError, ImportError) as error:  # etils imports the libraries for gs:// on first use.
-      problem = error
-  if from_all_hosts(problem is not None)[0]:
-    reason = getattr(problem, "strerror", None) or problem or "process 0 says why"
-    raise UserError(f"--workdir={workdir}: cannot be written ({reason}).") from problem
-  unseen = [process for process, seen in enumerate(from_all_hosts(probe.exists())) if not seen]
-  if jax.process_index() == 0:
-    probe.unlink()
-  if unseen:
-    raise UserError(
-      f"--workdir={workdir}: process {unseen[0]} does not see what process 0 writes there; "
-      "use a directory that all hosts share, on gs:// or a network file system."
-    )
-  return workdir
 
 
 def init_or_restore(
