@@ -6,12 +6,15 @@ unit, `eval.every_steps` or `eval.every_percent`, and setting one unit replaces 
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import json
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -68,12 +71,11 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     if not epath.Path(spec).is_file():
       raise UserError(f"--config: no file {spec!r}.")
     config = _read(epath.Path(spec))
+    if missing := [part for part in ("data", "model", "optim") if part not in config]:
+      raise UserError(f"{spec}: not the config of a training run; it has no {missing[0]!r}.")
   else:
     path, _, arg = spec.partition(":")
-    try:
-      config = run_file(find_file(path)).get_config(arg or None)
-    except UserError as error:
-      raise UserError(f"{path}: {error}") from None
+    config = _get_config(find_file(path), arg)
   given: dict[str, str] = {}
   for key, value in (overrides or {}).items():
     if found := DURATION.fullmatch(key.rpartition(".")[2]):
@@ -97,12 +99,44 @@ def find_file(path: str) -> str:
     return path
   if preset.is_file() and str(Path(path).parent) in (".", "configs"):
     return str(preset)
+  if Path(path).is_dir():
+    raise UserError(f"--config={path} is a folder; name a file in it.")
   names = sorted(found.name for found in PRESETS.glob("[a-z]*.py"))
   raise UserError(f"--config: no file {path!r}. {did_you_mean(Path(path).name, names)}")
 
 
+def _get_config(path: str, arg: str) -> ConfigDict:
+  with user_code(path):
+    make = getattr(run_file(path), "get_config", None)
+    if make is None:
+      raise UserError("no get_config(arg), which makes the config.")
+    if arg and not inspect.signature(make).parameters:
+      raise UserError(f"its get_config takes no argument, such as {arg!r}.")
+    config = make(arg or None) if inspect.signature(make).parameters else make()
+    if not isinstance(config, ConfigDict):
+      raise UserError(f"get_config made {type(config).__name__}, not a ConfigDict.")
+  return config
+
+
+@contextlib.contextmanager
+def user_code(path: str) -> Iterator[None]:
+  """Names a user's file in what is wrong with it: a sentence, or the line that fails."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from None
+  except Exception as error:
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    number, line = (lines[-1].lineno, lines[-1].line) if lines else (1, "")
+    if isinstance(error, SyntaxError) and error.filename == path:
+      number, line = error.lineno, (error.text or "").strip()
+    raise UserError(f"{path}:{number}: {type(error).__name__}: {error}\n  {line}") from error
+
+
 def run_file(path: str) -> ModuleType:
   """Runs a Python file as a module, under a name that cannot be imported."""
+  if not path.endswith(".py"):
+    raise UserError("not a Python file with get_config(arg), nor the config.json of a run.")
   module_spec = importlib.util.spec_from_file_location("config_file", path)
   module = importlib.util.module_from_spec(module_spec)
   module_spec.loader.exec_module(module)
@@ -112,8 +146,8 @@ def run_file(path: str) -> ModuleType:
 def _read(path: epath.Path) -> ConfigDict:
   """Reads a config that `save` wrote, in this or an older version; lists in JSON become tuples."""
   values = read_json(path)
-  if not isinstance(values, dict):
-    raise UserError(f"{path}: not a config that a run saved; it is no JSON object.")
+  if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+    raise UserError(f"{path}: not a config that a run saved; it has no object 'model'.")
   return ConfigDict(_tuples(upgrade(values)))
 
 
@@ -324,6 +358,8 @@ def run_app(main: Callable[..., int | None], usage: str, *, words: bool = False)
       found = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
       if found:
         overrides[found[1]] = found[2]
+      elif re.fullmatch(r"--config\.[\w.]+", argument):
+        sys.exit(f"error: {argument} has no value; write {argument}=VALUE, without a space.")
       else:
         rest.append(argument)
     try:

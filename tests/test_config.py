@@ -58,6 +58,45 @@ def test_a_bad_file_or_preset_is_named(spec, sentence):
     config_lib.load(spec)
 
 
+@pytest.mark.parametrize(
+  ("name", "content", "sentence"),
+  [
+    ("README.md", "# Title", "README.md: not a Python file with get_config"),
+    ("none.py", "x = 1", r"none.py: no get_config\(arg\), which makes the config"),
+    ("number.py", "get_config = lambda arg: 5", "number.py: get_config made int, not a ConfigDict"),
+    ("syntax.py", "x = 1\ny = (\n", r"syntax.py:2: SyntaxError: '\(' was never closed.*\n  y = \("),
+    ("name.py", "\nimport nosuch", "name.py:2: ModuleNotFoundError: .*'nosuch'\n  import nosuch"),
+    (
+      "fails.py",
+      "def get_config(arg):\n  return {}[arg]",
+      "fails.py:2: KeyError: None\n  return {}",
+    ),
+    ("foreign.json", '{"a": 1}', "foreign.json: not a config that a run saved"),
+    ("bare.json", '{"model": {}}', "bare.json: not the config of a training run; .* 'data'"),
+    ("cut.json", '{"model": {', "cut.json: not JSON"),
+  ],
+)
+def test_a_file_that_is_no_config_is_refused_in_a_sentence(tmp_path, name, content, sentence):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(UserError, match=sentence):
+    config_lib.load(str(tmp_path / name))
+
+
+def test_a_folder_is_no_config(tmp_path):
+  with pytest.raises(UserError, match="is a folder; name a file in it"):
+    config_lib.load(str(tmp_path))
+
+
+def test_a_get_config_need_take_no_argument(tmp_path):
+  path = tmp_path / "plain.py"
+  path.write_text(
+    "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'a': 1})"
+  )
+  assert config_lib.load(str(path)).a == 1
+  with pytest.raises(UserError, match="takes no argument, such as 'model=tiny'"):
+    config_lib.load(f"{path}:model=tiny")
+
+
 # --- Overrides ---------------------------------------------------------------------------------
 
 

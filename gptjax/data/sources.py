@@ -133,12 +133,12 @@ def open_tfds(name: str, split: str, text_key: str, data_dir: str) -> Records:
 
 
 def open_hf(path: str, split: str, text_key: str) -> Records:
-  """Opens a Hugging Face dataset (`id`, `id:config` or a local folder); needs `gptjax[hf]`."""
+  """Opens a Hugging Face dataset (`id`, `id:config` or a local folder) by its library."""
   try:
     import datasets
   except ImportError as error:
     raise UserError(
-      'Hugging Face sets need the library `datasets`. Install it: pip install "gptjax[hf]".'
+      "Hugging Face sets need the library `datasets`. Install it: pip install datasets."
     ) from error
   name, _, config = path.partition(":")
   try:

@@ -381,4 +381,4 @@ def need(module: str) -> Any:
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    raise UserError(f'{module} is missing: pip install "gptjax[eval]" ({error}).') from error
+    raise UserError(f'{module} is missing: pip install ".[eval]" ({error}).') from error

@@ -34,6 +34,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from gptjax import config as config_lib
 from gptjax.data.options import check_path
 from gptjax.errors import UserError, did_you_mean
@@ -160,11 +162,14 @@ def load(path: str, overrides: Overrides, sample: Callable[[], Any]) -> Sweep:
   """
   if not Path(path).is_file():
     raise UserError(f"--sweep: no file {path!r}.")
-  try:
+  with config_lib.user_code(path):
     module = config_lib.run_file(path)
     if not hasattr(module, "base") or hasattr(module, "sweep") == hasattr(module, "search"):
       raise UserError("a sweep file has base(), and one of sweep() and search(trial).")
-    base = module.base().copy_and_resolve_references()
+    base = module.base()
+    if not isinstance(base, ConfigDict):
+      raise UserError(f"base() made {type(base).__name__}, not a config such as config.load makes.")
+    base = base.copy_and_resolve_references()
     for key, value in overrides.items():
       config_lib.override(base, key, value)
     search, suggest, plans = None, getattr(module, "search", None), {}
@@ -185,8 +190,6 @@ def load(path: str, overrides: Overrides, sample: Callable[[], Any]) -> Sweep:
     metric = str(getattr(module, "METRIC", default_metric(next(iter(plans.values())))))
     for arm, setup in plans.items():
       validation.check_metric(f"arm {arm!r}: METRIC", metric, setup.task)
-  except UserError as error:
-    raise UserError(f"{path}: {error}") from None
   question = (module.__doc__ or "").strip()
   return Sweep(Path(path), question, base, baseline, metric, trials, plans, search, suggest)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from gptjax.devices import chips
 from gptjax.errors import UserError
-from gptjax.small_files import write_atomically
+from gptjax.small_files import parse_json, write_atomically
 
 _UPLOAD_SECONDS = 60.0
 _PLAIN_LINE_SECONDS = 15.0
@@ -235,11 +235,18 @@ class Writer:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """Returns the lines of `WORKDIR/metrics.jsonl`, oldest first; none if there is no such file."""
+  """Returns the lines of `WORKDIR/metrics.jsonl`, oldest first, none if there is no such file, and
+  without one that is still being written; UserError for a line that is damaged."""
   path = epath.Path(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  found, text = [], path.read_bytes().decode(errors="replace")
+  for number, line in enumerate(text.splitlines(keepends=True), 1):
+    if line.endswith("\n"):
+      found.append(parse_json(line, f"{path}:{number}"))
+      if not isinstance(found[-1], dict) or "step" not in found[-1]:
+        raise UserError(f"{path}:{number}: not a line of metrics: {line[:40]!r}.")
+  return found
 
 
 class StepLog:
@@ -415,7 +422,7 @@ def _start_wandb(workdir: epath.Path, run_config: Mapping[str, Any]) -> Any:
   try:
     import wandb
   except ImportError as error:
-    raise UserError('wandb is not installed: pip install "gptjax[wandb]"') from error
+    raise UserError("wandb is not installed: pip install wandb") from error
   id_file = workdir / "wandb_id.txt"
   if not id_file.exists():
     write_atomically(id_file, uuid.uuid4().hex)

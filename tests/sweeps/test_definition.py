@@ -93,7 +93,7 @@ def test_a_search_makes_its_trials_as_they_are_suggested(read):
     ("def sweep(): yield 'a', {'model.num_heads': 5}", r"arm 'a': model\.embed_dim=32 is not div"),
     ("def sweep(): yield 'a', {'batch_size': 7}", r"arm 'a': batch_size=7 does not divide"),
     ("def sweep(): yield 'a', {'optim.name': 'adamx'}", r"arm 'a': .*no algorithm 'adamx'"),
-    ("def sweep(): yield 'a', {'task.fim_rate': 2.0}", r"arm 'a': task\.fim_rate=2\.0 must"),
+    ("def sweep(): yield 'a', {'task.fim_rate': 2.0}", r"arm 'a': task\.fim_rate is 2\.0; it must"),
     ("def sweep(): yield 'a', {}; yield 'a', {}", r"arm 'a' has seed 0 twice"),
     ("def sweep(): yield 'a b', {}; yield 'a/b', {}", r"'a b' and 'a/b' both make the folder"),
     (
@@ -118,10 +118,12 @@ def test_a_search_makes_its_trials_as_they_are_suggested(read):
     ("SEARCH = {'prunner': 'none'}" + SEARCH, r"SEARCH: no key 'prunner'\. Did you mean 'pruner'"),
     ("SEARCH = {'trials': 0}" + SEARCH, r"SEARCH\['trials'\]=0 is not a whole number"),
     ("def search(trial): return {'optim.rate': 1.0}", r"no config key 'optim\.rate'"),
+    ("def base(): pass" + ARMS, r"base\(\) made NoneType, not a config"),
+    ("def base(): return 1 / 0" + ARMS, "ZeroDivisionError: division by zero\n  def base"),
   ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(read, text, sentence):
-  with pytest.raises(UserError, match=rf"sweep\.py: .*{sentence}"):
+  with pytest.raises(UserError, match=rf"sweep\.py:.*{sentence}"):
     read(text)
 
 
