@@ -126,11 +126,16 @@ def user_code(path: str) -> Iterator[None]:
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
   except Exception as error:
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    number, line = (lines[-1].lineno, lines[-1].line) if lines else (1, "")
-    if isinstance(error, SyntaxError) and error.filename == path:
-      number, line = error.lineno, (error.text or "").strip()
-    raise UserError(f"{path}:{number}: {type(error).__name__}: {error}\n  {line}") from error
+    places = [
+      (one.filename, one.lineno, one.line) for one in traceback.extract_tb(error.__traceback__)
+    ]
+    said = str(error)
+    if isinstance(error, SyntaxError):
+      places.append((error.filename, error.lineno, (error.text or "").strip()))
+      said = error.msg
+    own = [place for place in places if Path(place[0] or "").absolute() == Path(path).absolute()]
+    _, number, line = (own or [(path, 1, "")])[-1]
+    raise UserError(f"{path}:{number}: {type(error).__name__}: {said}\n  {line}") from error
 
 
 def run_file(path: str) -> ModuleType:

@@ -76,10 +76,14 @@ def test_a_bad_file_or_preset_is_named(spec, sentence):
     ("cut.json", '{"model": {', "cut.json: not JSON"),
   ],
 )
-def test_a_file_that_is_no_config_is_refused_in_a_sentence(tmp_path, name, content, sentence):
+def test_a_file_that_is_no_config_is_refused_in_a_sentence(
+  tmp_path, monkeypatch, name, content, sentence
+):
   (tmp_path / name).write_text(content)
-  with pytest.raises(UserError, match=sentence):
-    config_lib.load(str(tmp_path / name))
+  monkeypatch.chdir(tmp_path)
+  for path in (name, str(tmp_path / name)):
+    with pytest.raises(UserError, match=sentence):
+      config_lib.load(path)
 
 
 def test_a_folder_is_no_config(tmp_path):

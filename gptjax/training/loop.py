@@ -137,7 +137,9 @@ def _train(config: Any, workdir: epath.Path) -> dict[str, float]:
             log.interrupt()
             stats = jax.device_get(observe_step(state, batch, frozen))
             writer.write(step + 1, step_lib.name_layers(stats))
-          state, metrics = train_step(state, batch, frozen)  # dispatched, not awaited
+          first = step == start
+          with writer.waiting("compiling the step") if first else contextlib.nullcontext():
+            state, metrics = train_step(state, batch, frozen)  # dispatched, not awaited
           outputs.append(metrics)
         done = step + 1
         check_finite(log.step(done, metrics), setup, step, checkpoints)  # of the step before

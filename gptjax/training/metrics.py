@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -211,6 +211,19 @@ class Writer:
     if self._active:
       tqdm.write(text)
       sys.stdout.flush()
+
+  @contextlib.contextmanager
+  def waiting(self, what: str) -> Iterator[None]:
+    """Says on stderr that something is going on which may take minutes, and how long it took."""
+    start = time.perf_counter()
+    self._say(f"{what} ...")
+    yield
+    self._say(f"{what}: {time.perf_counter() - start:.1f} s")
+
+  def _say(self, text: str) -> None:
+    if self._active:
+      tqdm.write(text, file=sys.stderr)
+      sys.stderr.flush()
 
   def close(self) -> None:
     """Finishes all files. The writer cannot be used afterwards."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from tqdm import tqdm
 
 from gptjax.data.pipeline import Dataset
 from gptjax.devices import sharding
@@ -16,6 +17,9 @@ from gptjax.training.checkpoints import Checkpoints, is_better
 from gptjax.training.metrics import Sums, read_metrics
 from gptjax.training.setup import Setup
 from gptjax.training.step import TrainState
+
+# A validation that takes longer shows how far it is.
+_SECONDS_TO_WAIT = 5.0
 
 
 def check(config: Any, task: Task) -> None:
@@ -49,7 +53,9 @@ def make_evaluate(setup: Setup, dataset: Dataset) -> Callable[[TrainState, Any],
   def evaluate(state: TrainState, frozen: Any) -> dict[str, float]:
     params = state.params if state.ema is None else state.ema
     sums, outputs = Sums(), setup.task.outputs()
-    for batch in dataset.validation_batches():
+    quiet = jax.process_index() > 0
+    batches = dataset.validation_batches()
+    for batch in tqdm(batches, "Validating", leave=False, disable=quiet, delay=_SECONDS_TO_WAIT):
       told, output = run(params, sharding.to_global(batch, setup.mesh), frozen)
       sums.add(told)
       if outputs is not None:

@@ -1,6 +1,7 @@
 """The folder of a run: who may write it, and how it is taken up again."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -48,5 +49,6 @@ def test_a_work_directory_alone_goes_on(corpus, environment, tmp_path):  # noqa:
   assert found.returncode == 0, found.stderr
   assert max(losses(tmp_path / "run")) == 6
   assert "resuming at step 4 of 6" in found.stdout
+  assert re.search(r"compiling the step \.\.\.\ncompiling the step: \d+\.\d s\n", found.stderr)
   found = call(f"--workdir={tmp_path}/none")
   assert found.stderr.startswith(f"error: --config is missing, and --workdir={tmp_path}/none has")
