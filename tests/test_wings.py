@@ -25,7 +25,7 @@ GOES_WITH = {
   "peft": {},
   "scores": {
     "wings": ["evals", "finetuning"],
-    "commands": ["evaluate"],
+    "commands": ["evaluate", "predict"],
     "presets": ["finetune.py"],
   },
   "sweeps": {"commands": ["sweep"]},

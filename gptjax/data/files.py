@@ -376,10 +376,18 @@ def to_json(record: object) -> str:
   return json.dumps(record, ensure_ascii=False, default=plain)
 
 
-def missing_key(name: object, key: str, found: Sequence[str], option: str = "data.text_key") -> str:
-  """Returns the sentence for a record without the key that an option of the config names."""
+def missing_key(
+  name: object,
+  key: str,
+  found: Sequence[str],
+  option: str = "data.text_key",
+  taken: Collection[str] = (),
+) -> str:
+  """Returns the sentence for a record without the key that an option of the config names; it
+  proposes none that other options have taken."""
   others = [other for other in found if other != key]
-  hint = f" Set --config.{option}={others[0]}." if others else ""
+  free = [other for other in others if other not in taken]
+  hint = f" Set --config.{option}={free[0]}." if free else ""
   return f"{name}: no key {key!r} (found: {', '.join(map(repr, others)) or 'nothing'}).{hint}"
 
 

@@ -117,7 +117,7 @@ class LabelledTexts:
     for option, key in keys.items():
       if key not in record:
         others = sorted(record, key=lambda other: other in keys.values())
-        raise UserError(files.missing_key(self.name(index), key, others, option))
+        raise UserError(files.missing_key(self.name(index), key, others, option, keys.values()))
     return {key: record[key] for key in keys.values()}
 
 

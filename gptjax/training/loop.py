@@ -17,7 +17,7 @@ from gptjax.devices import chips, hosts, sharding
 from gptjax.devices.hosts import from_all_hosts, keep_compiled_programs, prepare_cpu
 from gptjax.errors import UserError
 from gptjax.optim.optimizer import Optimizer
-from gptjax.training import baselines, plots, validation
+from gptjax.training import plots, validation
 from gptjax.training import step as step_lib
 from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.datasets import check_data, open_data
@@ -268,12 +268,8 @@ def conclude(
     return
   others = {}
   if config.eval.baselines and "val/bits_per_byte" in result:
-    others = {
-      "gzip -9": baselines.gzip_bits_per_byte(dataset.validation_text()),
-      "byte 5-gram": baselines.ngram_bits_per_byte(
-        dataset.training_text(), dataset.validation_text(), order=5
-      ),
-    }
+    baselines = wings.load("gptjax.scores.baselines:bits_per_byte", "eval.baselines=true")
+    others = baselines(dataset.training_text(), [*dataset.validation_text()])
   writer.upload()  # The picture is drawn of what is there.
   writer.message(f"loss curve: {plots.loss_curve(workdir, others)}")
   if "val/bits_per_byte" in result:

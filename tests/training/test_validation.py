@@ -6,6 +6,7 @@ import pytest
 
 from gptjax import config as config_lib
 from gptjax.errors import UserError
+from gptjax.objectives.task import make_task
 from gptjax.training import validation
 from gptjax.training.validation import History
 
@@ -74,7 +75,7 @@ def test_only_validations_up_to_the_step_count(tmp_path):
 def test_what_cannot_be_judged_is_an_error(task, changes, message):
   config = config_lib.load(f"configs/finetune.py:task={task},model=tiny", changes)
   with pytest.raises(UserError, match=message):
-    validation.check(config)
+    validation.check(config, make_task(config.task))
 
 
 def test_the_line_of_a_validation_names_what_it_tells():

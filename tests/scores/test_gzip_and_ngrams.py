@@ -4,8 +4,8 @@ import random
 import numpy as np
 import pytest
 
-from gptjax.training import baselines as compression
-from gptjax.training.baselines import gzip_bits_per_byte, ngram_bits_per_byte
+from gptjax.scores import baselines as compression
+from gptjax.scores.baselines import gzip_bits_per_byte, ngram_bits_per_byte
 
 TEXT = "the cat sat on the mat. the dog sat on the log. 世界\n" * 5
 
