@@ -1,6 +1,7 @@
 """Metrics of a run: exact means, tokens per second, and writers to files and services."""
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -10,10 +11,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
-import tensorboardX
 from absl import logging
 from etils import epath
 from tqdm import tqdm
@@ -155,7 +156,7 @@ class Writer:
         raise UserError(f"{workdir}: cannot write metrics here: {error.strerror}") from error
       self._tensorboard = None
       if tensorboard:
-        self._tensorboard = tensorboardX.SummaryWriter(
+        self._tensorboard = _import_tensorboard().SummaryWriter(
           str(self._folder / "tensorboard"),
           purge_step=resume_step + 1,
           flush_secs=30,
@@ -429,6 +430,18 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     except (ValueError, TypeError, KeyError):
       logging.warning("%s:%d: dropped, not a line of metrics: %.40r", path, number, line)
   write_atomically(path, "".join(kept))
+
+
+def _import_tensorboard() -> ModuleType:
+  """tensorboardX without torch, which it would import where there is one: for seconds, and for
+  tensors that no run here has."""
+  hidden = {} if "torch" in sys.modules else {"torch": None}
+  sys.modules.update(hidden)
+  try:
+    return importlib.import_module("tensorboardX")
+  finally:
+    for name in hidden:
+      del sys.modules[name]
 
 
 def _start_wandb(workdir: epath.Path, run_config: Mapping[str, Any]) -> Any:

@@ -37,7 +37,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
   config = ConfigDict(config.to_dict())
   if config.tokenizer == INIT_FROM:
     config.tokenizer = tokenizer_of(config.init_from)
-  if not config.model.num_layers:
+  if not config.model.num_layers and (config.init_from or not config.model.embed_dim):
     config.model.update(_architecture_to_start_from(config))
   if not config.model.vocab_size:
     config.model.vocab_size = declared_vocab_size(config.tokenizer)

@@ -71,6 +71,11 @@ def test_a_number_is_a_label_by_its_text_or_else_by_its_place(
   assert [one.label for one in training.records] == [index]
 
 
+def test_no_key_is_proposed_that_another_option_has(make_label_config):
+  with pytest.raises(UserError, match=r"no key 'label' \(found: 'text'\)\.$"):
+    find_labels(make_label_config([record("a", None)]))
+
+
 def test_empty_lines_are_passed_over(make_label_config, tmp_path):
   config = make_label_config([record("a", "x"), record("b", "y")], labels=("x", "y"))
   path = tmp_path / "records.jsonl"

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import textwrap
 import types
 
 import jax.numpy as jnp
@@ -176,6 +177,20 @@ def test_a_workdir_on_an_object_store_gets_copies(tmp_path, monkeypatch):
 
 
 # --- TensorBoard, Weights & Biases --------------------------------------------------------------
+
+
+def test_event_files_are_written_without_torch(tmp_path):
+  program = textwrap.dedent("""
+    import sys
+    from gptjax.training.metrics import Writer
+    options = {"total_steps": 1, "resume_step": 0, "wandb": False, "run_config": {}}
+    with Writer(sys.argv[1], tensorboard=True, **options) as writer:
+      writer.write(1, {"loss": 2.0})
+      writer.write_text(1, "sample", "text")
+    assert "torch" not in sys.modules
+  """)
+  subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+  assert [*(tmp_path / "tensorboard").glob("events.*")]
 
 
 def test_tensorboard_gets_scalars_texts_and_the_purge_of_later_steps(tmp_path):
