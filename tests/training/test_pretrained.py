@@ -11,11 +11,11 @@ from flax import nnx
 
 from gptjax import config as config_lib
 from gptjax import tree
-from gptjax.data.pipeline import open_dataset
 from gptjax.data.tokenizer import load
 from gptjax.errors import UserError
 from gptjax.interop.convert import convert
 from gptjax.model.config import ModelConfig
+from gptjax.training.datasets import open_dataset
 from gptjax.training.loop import train
 from gptjax.training.pretrained import (
   check_vocabulary,
