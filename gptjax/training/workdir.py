@@ -14,7 +14,7 @@ from etils import epath
 from gptjax.devices.hosts import from_all_hosts
 from gptjax.errors import UserError
 
-_LOCK = ".lock"
+_LOCK = ".trainer.lock"
 
 
 def make_workdir(workdir: epath.PathLike) -> epath.Path:

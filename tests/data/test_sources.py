@@ -197,5 +197,5 @@ def test_hf_errors_against_a_fake_of_the_library(monkeypatch):
 
 def test_hf_without_the_library_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "datasets", None)
-  with pytest.raises(UserError, match=r'pip install "gptjax\[hf\]"'):
+  with pytest.raises(UserError, match=r"pip install datasets"):
     sources.open_hf("x", "train", "text")

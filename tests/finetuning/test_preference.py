@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_bradley_and_terry_and_pairs_do_not_mix(tmp_path):
 @pytest.mark.parametrize(
   ("bad", "problem"),
   [
-    ({"prompt": "p", "chosen": "a"}, r":2: no key 'rejected' \(found: 'prompt', 'chosen'\)\. Set "),
+    ({"prompt": "p", "chosen": "a"}, r":2: no key 'rejected' \(found: 'prompt', 'chosen'\)\."),
     (record("p", "a", "a"), ":2: 'chosen' and 'rejected' are the same text"),
     (record("p", " ", "a"), ":2: an empty text"),
     (record("p", ["a"], "b"), ":2: a text is list, not a string"),

@@ -243,5 +243,5 @@ def test_perplexity_is_of_all_tokens_not_of_documents():
 
 
 def test_a_missing_library_is_named():
-  with pytest.raises(UserError, match=r'no_such_library is missing: pip install "gptjax\[eval\]"'):
+  with pytest.raises(UserError, match=r'no_such_library is missing: pip install "\.\[eval\]"'):
     scores.need("no_such_library")
