@@ -263,7 +263,7 @@ class LabelTask(Task):
 
   def join(self, answers: Sequence["Answer"]) -> "Answer":
     """Makes one answer of those to the parts of a text, in their order."""
-    raise NotImplementedError
+    raise UserError(f"task={self.name!r} has no one answer to the parts of a text.")
 
   def say(self, answer: Any) -> Any:
     """Formats an answer for people and JSON."""
