@@ -287,8 +287,8 @@ def check_finite(
   if skipped > setup.config.max_skipped_steps:
     raise UserError(
       f"step {step}: loss or gradient is not finite, for the {skipped}th time "
-      f"(max_skipped_steps={setup.config.max_skipped_steps}). The weights of the last checkpoint, "
-      f"step {checkpoints.latest_step()}, are finite. The batch can be rebuilt: "
+      f"(max_skipped_steps={setup.config.max_skipped_steps}). Checkpoints of finite weights, by "
+      f"step: {checkpoints.steps() or 'none yet'}. The batch can be rebuilt: "
       f"gptjax.training.datasets.open_dataset(config, workdir).training_batch({step - 1}), with "
       f"seed={setup.config.seed}."
     )

@@ -537,7 +537,7 @@ def test_a_run_that_was_made_before_data_had_fingerprints_goes_on(corpus, tmp_pa
 def test_stops_when_nothing_is_finite_and_names_the_batch(corpus, tmp_path):
   # The only way to infinity that a config has.
   config = small_config(corpus, **{"optim.learning_rate": 1e30, "max_skipped_steps": 3})
-  with pytest.raises(UserError, match=r"4th time.*training_batch\(\d+\) with seed=0"):
+  with pytest.raises(UserError, match=r"4th time.*training_batch\(\d+\), with seed=0"):
     train(config, tmp_path)
   assert all(np.isfinite(value) for value in losses(tmp_path).values() if value is not None)
 
