@@ -31,8 +31,8 @@ from flax import nnx
 from gptjax import config as config_lib
 from gptjax.errors import UserError
 from gptjax.interop.convert import FORMATS, check, convert, name_source
+from gptjax.interop.safetensors_files import DTYPES
 from gptjax.training.pretrained import load_model
-from gptjax.training.safetensors_files import DTYPES
 
 FLAGS = flags.FLAGS
 

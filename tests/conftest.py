@@ -18,6 +18,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from flax import nnx, traverse_util  # noqa: E402
+from jax.sharding import SingleDeviceSharding  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from gptjax.model.config import ModelConfig  # noqa: E402
@@ -102,3 +103,14 @@ def make_forward():
     return jax.jit(lambda params, tokens, **kwargs: nnx.merge(graph, params)(tokens, **kwargs))
 
   return make
+
+
+@pytest.fixture(scope="session")
+def load_params():
+  """Returns a function that loads what an opened model has onto one device."""
+
+  def load(opened):
+    device = SingleDeviceSharding(jax.devices()[0])
+    return opened.load(dict.fromkeys(opened.parameters, device))
+
+  return load

@@ -15,8 +15,8 @@ SPINE = (
 )
 # A capability each; who may import whom is in pyproject.toml, and `make lint` checks it.
 WINGS = (
-  *("compiler", "diagnosis", "evals", "finetuning", "inference", "interop"),
-  *("peft", "scores", "sweeps"),
+  *("compiler", "diagnosis", "evals", "finetuning", "gguf", "inference"),
+  *("interop", "peft", "scores", "sweeps"),
 )
 COMMANDS = (
   *("chat", "compile", "convert", "diagnose", "evaluate"),

@@ -21,7 +21,8 @@ GOES_WITH = {
     "wings": ["compiler", "evals"],
     "commands": ["chat", "compile", "evaluate", "generate"],
   },
-  "interop": {"wings": ["peft"], "commands": ["convert"]},
+  "gguf": {},
+  "interop": {"wings": ["gguf", "peft"], "commands": ["convert"]},
   "peft": {},
   "scores": {
     "wings": ["evals", "finetuning"],

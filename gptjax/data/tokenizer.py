@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from gptjax import wings
 from gptjax.data import tokenizer_formats as formats
-from gptjax.data import tokenizer_gguf
 from gptjax.data import tokenizer_settings as settings_lib
 from gptjax.errors import UserError, did_you_mean
 from gptjax.small_files import plain_name, read_json, write_atomically
@@ -264,7 +264,8 @@ def load(spec: str) -> Tokenizer:
     raise UserError(f"tokenizer {spec!r} must be trained; a run keeps it in WORKDIR/tokenizer.")
   path = Path(spec).expanduser()
   if path.suffix == ".gguf" and path.is_file():
-    return _make(spec, *tokenizer_gguf.read(path))
+    read = wings.load("gptjax.gguf.tokenizer:read", f"tokenizer {spec!r}")
+    return _make(spec, *read(path))
   kind, names = formats.recognise(path)
   if kind is None:
     found = "holds no tokenizer that we read" if path.exists() else "is no file or folder"

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from gptjax import config as config_lib
 from gptjax import wings
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.data.tokenizer_export import export
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.family import Family
 from gptjax.interop.labels import config_fields, transformers_task
+from gptjax.interop.tokenizer_export import export
 from gptjax.interop.verify import verify
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, describe, describe_parameters

@@ -10,16 +10,16 @@ from typing import Any
 import jax
 
 from gptjax.errors import UserError, did_you_mean
+from gptjax.interop import safetensors_files
 from gptjax.interop.families import bert, gemma, gpt, llama, t5
 from gptjax.interop.family import Family
 from gptjax.interop.fields import Fields
 from gptjax.interop.labels import fold_bias, read_labels
 from gptjax.interop.load import Importer, export
+from gptjax.interop.safetensors_files import DTYPES, TensorFiles
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, describe_parameters
 from gptjax.small_files import read_json
-from gptjax.training import safetensors_files
-from gptjax.training.safetensors_files import DTYPES, TensorFiles
 
 FAMILIES: Mapping[str, Family] = {
   family.model_type: family
@@ -105,6 +105,11 @@ class HuggingFaceModel:
   def tokenizer(self) -> str:
     """The spec of its tokenizer."""
     return str(self.folder)
+
+  @property
+  def for_transformers(self) -> dict[str, Any]:
+    """The arguments with which `transformers` loads it."""
+    return {"pretrained_model_name_or_path": self.folder}
 
   def _importer(self, tensors: TensorFiles) -> Importer:
     family = self.family

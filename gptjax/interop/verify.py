@@ -8,10 +8,9 @@ import numpy as np
 from flax import nnx
 
 from gptjax.errors import UserError
-from gptjax.interop.gguf import GGUFModel
-from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT
+from gptjax.training.pretrained import ForeignModel
 
 TEXT = (
   "The quick brown fox jumps over the lazy dog; 1,234.5 times. "
@@ -56,7 +55,7 @@ def compare(ours: np.ndarray, reference: np.ndarray) -> Agreement:
 
 def verify(
   model: GPT,
-  reference: HuggingFaceModel | GGUFModel,
+  reference: ForeignModel,
   encode: Callable[[str], Sequence[int]],
 ) -> Mapping[str, Agreement]:
   """Runs both models, in float32, on random tokens and on `TEXT`.
@@ -102,9 +101,7 @@ def _has_logits(config: ModelConfig) -> bool:
   return config.visibility != "bidirectional" or config.head_transform
 
 
-def _load_reference(
-  reference: HuggingFaceModel | GGUFModel,
-) -> Callable[[Sequence[int]], np.ndarray]:
+def _load_reference(reference: ForeignModel) -> Callable[[Sequence[int]], np.ndarray]:
   """A function from tokens [T] to logits [T, V], or hidden states if there are none; with labels to
   scores [T, K], or [K] from a class that scores texts."""
   try:
@@ -121,15 +118,10 @@ def _load_reference(
     auto = transformers.AutoModelForMaskedLM if _has_logits(config) else transformers.AutoModel
   else:
     auto = transformers.AutoModelForCausalLM
-  if isinstance(reference, GGUFModel):
-    where = {
-      "pretrained_model_name_or_path": reference.path.parent,
-      "gguf_file": reference.path.name,
-    }
-  else:
-    where = {"pretrained_model_name_or_path": reference.folder}
   try:
-    model = auto.from_pretrained(**where, dtype=torch.float32, attn_implementation="eager").eval()
+    model = auto.from_pretrained(
+      **reference.for_transformers, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
   except ImportError as error:
     raise UserError(_NEEDS) from error
 

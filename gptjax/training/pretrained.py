@@ -30,7 +30,7 @@ TOKENIZER = "tokenizer"
 # Formats of other libraries, and the wing's class that opens each (`ForeignModel`).
 _FORMATS = {
   "hf:": "gptjax.interop.huggingface:HuggingFaceModel",
-  "gguf:": "gptjax.interop.gguf:GGUFModel",
+  "gguf:": "gptjax.gguf.model:GGUFModel",
 }
 # The files that tell a folder of Hugging Face's from a run's, which has a config.json too.
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
@@ -52,12 +52,14 @@ class ForeignModel(Protocol):
     parameters: {name: shape and axes} in this package.
     labels: the labels of its head; None for a language model.
     tokenizer: the spec of its tokenizer.
+    for_transformers: the arguments with which `transformers` loads it by from_pretrained.
   """
 
   config: ModelConfig
   parameters: Mapping[str, ParameterInfo]
   labels: Labels | None
   tokenizer: str
+  for_transformers: Mapping[str, Any]
 
   def load(self, shardings: Mapping[str, Sharding], *, progress: bool) -> dict[str, Any]:
     """Loads the parameters named in `shardings`, float32, placed accordingly."""

@@ -3,10 +3,8 @@
 import copy
 import os
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import huggingface
@@ -72,17 +70,6 @@ def make_reference(reference):
     return model.eval()
 
   return make
-
-
-@pytest.fixture(scope="session")
-def load_params():
-  """Returns a function that loads what an opened model has onto one device."""
-
-  def load(opened):
-    device = SingleDeviceSharding(jax.devices()[0])
-    return opened.load(dict.fromkeys(opened.parameters, device))
-
-  return load
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,9 @@ import safetensors.numpy
 
 from gptjax import tree
 from gptjax.errors import UserError
-from gptjax.interop import huggingface
+from gptjax.interop import huggingface, safetensors_files
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.config import ModelConfig
-from gptjax.training import safetensors_files
 from tests.interop.conftest import LLAMA, save_folder
 
 

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from gptjax import tree
 from gptjax.devices import sharding
 from gptjax.errors import UserError
+from gptjax.interop import safetensors_files
 from gptjax.interop.families.llama import LLAMA as LLAMA_FAMILY
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.load import Importer, export
 from gptjax.model.gpt import describe_parameters
-from gptjax.training import safetensors_files
 from tests.interop.conftest import LLAMA, save_folder
 
 MESH = {"data": 1, "fsdp": 2, "tensor": 2, "context": 1, "expert": 1}

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.data.gguf_files import open_gguf
 from gptjax.errors import UserError, did_you_mean
+from gptjax.gguf.files import open_gguf
 from gptjax.interop.fields import Fields, Rule, always, copied, ignored, same
 from gptjax.interop.load import Importer
 from gptjax.interop.tensors import Entry, linear, linears, norm, table
@@ -160,6 +160,11 @@ class GGUFModel:
   def tokenizer(self) -> str:
     """The spec of its tokenizer."""
     return str(self.path)
+
+  @property
+  def for_transformers(self) -> dict[str, Any]:
+    """The arguments with which `transformers` loads it."""
+    return {"pretrained_model_name_or_path": self.path.parent, "gguf_file": self.path.name}
 
   def _with_llama3_rope(self, found: dict[str, Any]) -> dict[str, Any]:
     """Adds Llama 3.1's scaling, recognised by the factors that divide the frequencies."""

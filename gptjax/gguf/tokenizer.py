@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from gptjax.data import tokenizer_settings
-from gptjax.data.gguf_files import open_gguf
 from gptjax.data.tokenizer_formats import GPT2_PATTERN, GPT4_PATTERN, GPT4O_PATTERN
 from gptjax.errors import UserError, did_you_mean
+from gptjax.gguf.files import open_gguf
 
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)

@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 
 from gptjax.errors import UserError
-from gptjax.training import safetensors_files
-from gptjax.training.safetensors_files import TensorFiles
+from gptjax.interop import safetensors_files
+from gptjax.interop.safetensors_files import TensorFiles
 
 TENSORS = {
   "a": np.arange(6, dtype=np.float32).reshape(2, 3),

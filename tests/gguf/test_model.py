@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from gptjax import tree
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
-from gptjax.interop.gguf import GGUFModel
+from gptjax.gguf.model import GGUFModel
 from gptjax.interop.huggingface import HuggingFaceModel
 from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 
