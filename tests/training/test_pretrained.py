@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.interop.test_gguf import SHAPE, Type, make_pair, write
 
 from gptjax import config as config_lib
 from gptjax import tree
@@ -28,6 +27,7 @@ from gptjax.training.pretrained import (
 )
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import make_setup
+from tests.gguf.test_model import SHAPE, Type, make_pair, write
 from tests.interop.conftest import LLAMA
 from tests.training.test_loop import ROOT
 
