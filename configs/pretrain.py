@@ -12,6 +12,7 @@ which train few parameters beside the model of init_from) and tuned (tuned/: lay
 _percent: --config.total_tokens=1e9 takes the place of total_steps.
 """
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from gptjax.config import override, parse_argument
@@ -69,7 +70,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "init_from": "",
       # A step whose loss or gradient is not finite is skipped, this many times.
       "max_skipped_steps": 10,
-      "model": model,
+      "model": traverse_util.unflatten_dict(model, sep="."),
       "data": data.get(parts["data"]),
       "optim": optim.DEFAULTS | optim.OPTIMIZERS[parts["optim"]],
       # Few parameters in the place of all, beside a frozen model; see gptjax/peft/config.py.

@@ -2,7 +2,8 @@
 
     python -m gptjax.compile --topology=v5e-16 \\
       --config=configs/pretrain.py:model=gpt3-1.3b,mesh=fsdp --config.batch_size=64 \\
-      --config.sequence_length=2048 --config.model.dtype=bfloat16 --config.model.remat=dots
+      --config.sequence_length=2048 --config.model.dtype=bfloat16 \\
+      --config.model.execution.remat=dots
 
 With --mode=decode, the estimate is of writing text: one token for each of --batch rows, with a
 key-value cache of --context positions.

@@ -153,7 +153,10 @@ def _read(path: epath.Path) -> ConfigDict:
   values = read_json(path)
   if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
     raise UserError(f"{path}: not a config that a run saved; it has no object 'model'.")
-  return ConfigDict(_tuples(upgrade(values)))
+  try:
+    return ConfigDict(_tuples(upgrade(values)))
+  except ValueError as error:  # A key that cannot be one, such as 'a.b'.
+    raise UserError(f"{path}: {error}") from error
 
 
 def _tuples(value: Any) -> Any:
@@ -292,7 +295,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Flattens nested keys: {"a": {"b": 1}} -> {"a.b": 1}."""
   flat = {}
   for key, value in nested.items():
-    flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    is_nested = isinstance(value, dict | ConfigDict)
+    flat |= flatten(value, f"{prefix}{key}.") if is_nested else {prefix + key: value}
   return flat
 
 

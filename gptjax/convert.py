@@ -11,9 +11,9 @@ A label head, as trained by configs/finetune.py, is written for the classes
 ...ForSequenceClassification, ...ForTokenClassification or ...ForQuestionAnswering, with the names
 of the labels, and read from them. Their decoders score a text without a bias: a trained bias goes
 into the bias of the last norm if there is one (GPT-2), otherwise fine-tune with
---config.model.label_bias=false (Llama). BERT and RoBERTa score their pooler's output: use
---config.model.label_pooling=pooler. The scored token is the last that is not padding, here always
-end_of_text, which `transformers` does not append to a text by itself.
+--config.model.label_head.bias=false (Llama). BERT and RoBERTa score their pooler's output: use
+--config.model.label_head.pooling=pooler. The scored token is the last that is not padding, here
+always end_of_text, which `transformers` does not append to a text by itself.
 
 Adapters go both ways too: `--format=peft` writes the adapters of a run as a folder of the `peft`
 library, with its label head if it has one, and `--adapter` merges such a folder into its base,

@@ -1,7 +1,7 @@
 """Diagnoses a training run, or one that is planned.
 
     python -m gptjax.diagnose coordinates --config=configs/pretrain.py:model=tiny,data=stdlib \\
-      --config.model.parametrization=mup --config.model.base_embed_dim=64 \\
+      --config.model.transfer.parametrization=mup --config.model.transfer.base_embed_dim=64 \\
       --widths=64,128,256,512,1024 --workdir=runs/coordinates
     python -m gptjax.diagnose learning_rate --config=configs/pretrain.py:model=tiny,data=stdlib \\
       --workdir=runs/range

@@ -63,9 +63,9 @@ def tiny_config():
       "embed_dim": 16,
       "num_heads": 4,
       "mlp_dim": 32,
-      "max_positions": 16,
+      "position.max_positions": 16,
     }
-    return ModelConfig(**(shape | changes))
+    return ModelConfig.from_config(shape | changes)
 
   return make
 

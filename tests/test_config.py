@@ -1,4 +1,3 @@
-import ast
 import json
 from pathlib import Path
 
@@ -7,7 +6,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gptjax import config as config_lib
-from gptjax.config import DURATION, RunLength
+from gptjax.config import RunLength
 from gptjax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -305,6 +304,12 @@ def test_a_saved_config_that_is_none_is_named(tmp_path):
     config_lib.load(f"{tmp_path}/x.json")
 
 
+def test_a_dotted_key_in_a_saved_config_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"model": {"norm": {"kind.of": "rmsnorm"}}}')
+  with pytest.raises(UserError, match=r"config\.json: .*kind\.of"):
+    config_lib.open_saved(tmp_path)
+
+
 def test_a_directory_without_a_run_is_named(tmp_path):
   with pytest.raises(UserError, match=rf"{tmp_path}: not the work directory of a run"):
     config_lib.open_saved(tmp_path)
@@ -314,58 +319,3 @@ def test_the_text_has_every_key_once():
   config = config_lib.load(PRETRAIN)
   keys = [line.split(" = ")[0].strip() for line in config_lib.to_text(config).splitlines()]
   assert keys == sorted(config_lib.leaves(config))
-
-
-# --- Every key is read -------------------------------------------------------------------------
-
-
-def names_that_code_reads():
-  """Attributes that are loaded, and strings that stand alone, anywhere in gptjax.
-
-  The definition of a field is neither, so a key that is only declared is not read.
-  """
-  names = set()
-  for path in (ROOT / "gptjax").rglob("*.py"):
-    for node in ast.walk(ast.parse(path.read_text())):
-      if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-        names.add(node.attr)
-      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-        names.add(node.value)
-  return names
-
-
-def unread(config, names):
-  """The keys of which a part is read nowhere; a duration is read by its stem."""
-
-  def is_read(name):
-    duration = DURATION.fullmatch(name)
-    return name in names or (duration is not None and duration["stem"] in names)
-
-  return [key for key in config_lib.leaves(config) if not all(map(is_read, key.split(".")))]
-
-
-@pytest.mark.parametrize(
-  "spec",
-  [PRETRAIN, f"{ROOT}/configs/quickstart.py", f"{ROOT}/configs/finetune.py"],
-  ids=["pretrain", "quickstart", "finetune"],
-)
-def test_every_key_is_read_by_some_code(spec):
-  assert unread(config_lib.load(spec), names_that_code_reads()) == []
-
-
-def test_every_key_of_a_part_of_a_mixture_is_read():
-  mixture = config_lib.load(f"{PRETRAIN}:data=stdlib+text").data.mixture
-  assert unread(mixture.stdlib, names_that_code_reads()) == []
-
-
-def test_a_key_that_nothing_reads_is_found():
-  config = config_lib.load(PRETRAIN)
-  invented = {
-    "colour": "red",
-    "model": {"number_of_wheels": 4},
-    "weather": {"every_steps": 3},
-    "optim": {"lunch_tokens": 3},
-  }
-  with config.unlocked():
-    config.update(invented)
-  assert unread(config, names_that_code_reads()) == [*config_lib.leaves(ConfigDict(invented))]

@@ -120,7 +120,7 @@ def test_training_command_is_accepted(path, monkeypatch):
   monkeypatch.chdir(ROOT)
   config = config_lib.load(known.config, overrides(path))
   model = ModelConfig.from_config(config.model)
-  assert config.sequence_length <= model.max_positions
+  assert config.sequence_length <= model.position.max_positions
   assert length_without_data(config).total_steps > 1000
 
 

@@ -29,7 +29,7 @@ def base():
       "batch_size": 8,
       "sequence_length": 256,
       "tokenizer": "bpe:4096",
-      "model.max_positions": 256,
+      "model.position.max_positions": 256,
       "optim.warmup_percent": 10.0,
       "optim.schedule": "wsd",
       "optim.decay_percent": 40.0,

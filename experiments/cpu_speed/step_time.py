@@ -51,7 +51,7 @@ def gptjax_step(shape: tuple[int, ...], without: str = "") -> Callable[[np.ndarr
       "batch_size": batch_size,
       "sequence_length": length,
       "optim.schedule": "constant",
-      "model.scan_layers": without == "copies",
+      "model.execution.scan_layers": without == "copies",
     },
   )
   if without == "layout":

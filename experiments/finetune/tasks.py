@@ -87,7 +87,7 @@ TASKS = {
     config="configs/finetune.py:task=classification",
     test="labels",
     metrics=("accuracy", "f1_macro", "ece"),
-    overrides=_LABELS | {"model.label_pooling": "mean"},
+    overrides=_LABELS | {"model.label_head.pooling": "mean"},
     methods=_SMALL_ENCODER,
   ),
   "sentiment_zh": Task(
@@ -96,7 +96,7 @@ TASKS = {
     config="configs/finetune.py:task=classification",
     test="labels",
     metrics=("accuracy", "f1_macro", "ece"),
-    overrides=_LABELS | {"model.label_pooling": "mean"},
+    overrides=_LABELS | {"model.label_head.pooling": "mean"},
     methods={FULL: {"optim.learning_rate": 3e-4}, LORA: {"optim.learning_rate": 3e-3}},
   ),
   "ner_zh": Task(

@@ -19,7 +19,7 @@ def get_config(arg: str | None = None):
       "model.embed_dim": 256,
       "model.num_heads": 4,
       "model.mlp_dim": 704,
-      "model.residual_dropout": 0.1,
+      "model.dropout.residual": 0.1,
       "model.dtype": "bfloat16",
       "total_epochs": 6.0,
       "batch_size": 16,

@@ -122,7 +122,7 @@ def measure_training(model: str, smoke: bool) -> dict[str, Any]:
   """Seconds of a step in bfloat16 and the MFU, one document a row."""
   shared, tries = TRAINING[model]
   for rows, remat in tries:
-    layout = {"batch_size": rows, "model.remat": remat}
+    layout = {"batch_size": rows, "model.execution.remat": remat}
     overrides = {"model.vocab_size": 50_304, "model.dtype": "bfloat16"} | shared | layout
     setup = make(model, overrides | (SMOKE if smoke else {}), jax.devices()[0])
     print(f"{model}: {rows} rows of {setup.config.sequence_length}, remat={remat}", flush=True)

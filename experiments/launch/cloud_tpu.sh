@@ -52,7 +52,7 @@ case "${1:-}" in
       python -m gptjax.train --config=configs/pretrain.py:model=gpt3-1.3b,data=fineweb,mesh=fsdp \
       --config.batch_size=512 --config.sequence_length=2048 --config.grad_accumulation=4 \
       --config.total_tokens=1e10 --config.optim.learning_rate=2e-4 \
-      --config.model.dtype=bfloat16 --config.model.remat=full \
+      --config.model.dtype=bfloat16 --config.model.execution.remat=full \
       --workdir=$WORKDIR --distributed > train.log 2>&1 < /dev/null &"
     ;;
   log)

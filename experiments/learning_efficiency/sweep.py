@@ -25,7 +25,13 @@ from gptjax.config import flatten
 from gptjax.presets.parts import models, optim
 from gptjax.sweeps.definition import cross, seeds
 
-SHAPE = {"num_layers": 4, "num_heads": 4, "embed_dim": 128, "mlp_dim": 512, "max_positions": 128}
+SHAPE = {
+  "num_layers": 4,
+  "num_heads": 4,
+  "embed_dim": 128,
+  "mlp_dim": 512,
+  "position.max_positions": 128,
+}
 BASELINE = "nanogpt"
 TOKENS = 512_000
 
@@ -59,15 +65,15 @@ OPTIMIZERS = {
   "soap": {"optim": optim.OPTIMIZERS["soap"] | {"learning_rate": 3e-3}},
 }
 ARCHITECTURE = {
-  "rope": {"model.position": "rope"},
-  "rmsnorm": {"model.norm": "rmsnorm"},
-  "qk-norm": {"model.qk_norm": True},
-  "relu2": {"model.activation": "relu2"},
+  "rope": {"model.position.kind": "rope"},
+  "rmsnorm": {"model.norm.kind": "rmsnorm"},
+  "qk-norm": {"model.attention.qk_norm": True},
+  "relu2": {"model.mlp.activation": "relu2"},
   # A gate is a third matrix: two thirds of the width are as many parameters.
-  "swiglu": {"model.activation": "swiglu", "model.mlp_dim": 344},
-  "value-residual": {"model.value_residual": True},
-  "embed-residual": {"model.embed_residual": True},
-  "zero-init": {"model.residual_init": "zero"},
+  "swiglu": {"model.mlp.activation": "swiglu", "model.mlp_dim": 344},
+  "value-residual": {"model.residual.values": True},
+  "embed-residual": {"model.residual.embedding": True},
+  "zero-init": {"model.init.residual": "zero"},
 }
 SCHEDULES = {
   "linear-to-zero": {"optim.schedule": "linear", "optim.final_fraction": 0.0},
@@ -82,11 +88,11 @@ COMPOSITES = {
   # Without what did not pay by itself in the first seed.
   "speedrun-plain": speedrun(
     **{
-      "model.norm": "layernorm",
-      "model.qk_norm": False,
-      "model.residual_init": "scaled",
-      "model.value_residual": False,
-      "model.embed_residual": False,
+      "model.norm.kind": "layernorm",
+      "model.attention.qk_norm": False,
+      "model.init.residual": "scaled",
+      "model.residual.values": False,
+      "model.residual.embedding": False,
     }
   ),
 }

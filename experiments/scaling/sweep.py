@@ -38,9 +38,9 @@ def base():
     "model=tiny-gpt2,optim=muon",
     {
       "tokenizer": "bpe:1024",
-      "model.position": "rope",
-      "model.parametrization": "mup",
-      "model.base_embed_dim": 128,
+      "model.position.kind": "rope",
+      "model.transfer.parametrization": "mup",
+      "model.transfer.base_embed_dim": 128,
       "optim.learning_rate": 2e-2,
       "optim.final_fraction": 0.0,
       "eval.every_percent": 100.0,

@@ -45,7 +45,7 @@ WEAK_SCALING = {
     "gpt3-6.7b",
     f"v5p-{2 * chips}",
     4 * chips,
-    _GPT3 | {"model.remat": "dots", "mesh.fsdp": 16, "mesh.data": chips // 16},
+    _GPT3 | {"model.execution.remat": "dots", "mesh.fsdp": 16, "mesh.data": chips // 16},
   )
   for chips in (16, 64, 256, 1024, 4096)
 }

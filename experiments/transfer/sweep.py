@@ -33,8 +33,8 @@ def base():
       "data.validation_fraction": 0.005,
       "tokenizer": "bytes",
       "model.num_layers": 2,
-      "model.position": "rope",
-      "model.base_embed_dim": WIDTHS[0],
+      "model.position.kind": "rope",
+      "model.transfer.base_embed_dim": WIDTHS[0],
       "optim.weight_decay": 0.0,
       "total_steps": 150,
       "eval.every_steps": 150,
@@ -52,9 +52,9 @@ def sweep():
     for width in WIDTHS
   }
   kinds = {
-    "standard": {"model.parametrization": "standard"},
-    "mup": {"model.parametrization": "mup"},
-    "mup-init": {"model.parametrization": "mup", "model.init_std": 0.1},
+    "standard": {"model.transfer.parametrization": "standard"},
+    "mup": {"model.transfer.parametrization": "mup"},
+    "mup-init": {"model.transfer.parametrization": "mup", "model.init.std": 0.1},
   }
   rates = {f"rate-{rate:g}": {"optim.learning_rate": rate} for rate in RATES}
   return cross(kinds, widths, rates, seeds(1))

@@ -44,10 +44,10 @@ def make_decoding_plan(
       f"--batch={batch} does not divide over the {rows} devices of the mesh's data, fsdp "
       f"and expert axes: use a multiple of {rows}."
     )
-  if model.position == "learned" and context > model.max_positions:
+  if model.position.kind == "learned" and context > model.position.max_positions:
     raise UserError(
-      f"--context={context} exceeds the {model.max_positions} learned positions of the model: "
-      "shorten it, or choose a model with position=rope."
+      f"--context={context} exceeds the {model.position.max_positions} learned positions of the "
+      "model: shorten it, or choose a model with rotary positions."
     )
   if mesh.shape["context"] > 1:
     raise UserError(
@@ -163,9 +163,9 @@ def _work(setup: Setup, params: Any, decoding: Decoding) -> Work:
   _, cache = tree_bytes(decoding.cache)
   weights = read = 0
   for info in setup.parameters.values():
-    is_scores = model.tied_head and info.axes == ("vocab", "embed")
+    is_scores = model.head.tied and info.axes == ("vocab", "embed")
     is_matrix = info.fan_in_axes is not None or is_scores
-    active = model.active_experts if "experts" in info.axes else 1.0
+    active = model.experts.active if "experts" in info.axes else 1.0
     weights += math.prod(info.shape) * active if is_matrix else 0
     if is_matrix or not {"vocab", "positions"} & set(info.axes):
       split = [axis for axes in sharding.parameter_axes(info.axes) for axis in axes]

@@ -83,9 +83,9 @@ def read_costs(
 @read_costs.register
 def _(target: Slice, program: Program, setup: Setup, collectives: list[Collective]) -> Costs:
   devices = list(setup.mesh.devices.flat)
-  model, experts = setup.model, setup.model.num_experts
+  model, experts = setup.model, setup.model.experts.count
   # The share of the rows in `model.moe` that are in use under an even load.
-  rows = max(model.experts_per_token, experts // setup.mesh.shape["expert"]) / (experts or 1)
+  rows = max(model.experts.per_token, experts // setup.mesh.shape["expert"]) / (experts or 1)
   times = estimate(program, target, devices, model.windows, collectives, rows)
   return Costs({"ici": times.collectives}, times.kernel_flops, estimate=times)
 
@@ -297,7 +297,9 @@ def advice(report: Report, setup: Setup) -> list[str]:
   for _, shape, _ in report.buffers:
     dims = [int(dim) for dim in re.findall(r"\d+", shape.partition("[")[2])]
     if dims and dims[0] == model.num_layers // len(model.windows) and shape.startswith("bf16"):
-      found.append("saved by every layer: --config.model.remat=full, or more grad_accumulation")
+      found.append(
+        "saved by every layer: --config.model.execution.remat=full, or more grad_accumulation"
+      )
     elif shape.startswith("f32") and dims and dims[0] == model.num_layers:
       found.append("parameters and optimizer: a longer mesh.fsdp or mesh.tensor")
     elif model.vocab_size in dims:

@@ -103,8 +103,8 @@ def search(
     )
   start = {
     "grad_accumulation": 1,
-    "model.remat": "full",
-    "model.attention": "auto",
+    "model.execution.remat": "full",
+    "model.attention.kernel": "auto",
     "compile.options.tpu": config.compile.options.tpu,
   }
   found = run("meshes", [cut | start for cut in cuts])
@@ -153,14 +153,14 @@ def _remat_and_accumulation(config: ConfigDict, chosen: Overrides) -> Iterable[O
   for remats in (("none", "dots", "save_qkv"), ("full",)):
     for accumulation in accumulations:
       for remat in remats:
-        yield {"model.remat": remat, "grad_accumulation": accumulation}
+        yield {"model.execution.remat": remat, "grad_accumulation": accumulation}
 
 
 def _kernels_and_options(config: ConfigDict, chosen: Overrides) -> Iterable[Overrides]:
   del config, chosen
   for options in OPTIONS:
     yield {"compile.options.tpu": options}
-  yield {"model.attention": "xla"}
+  yield {"model.attention.kernel": "xla"}
 
 
 def _best(found: Sequence[Found], keep: int, by_mesh: bool = False) -> list[Found]:
@@ -225,7 +225,7 @@ def misfit(config: ConfigDict, target: Slice) -> str:
   held = tree_bytes(state)[1] + tree_bytes(state.params)[1]
   mesh, model = setup.mesh.shape, setup.model
   rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * config.grad_accumulation)
-  widths, wide = _SAVED[model.remat]
+  widths, wide = _SAVED[model.execution.remat]
   per_token = widths * model.embed_dim + wide * model.mlp_dim / mesh["tensor"]
   bytes_each = 2 if model.dtype == "bfloat16" else 4
   saved = model.num_layers * rows * config.sequence_length * per_token * bytes_each

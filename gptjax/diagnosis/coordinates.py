@@ -163,7 +163,7 @@ def check(
   (workdir / "coordinates.csv").write_text("\n".join(lines) + "\n")
   means = {name: np.stack(of_widths, axis=1) for name, of_widths in means.items()}
   title = (
-    f"{config.model.parametrization}, {config.optim.name}, "
+    f"{config.model.transfer.parametrization}, {config.optim.name}, "
     f"learning rate {config.optim.learning_rate:g}"
   )
   _draw(widths, means, title, workdir / "coordinates.png")

@@ -31,28 +31,36 @@ def _scaling(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
   if kind == "none":
     return {}
   return {
-    "rope_scaling": kind,
-    "rope_factor": float(factor),
-    "rope_original_positions": original,
+    "rope.scaling": kind,
+    "rope.factor": float(factor),
+    "rope.original_positions": original,
   }
 
 
 _RULES = (
-  *copied(num_layers="block_count", max_positions="context_length", embed_dim="embedding_length"),
-  *copied(mlp_dim="feed_forward_length", num_heads="attention.head_count"),
+  *copied(
+    {
+      "num_layers": "block_count",
+      "position.max_positions": "context_length",
+      "embed_dim": "embedding_length",
+    }
+  ),
+  *copied({"mlp_dim": "feed_forward_length", "num_heads": "attention.head_count"}),
   same("attention.head_count_kv", "num_kv_heads", 0),
   same("attention.key_length", "head_dim", 0),
-  same("attention.layer_norm_rms_epsilon", "norm_eps"),
-  same("rope.freq_base", "rope_base", 10_000.0),
-  same("rope.dimension_count", "rope_dim", 0),
+  same("attention.layer_norm_rms_epsilon", "norm.eps"),
+  same("rope.freq_base", "rope.base", 10_000.0),
+  same("rope.dimension_count", "rope.dim", 0),
   ignored("attention.value_length", "vocab_size"),
   Rule(_scaling, lambda config: {}),
-  always(norm="rmsnorm", bias=False, activation="swiglu", position="rope"),
+  always(
+    {"norm.kind": "rmsnorm", "bias": False, "mlp.activation": "swiglu", "position.kind": "rope"}
+  ),
 )
 _FAMILIES = {
   "llama": {},
-  "qwen2": {"qkv_bias": True},
-  "qwen3": {"qk_norm": True},
+  "qwen2": {"attention.qkv_bias": True},
+  "qwen3": {"attention.qk_norm": True},
 }
 
 
@@ -127,7 +135,7 @@ class GGUFModel:
       str(path),
       self._tensors.names,
     )
-    found = {"tied_head": "output.weight" not in self._tensors.names, **_FAMILIES[architecture]}
+    found = {"head.tied": "output.weight" not in self._tensors.names, **_FAMILIES[architecture]}
     for rule in _RULES:
       found |= rule.read(own, found)
     own.refuse_unread()
@@ -135,9 +143,9 @@ class GGUFModel:
       raise UserError(f"{path}: no tensor 'token_embd.weight', which the config needs.")
     found["vocab_size"] = self._tensors.shape("token_embd.weight")[0]
     # Stored in float32; the original number has few digits.
-    found["norm_eps"] = float(f"{found['norm_eps']:.6g}")
+    found["norm.eps"] = float(f"{found['norm.eps']:.6g}")
     try:
-      self.config = ModelConfig(**self._with_llama3_rope(found))
+      self.config = ModelConfig.from_config(self._with_llama3_rope(found))
     except UserError as error:
       raise UserError(f"{path}: {error}") from error
     self.parameters: Mapping[str, ParameterInfo] = describe_parameters(self.config)
@@ -172,12 +180,12 @@ class GGUFModel:
       return found
     factors = self._tensors.read(_ROPE_FACTORS)
     scaled = found | {
-      "rope_scaling": "llama3",
-      "rope_factor": float(factors.max()),
-      "rope_original_positions": _LLAMA3_ORIGINAL_POSITIONS,
+      "rope.scaling": "llama3",
+      "rope.factor": float(factors.max()),
+      "rope.original_positions": _LLAMA3_ORIGINAL_POSITIONS,
     }
-    plain, _ = rope_frequencies(ModelConfig(**found))
-    expected = plain / rope_frequencies(ModelConfig(**scaled))[0]
+    plain, _ = rope_frequencies(ModelConfig.from_config(found))
+    expected = plain / rope_frequencies(ModelConfig.from_config(scaled))[0]
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
       raise UserError(f"tensor {_ROPE_FACTORS!r} is not the scaling of Llama 3.1.")
     return scaled

@@ -66,7 +66,7 @@ class Conversation:
     self.model, self.tokenizer = model, tokenizer
     self.template = ChatTemplate(tokenizer)
     self.system, self.sampling, self.seed = system, sampling, seed
-    self.context = context or model.config.max_positions
+    self.context = context or model.config.position.max_positions
     self.max_tokens = min(max_tokens, self.context // 2)
     self.turns: list[list[Message]] = []
 

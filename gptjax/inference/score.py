@@ -131,9 +131,9 @@ def warn_of_cuts(lengths: Sequence[int], room: int) -> None:
 def context_length(model: GPT, max_length: int | None) -> int:
   """How many tokens the model reads at a time; UserError if it has fewer positions."""
   config = model.config
-  room = config.max_positions
-  if config.position == "learned":
-    room -= config.position_offset
+  room = config.position.max_positions
+  if config.position.kind == "learned":
+    room -= config.position.offset
     if max_length is not None and max_length > room:
       raise UserError(f"max_length={max_length} exceeds the model's {room} learned positions.")
   return max_length or room

@@ -1,5 +1,6 @@
 """Converts a model or its adapters from one format to another."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -145,7 +146,7 @@ def _find_family(source: str, config: ModelConfig, family: str | None, task: str
 
 def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | None) -> None:
   """Writes a work directory for `pretrained.load_model`, with a run at step 0."""
-  values: dict[str, Any] = {"model": vars(model.config), "tokenizer": tokenizer.spec}
+  values: dict[str, Any] = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer.spec}
   if labels:
     values["task"] = {"name": labels.task, "labels": labels.names}
   (folder / config_lib.CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

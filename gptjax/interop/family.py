@@ -116,14 +116,15 @@ class Family:
     it does not read, and no label bias that goes into the last norm's."""
     if self.label_head is None:
       return config
-    has_pooler = bool(self.label_head.pooler or config.label_pooling == "pooler")
+    has_pooler = bool(self.label_head.pooler or config.label_head.pooling == "pooler")
     folds = not self.label_head.bias and can_fold_bias(describe_parameters(config))
-    return dataclasses.replace(
-      config,
-      pooler=config.pooler and has_pooler,
-      pooler_activation=config.pooler_activation if has_pooler else "tanh",
-      next_sentence=False,
-      label_bias=config.label_bias and not folds,
+    return config.replace(
+      {
+        "head.pooler": config.head.pooler and has_pooler,
+        "head.pooler_activation": config.head.pooler_activation if has_pooler else "tanh",
+        "head.next_sentence": False,
+        "label_head.bias": config.label_head.bias and not folds,
+      }
     )
 
   def read_config(self, fields: Fields) -> ModelConfig:
@@ -134,7 +135,7 @@ class Family:
     pass_over_bookkeeping(fields)
     fields.refuse_unread()
     try:
-      return ModelConfig(**found)
+      return ModelConfig.from_config(found)
     except UserError as error:
       raise UserError(f"{fields.source}: {error}") from error
 
@@ -173,10 +174,10 @@ class Family:
   def _tensors_that_decide(self, config: ModelConfig) -> set[str]:
     """Names of tensors whose presence is part of the config, for `Fields.tensors`."""
     decided = {
-      "head_transform/linear/kernel": config.head_transform,
-      "pooler/kernel": config.pooler,
-      "next_sentence/kernel": config.next_sentence,
-      "head/kernel": not config.tied_head,
+      "head_transform/linear/kernel": config.head.transform,
+      "pooler/kernel": config.head.pooler,
+      "next_sentence/kernel": config.head.next_sentence,
+      "head/kernel": not config.head.tied,
     }
     return {entry.theirs for entry in self.entries(config) if decided.get(entry.ours[0])}
 

@@ -10,7 +10,7 @@ from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig, shortest_period
 
 REQUIRED = object()
-_KINDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+_KINDS = ModelConfig.kinds()
 
 
 class Fields:
@@ -86,14 +86,14 @@ def same(theirs: str, ours: str, default: Any = REQUIRED, *, none: Any = None) -
     return {ours: none if value is None else value}
 
   def write(config):
-    value = getattr(config, ours)
+    value = config.flat[ours]
     return {theirs: None if none is not None and value == none else value}
 
   return Rule(read, write)
 
 
-def copied(**theirs: str) -> tuple[Rule, ...]:
-  """Required values that are copied, by our names."""
+def copied(theirs: Mapping[str, str]) -> tuple[Rule, ...]:
+  """Required values that are copied, from our names to theirs."""
   return tuple(same(name, ours) for ours, name in theirs.items())
 
 
@@ -103,7 +103,7 @@ def several(theirs: str, *ours: str, default: Any = REQUIRED) -> Rule:
   def read(fields, found):
     return dict.fromkeys(ours, fields.take(theirs, default, _KINDS[ours[0]]))
 
-  return Rule(read, lambda config: {theirs: getattr(config, ours[0])})
+  return Rule(read, lambda config: {theirs: config.flat[ours[0]]})
 
 
 def choice(theirs: str, values: Mapping[Any, Mapping[str, Any]], default: Any = REQUIRED) -> Rule:
@@ -120,7 +120,7 @@ def choice(theirs: str, values: Mapping[Any, Mapping[str, Any]], default: Any = 
     fits = (
       value
       for value, ours in values.items()
-      if all(getattr(config, name) == x for name, x in ours.items())
+      if all(config.flat[name] == x for name, x in ours.items())
     )
     # If none fits, the written value reads as another config, which the caller refuses.
     return {theirs: next(fits, next(iter(values)))}
@@ -128,9 +128,9 @@ def choice(theirs: str, values: Mapping[Any, Mapping[str, Any]], default: Any = 
   return Rule(read, write)
 
 
-def always(**ours: Any) -> Rule:
+def always(ours: Mapping[str, Any]) -> Rule:
   """Values of our fields that the architecture implies, without a field of theirs."""
-  return Rule(lambda fields, found: ours, lambda config: {})
+  return Rule(lambda fields, found: dict(ours), lambda config: {})
 
 
 def fixed(theirs: str, value: Any) -> Rule:

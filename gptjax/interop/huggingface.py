@@ -171,9 +171,10 @@ def find_family(config: ModelConfig, name: str | None = None, task: str = "") ->
   Raises:
     UserError: no family can, or the named one cannot; it says what is missing.
   """
-  if config.num_labels and not task:
+  if config.label_head.num_labels and not task:
     raise UserError(
-      f"model.num_labels={config.num_labels}: a head of labels is not written without its task."
+      f"model.label_head.num_labels={config.label_head.num_labels}: a head of labels is not "
+      "written without its task."
     )
   if name is not None:
     if name not in FAMILIES:
@@ -214,7 +215,7 @@ def save(
   """
   fields = _NO_TOKENS | more_fields | family.write_config(config) | {"dtype": dtype}
   stored = family.stored(config)
-  if config.label_bias and not stored.label_bias:
+  if config.label_head.bias and not stored.label_head.bias:
     params = fold_bias(params)
   config, parameters = stored, describe_parameters(stored)
   strip = family.prefix if fields["architectures"][0].endswith("Model") else ""

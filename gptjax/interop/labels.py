@@ -54,15 +54,15 @@ class LabelHead:
       names = fields.take("id2label", None, dict | None)
       count = fields.take("num_labels", None, int | None)
       return {
-        "num_labels": len(names) if names else count or 2,
-        "label_bias": self.bias,
-        "label_pooling": "pooler" if self.pooler else "none",
-        "next_sentence": False,
-        **({"pooler": True} if self.pooler else {}),
-        "pooler_activation": self.pooler_activation,
+        "label_head.num_labels": len(names) if names else count or 2,
+        "label_head.bias": self.bias,
+        "label_head.pooling": "pooler" if self.pooler else "none",
+        "head.next_sentence": False,
+        **({"head.pooler": True} if self.pooler else {}),
+        "head.pooler_activation": self.pooler_activation,
       }
 
-    return Rule(read, lambda config: {"num_labels": config.num_labels})
+    return Rule(read, lambda config: {"num_labels": config.label_head.num_labels})
 
 
 def transformers_task(labels: Labels) -> str:
@@ -128,6 +128,6 @@ def fold_bias(params: Mapping[str, Any]) -> dict[str, Any]:
   if np.abs(W_KD @ (after_D.astype(np.float64) - before_D) - b_K).max() > 1e-5 * np.abs(b_K).max():
     raise UserError(
       "the bias of the labels cannot go into that of the last norm, because the rows of their "
-      "weights are not independent; fine-tune with --config.model.label_bias=false."
+      "weights are not independent; fine-tune with --config.model.label_head.bias=false."
     )
   return flat | {_FOLDS_INTO: after_D}

@@ -11,17 +11,17 @@ from gptjax.model.config import ModelConfig
 # For each `rope_type`: our fields, their names, and the method's default, which is 0 in our fields.
 _SCALINGS: Mapping[str, Sequence[tuple[str, str, float | None]]] = {
   "default": (),
-  "linear": (("rope_factor", "factor", None),),
-  "dynamic": (("rope_factor", "factor", None),),
+  "linear": (("rope.factor", "factor", None),),
+  "dynamic": (("rope.factor", "factor", None),),
   "llama3": (
-    ("rope_factor", "factor", None),
-    ("rope_slow_turns", "low_freq_factor", 1.0),
-    ("rope_fast_turns", "high_freq_factor", 4.0),
+    ("rope.factor", "factor", None),
+    ("rope.low_freq_factor", "low_freq_factor", 1.0),
+    ("rope.high_freq_factor", "high_freq_factor", 4.0),
   ),
   "yarn": (
-    ("rope_factor", "factor", None),
-    ("rope_slow_turns", "beta_slow", 1.0),
-    ("rope_fast_turns", "beta_fast", 32.0),
+    ("rope.factor", "factor", None),
+    ("rope.low_freq_factor", "beta_slow", 1.0),
+    ("rope.high_freq_factor", "beta_fast", 32.0),
   ),
 }
 _ORIGINAL = "original_max_position_embeddings"
@@ -77,11 +77,11 @@ def read_rope(
   head_dim = found.get("head_dim") or found["embed_dim"] // found["num_heads"]
   fraction = number("partial_rotary_factor", 1.0)
   ours = {
-    "position": "rope",
-    "rope_base": number("rope_theta"),
-    "rope_dim": int(head_dim * fraction),
+    "position.kind": "rope",
+    "rope.base": number("rope_theta"),
+    "rope.dim": int(head_dim * fraction),
   }
-  if fraction != 1 and ours["rope_dim"] % 2:
+  if fraction != 1 and ours["rope.dim"] % 2:
     raise UserError(
       f"{fields.source}: field 'partial_rotary_factor' is {fraction}, which is an odd number "
       f"of a head's {head_dim} dimensions; only an even one can be read."
@@ -95,13 +95,14 @@ def read_rope(
     ours[name] = 0.0 if value == own else value
   original = fields.take(_ORIGINAL, None, int | None)
   if kind != "default":
-    ours["rope_scaling"] = kind
+    ours["rope.scaling"] = kind
   if kind in ("dynamic", "llama3", "yarn"):
     # The reference does not read the original length of 'dynamic'.
-    ours["rope_original_positions"] = (kind != "dynamic" and original) or found["max_positions"]
+    positions = found["position.max_positions"]
+    ours["rope.original_positions"] = (kind != "dynamic" and original) or positions
   if kind == "yarn":
-    ours["rope_round"] = fields.take("truncate", True, bool)
-    ours["rope_attention_factor"] = _attention_factor(fields, ours["rope_factor"])
+    ours["rope.truncate"] = fields.take("truncate", True, bool)
+    ours["rope.attention_factor"] = _attention_factor(fields, ours["rope.factor"])
   fields.refuse_unread()
   return ours
 
@@ -119,18 +120,18 @@ def _attention_factor(fields: Fields, factor: float) -> float:
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
   """The inverse of `read_rope`."""
-  kind = "default" if config.rope_scaling == "none" else config.rope_scaling
-  theirs = {"rope_theta": config.rope_base, "rope_type": kind}
-  theirs |= {name: getattr(config, ours) or own for ours, name, own in _SCALINGS[kind]}
-  if config.rope_dim != config.head_dim:
-    fraction = config.rope_dim / config.head_dim
-    if int(config.head_dim * fraction) < config.rope_dim:  # Rounded as in reading.
+  kind = "default" if config.rope.scaling == "none" else config.rope.scaling
+  theirs = {"rope_theta": config.rope.base, "rope_type": kind}
+  theirs |= {name: config.flat[ours] or own for ours, name, own in _SCALINGS[kind]}
+  if config.rope.dim != config.head_dim:
+    fraction = config.rope.dim / config.head_dim
+    if int(config.head_dim * fraction) < config.rope.dim:  # Rounded as in reading.
       fraction = math.nextafter(fraction, 1)
     theirs["partial_rotary_factor"] = fraction
   if kind in ("llama3", "yarn"):
-    theirs[_ORIGINAL] = config.rope_original_positions
+    theirs[_ORIGINAL] = config.rope.original_positions
   if kind == "yarn":
-    theirs["truncate"] = config.rope_round
-    if config.rope_attention_factor:
-      theirs["attention_factor"] = config.rope_attention_factor
+    theirs["truncate"] = config.rope.truncate
+    if config.rope.attention_factor:
+      theirs["attention_factor"] = config.rope.attention_factor
   return theirs

@@ -140,7 +140,7 @@ def _rotary_halves(x: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 def _rotary_parts(x: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
   heads = x.reshape(*x.shape[:-1], -1, config.head_dim)
-  return heads[..., : config.rope_dim], heads[..., config.rope_dim :]
+  return heads[..., : config.rope.dim], heads[..., config.rope.dim :]
 
 
 def linear(theirs: str, *ours: str, **how) -> list[Entry]:

@@ -71,8 +71,8 @@ def verify(
   config = model.config
   rng = np.random.default_rng(0)
   # Ids from the offset on: RoBERTa gives padding, the id before that, no position.
-  random = rng.integers(config.position_offset, config.vocab_size, _RANDOM_TOKENS)
-  room = config.max_positions - config.position_offset
+  random = rng.integers(config.position.offset, config.vocab_size, _RANDOM_TOKENS)
+  room = config.position.max_positions - config.position.offset
   rows = {"random tokens": random[:room], "text": encode(TEXT)[:room]}
   run_reference = _load_reference(reference)
   graphdef, params = nnx.split(model)
@@ -82,10 +82,10 @@ def verify(
     model = nnx.merge(graphdef, params)
     if model.encoder is not None:
       return model(tokens_BT, encoded=model.encode(tokens_BT))
-    if not config.num_labels and _has_logits(config):
+    if not config.label_head.num_labels and _has_logits(config):
       return model(tokens_BT)
     hidden_BTD, _ = model.hidden(tokens_BT)
-    return model.label_logits(hidden_BTD) if config.num_labels else hidden_BTD
+    return model.label_logits(hidden_BTD) if config.label_head.num_labels else hidden_BTD
 
   def run(tokens) -> Agreement:
     ours = np.asarray(run_ours(params, np.asarray([tokens], np.int32)))[0]
@@ -98,7 +98,7 @@ def verify(
 
 
 def _has_logits(config: ModelConfig) -> bool:
-  return config.visibility != "bidirectional" or config.head_transform
+  return config.visibility != "bidirectional" or config.head.transform
 
 
 def _load_reference(reference: ForeignModel) -> Callable[[Sequence[int]], np.ndarray]:
@@ -110,7 +110,7 @@ def _load_reference(reference: ForeignModel) -> Callable[[Sequence[int]], np.nda
   except ImportError as error:
     raise UserError(_NEEDS) from error
   config = reference.config
-  if config.num_labels:
+  if config.label_head.num_labels:
     auto = getattr(transformers, reference.family.architecture(config))
   elif config.encoder_layers:
     auto = transformers.AutoModelForSeq2SeqLM

@@ -120,7 +120,7 @@ def make_mask(
 
 
 def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: bool) -> str:
-  """The kernel of `config.attention`; for 'auto', the platform's own where it can do the job.
+  """The kernel to use: `config.attention.kernel`; for 'auto', the platform's own where it can.
 
   Args:
     length: positions of a row, T.
@@ -133,9 +133,9 @@ def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: b
   if cached:
     return "xla"
   common = [
-    (training and config.attention_dropout > 0, "attention dropout"),
-    (config.position in ("alibi", "t5"), f"position={config.position!r}, a bias"),
-    (config.attention_sinks, "attention_sinks"),
+    (training and config.dropout.attention > 0, "attention dropout"),
+    (config.position.kind in ("alibi", "t5"), f"position.kind={config.position.kind!r}, a bias"),
+    (config.attention.sinks, "attention.sinks"),
     (config.visibility == "prefix", "visibility='prefix'"),
   ]
   spans = LANES * sharding.axis_parts("time")
@@ -147,7 +147,7 @@ def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: b
     ],
     "cudnn": [
       *common,
-      (config.attention_soft_cap, "attention_soft_cap"),
+      (config.attention.soft_cap, "attention.soft_cap"),
       (config.dtype != "bfloat16", f"dtype={config.dtype!r}: it needs bfloat16"),
       (config.head_dim % 8, f"head_dim={config.head_dim}: not a multiple of 8"),
       (length % 2, f"a row of {length}: odd"),
@@ -157,14 +157,15 @@ def choose_kernel(config: ModelConfig, length: int, *, cached: bool, training: b
   def obstacle(kernel: str) -> str | None:
     return next((reason for holds, reason in obstacles[kernel] if holds), None)
 
-  if config.attention == "auto":
+  if config.attention.kernel == "auto":
     own = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "xla")
     return "xla" if obstacle(own) else own
-  if reason := obstacle(config.attention):
+  if reason := obstacle(config.attention.kernel):
     raise UserError(
-      f"model.attention={config.attention!r} cannot do {reason}. Set model.attention=xla."
+      f"model.attention.kernel={config.attention.kernel!r} cannot do {reason}. "
+      "Set model.attention.kernel=xla."
     )
-  return config.attention
+  return config.attention.kernel
 
 
 def attend(
@@ -313,7 +314,7 @@ class Attention(nnx.Module):
     def project(heads: int, axis: str) -> Linear:
       axes = ("embed", axis, "head_dim")
       std = config.hidden_std
-      return Linear((D,), (heads, H), axes=axes, bias=config.qkv_bias, std=std, **shared)
+      return Linear((D,), (heads, H), axes=axes, bias=config.attention.qkv_bias, std=std, **shared)
 
     self.query = project(N, "heads")
     self.key = project(K, "kv_heads")
@@ -322,21 +323,21 @@ class Attention(nnx.Module):
       (N, H),
       (D,),
       axes=("heads", "head_dim", "embed"),
-      bias=config.out_bias,
+      bias=config.attention.out_bias,
       std=config.residual_std,
       **shared,
     )
 
     def norm(heads: int) -> RMSNorm | None:
-      width = H if config.qk_norm_per_head else heads * H
-      options = {"eps": config.norm_eps, "offset": config.norm_offset, "axis": "head_dim"}
-      return RMSNorm(width, **options) if config.qk_norm else None
+      width = H if config.attention.qk_norm_per_head else heads * H
+      options = {"eps": config.norm.eps, "offset": config.norm.offset, "axis": "head_dim"}
+      return RMSNorm(width, **options) if config.attention.qk_norm else None
 
     self.query_norm, self.key_norm = norm(N), norm(K)
     self.sinks = (
-      nnx.Param(jnp.zeros(N), axes=("heads",), role="scalar") if config.attention_sinks else None
+      nnx.Param(jnp.zeros(N), axes=("heads",), role="scalar") if config.attention.sinks else None
     )
-    self.value_mix = Mix(0.5, 0.5) if config.value_residual and not cross else None
+    self.value_mix = Mix(0.5, 0.5) if config.residual.values and not cross else None
 
   def __call__(
     self,
@@ -360,7 +361,7 @@ class Attention(nnx.Module):
     x_BTD = constrain(x_BTD, "batch", "time", None)
     q_BTNH = self._queries(x_BTD)
     k_BSKH, v_BSKH = self.keys_and_values(x_BTD)
-    if config.position == "rope" and mask.rotates:
+    if config.position.kind == "rope" and mask.rotates:
       local = mask.window is not None
       q_BTNH = rotate(q_BTNH, positions_BT, config, local=local)
       k_BSKH = rotate(k_BSKH, positions_BT, config, local=local)
@@ -379,7 +380,7 @@ class Attention(nnx.Module):
         positions_BT,
         scale=self._scale,
         bias_BNTS=bias_BNTS,
-        cap=config.attention_soft_cap,
+        cap=config.attention.soft_cap,
       )
     return self._attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key), cache
 
@@ -403,7 +404,7 @@ class Attention(nnx.Module):
 
   @property
   def _scale(self) -> float:
-    return self.config.attention_scale or 1 / math.sqrt(self.config.head_dim)
+    return self.config.attention.scale or 1 / math.sqrt(self.config.head_dim)
 
   def _attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key) -> jax.Array:
     attended = attend(
@@ -413,9 +414,9 @@ class Attention(nnx.Module):
       mask,
       scale=self._scale,
       bias_BNTS=bias_BNTS,
-      cap=self.config.attention_soft_cap,
+      cap=self.config.attention.soft_cap,
       sinks_N=None if self.sinks is None else self.sinks[...],
-      dropout_rate=self.config.attention_dropout,
+      dropout_rate=self.config.dropout.attention,
       key=key,
     )
     return checkpoint_name(self.out(attended), "attention_out")

@@ -24,9 +24,9 @@ _OF_BRANCH = ("after", "both")
 
 
 def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
-  if config.norm == "rmsnorm":
-    return RMSNorm(config.embed_dim, eps=config.norm_eps, offset=config.norm_offset)
-  return LayerNorm(config.embed_dim, eps=config.norm_eps, bias=config.bias)
+  if config.norm.kind == "rmsnorm":
+    return RMSNorm(config.embed_dim, eps=config.norm.eps, offset=config.norm.offset)
+  return LayerNorm(config.embed_dim, eps=config.norm.eps, bias=config.bias)
 
 
 class Block(nnx.Module):
@@ -34,8 +34,8 @@ class Block(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
-    of_stream, of_branch = config.norm_placement != "after", config.norm_placement in _OF_BRANCH
-    shared, cross = config.residual == "parallel_one_norm", bool(config.encoder_layers)
+    of_stream, of_branch = config.norm.placement != "after", config.norm.placement in _OF_BRANCH
+    shared, cross = config.residual.kind == "parallel_one_norm", bool(config.encoder_layers)
 
     def norm_if(wanted: bool) -> LayerNorm | RMSNorm | None:
       return make_norm(config) if wanted else None
@@ -47,9 +47,9 @@ class Block(nnx.Module):
     self.cross_attention = Attention(config, rngs, cross=True) if cross else None
     self.cross_out_norm = norm_if(cross and of_branch)
     self.mlp_norm = norm_if(of_stream and not shared)
-    self.mlp = MixtureOfExperts(config, rngs) if config.num_experts else FeedForward(config, rngs)
+    self.mlp = MixtureOfExperts(config, rngs) if config.experts.count else FeedForward(config, rngs)
     self.mlp_out_norm = norm_if(of_branch)
-    self.embed_mix = Mix(1.0, 0.0) if config.embed_residual else None
+    self.embed_mix = Mix(1.0, 0.0) if config.residual.embedding else None
 
   def __call__(
     self,
@@ -89,12 +89,12 @@ class Block(nnx.Module):
       stats=stats,
     )
     mlp = self.mlp
-    if config.num_experts:
+    if config.experts.count:
       mlp = functools.partial(mlp, valid_BT=valid_BT, router_stats=router_stats)
 
     def add(x_BTD, branch_BTD, name, key):
-      branch_BTD = dropout(branch_BTD, config.residual_dropout, key)
-      scale = config.residual_scale / config.depth_ratio
+      branch_BTD = dropout(branch_BTD, config.dropout.residual, key)
+      scale = config.residual.scale / config.depth_ratio
       branch_BTD = branch_BTD if scale == 1 else branch_BTD * scale
       if stats is not None:
         stats.note(name, branch_BTD)
@@ -102,7 +102,7 @@ class Block(nnx.Module):
 
     def add_branch(x_BTD, name, branch, norms, key):
       before, after = norms
-      post = config.norm_placement == "post"
+      post = config.norm.placement == "post"
       branch_BTD = branch(x_BTD if post or before is None else before(x_BTD))
       branch_BTD = branch_BTD if after is None else after(branch_BTD)
       x_BTD = add(x_BTD, branch_BTD, name, key)
@@ -115,7 +115,7 @@ class Block(nnx.Module):
 
     if self.embed_mix is not None:
       x_BTD = self.embed_mix(x_BTD, embedded_BTD)
-    if config.residual == "sequential":
+    if config.residual.kind == "sequential":
       norms = (self.attention_norm, self.attention_out_norm)
       x_BTD = add_branch(x_BTD, "attention", attend, norms, keys[1])
       if cross_attends:
@@ -136,6 +136,6 @@ class Block(nnx.Module):
 
   def values(self, x_BTD: jax.Array) -> jax.Array:
     """Attention values [B, T, K, H] of the layer's input [B, T, D], before `value_residual`."""
-    if self.config.norm_placement in ("pre", "both"):
+    if self.config.norm.placement in ("pre", "both"):
       x_BTD = self.attention_norm(x_BTD)
     return self.attention.value(constrain(x_BTD, "batch", "time", None))

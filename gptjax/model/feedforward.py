@@ -27,7 +27,7 @@ _CLAMP = 7.0
 
 
 def activate(activation: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-  """Applies `config.activation`, with a gate of the same shape if it is one of `GATED`."""
+  """Applies `config.mlp.activation`, with a gate of the same shape if it is one of `GATED`."""
   if activation == "swiglu_clamped":
     gate, up = jnp.minimum(gate, _CLAMP), jnp.clip(up, -_CLAMP, _CLAMP) + 1
   if gate is None:
@@ -43,15 +43,15 @@ class FeedForward(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, F = config.embed_dim, config.mlp_dim
-    shared = {"bias": config.mlp_bias, "dtype": config.dtype, "rngs": rngs}
+    shared = {"bias": config.mlp.bias, "dtype": config.dtype, "rngs": rngs}
 
     def widen() -> Linear:
       return Linear((D,), (F,), axes=("embed", "mlp"), std=config.hidden_std, **shared)
 
-    self.gate = widen() if config.activation in GATED else None
+    self.gate = widen() if config.mlp.activation in GATED else None
     self.up = widen()
     self.down = Linear((F,), (D,), axes=("mlp", "embed"), std=config.residual_std, **shared)
-    self.activation = config.activation
+    self.activation = config.mlp.activation
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     x_BTD = constrain(x_BTD, "batch", "time", None)

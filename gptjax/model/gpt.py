@@ -30,8 +30,8 @@ class HeadTransform(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.linear = _square(config, rngs)
-    self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps, bias=True)
-    self.activation = config.activation
+    self.norm = LayerNorm(config.embed_dim, eps=config.norm.eps, bias=True)
+    self.activation = config.mlp.activation
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     return self.norm(activate(self.activation, self.linear(x_BTD)))
@@ -41,34 +41,33 @@ class GPT(Stack):
   """Tokens in, logits or scores of labels out. Parameters are float32, layers stacked [L, ...]."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    D, V, std = config.embed_dim, config.vocab_size, config.init_std
+    D, V, std = config.embed_dim, config.vocab_size, config.init.std
 
     def table(rows: int, axis: str) -> Embedding:
       return Embedding(rows, D, axes=(axis, "embed"), std=std, rngs=rngs)
 
     self.embed = table(V, "vocab")
-    self.position = (
-      table(config.max_positions, "positions") if config.position == "learned" else None
-    )
-    self.token_type = table(config.token_types, "types") if config.token_types else None
-    self.embed_norm = make_norm(config) if config.embed_norm else None
+    is_learned = config.position.kind == "learned"
+    self.position = table(config.position.max_positions, "positions") if is_learned else None
+    self.token_type = table(config.embed.token_types, "types") if config.embed.token_types else None
+    self.embed_norm = make_norm(config) if config.embed.norm else None
     super().__init__(config, rngs)
     self.encoder = Stack(config.encoder, rngs) if config.encoder_layers else None
-    K = config.num_labels
+    K = config.label_head.num_labels
 
     def head(size: int, axis: str, bias: bool, dtype: str) -> Linear:
       axes = ("embed", axis)
       options = {"bias": bias, "std": std, "dtype": dtype, "role": "head"}
       return Linear((D,), (size,), axes=axes, rngs=rngs, **options)
 
-    self.head_transform = HeadTransform(config, rngs) if config.head_transform and not K else None
-    self.head = None if config.tied_head or K else head(V, "vocab", False, config.dtype)
-    has_bias = config.head_bias and not K
+    self.head_transform = HeadTransform(config, rngs) if config.head.transform and not K else None
+    self.head = None if config.head.tied or K else head(V, "vocab", False, config.dtype)
+    has_bias = config.head.bias and not K
     self.head_bias = nnx.Param(jnp.zeros(V), axes=("vocab",), role="bias") if has_bias else None
-    self.pooler = _square(config, rngs) if config.pooler else None
-    next_sentence = config.next_sentence and not K
+    self.pooler = _square(config, rngs) if config.head.pooler else None
+    next_sentence = config.head.next_sentence and not K
     self.next_sentence = head(2, "labels", True, "float32") if next_sentence else None
-    self.label_head = head(K, "labels", config.label_bias, "float32") if K else None
+    self.label_head = head(K, "labels", config.label_head.bias, "float32") if K else None
 
   def __call__(self, tokens_BT: jax.Array, **kwargs) -> jax.Array:
     """Logits [B, T, V], float32, of the token after each position, or of the token itself in a
@@ -164,42 +163,43 @@ class GPT(Stack):
     if positions_BT is None:
       positions_BT = _count(tokens_BT)
     x_BTD = self.embed(tokens_BT)
-    if config.embed_scale != 1:
-      x_BTD = x_BTD * config.embed_scale
+    if config.embed.scale != 1:
+      x_BTD = x_BTD * config.embed.scale
     if self.position is not None:
-      room = config.max_positions - config.position_offset
+      room = config.position.max_positions - config.position.offset
       if (length := length or tokens_BT.shape[1]) > room:
         raise UserError(
           f"{length} positions do not fit the {room} learned positions of the "
-          "model: shorten the text, set model.max_positions and train anew, or use 'rope'."
+          "model: shorten the text, set model.position.max_positions and train anew, or use rope."
         )
-      x_BTD += self.position(positions_BT + config.position_offset)
+      x_BTD += self.position(positions_BT + config.position.offset)
     if self.token_type is not None:
       types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
       x_BTD += self.token_type(types_BT)
     if self.embed_norm is not None:
       x_BTD = self.embed_norm(x_BTD)
-    x_BTD = dropout(x_BTD, config.embed_dropout, key)
+    x_BTD = dropout(x_BTD, config.dropout.embed, key)
     return constrain(x_BTD.astype(config.dtype), "batch", "residual_time", None)
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Hidden states [B, T, D] -> logits [B, T, V], float32; UserError in a model of labels."""
     if self.label_head is not None:
       raise UserError(
-        f"the model scores {self.config.num_labels} labels (model.num_labels) and writes no text."
+        f"the model scores {self.config.label_head.num_labels} labels "
+        "(model.label_head.num_labels) and writes no text."
       )
     x_BTD = self.features(x_BTD)
     logits_BTV = self.head(x_BTD) if self.head is not None else self.embed.scores(x_BTD)
     logits_BTV = logits_BTV.astype(jnp.float32)
     if self.head_bias is not None:
       logits_BTV += self.head_bias[...].reshape(1, 1, -1)
-    return soft_cap(logits_BTV, self.config.logit_soft_cap)
+    return soft_cap(logits_BTV, self.config.head.soft_cap)
 
   def features(self, x_BTD: jax.Array) -> jax.Array:
     """Hidden states [B, T, D] -> input of the output projection [B, T, D]."""
     if self.head_transform is not None:
       x_BTD = self.head_transform(x_BTD)
-    scale = self.config.logit_scale / self.config.width_ratio
+    scale = self.config.head.scale / self.config.width_ratio
     return x_BTD if scale == 1 else x_BTD * scale
 
   def output_kernel(self) -> tuple[jax.Array, tuple[str, str]]:
@@ -219,25 +219,25 @@ class GPT(Stack):
     With label_pooling='mean' all tokens of a segment have the scores of their mean; with 'pooler'
     the scores are computed from `pooled`. `key` is the randomness of dropout.
     """
-    if self.config.label_pooling == "pooler":
+    if self.config.label_head.pooling == "pooler":
       x_BTD = self.pooled(x_BTD)
     x_BTD = x_BTD.astype(jnp.float32)
-    if self.config.label_pooling == "mean":
+    if self.config.label_head.pooling == "mean":
       if segment_ids_BT is None:
         segment_ids_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
       same_BTS = same_segment(segment_ids_BT, segment_ids_BT).astype(jnp.float32)
       x_BTD = (same_BTS @ x_BTD) / same_BTS.sum(-1, keepdims=True)
     # Divided like the logits: the output's side of muP.
     x_BTD = x_BTD / self.config.width_ratio
-    return self.label_head(dropout(x_BTD, self.config.label_dropout, key))
+    return self.label_head(dropout(x_BTD, self.config.dropout.label, key))
 
   def pooled(self, x_BTD: jax.Array) -> jax.Array:
     """act(x W + b) of each token [B, T, D]; BERT reads the first (Devlin et al. 2019, sec. 4.1)."""
-    return POOLER_ACTIVATIONS[self.config.pooler_activation](self.pooler(x_BTD))
+    return POOLER_ACTIVATIONS[self.config.head.pooler_activation](self.pooler(x_BTD))
 
 
 def _square(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
-  D, std = config.embed_dim, config.init_std
+  D, std = config.embed_dim, config.init.std
   options = {"bias": True, "std": std, "dtype": config.dtype, "role": "head"}
   return Linear((D,), (D,), axes=("embed", None), rngs=rngs, **options)
 

@@ -47,13 +47,13 @@ class MixtureOfExperts(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    E, D, F = config.num_experts, config.embed_dim, config.mlp_dim
+    E, D, F = config.experts.count, config.embed_dim, config.mlp_dim
     self.config = config
     self.router = Linear(
       (D,),
       (E,),
       axes=("embed", None),
-      bias=config.router_bias,
+      bias=config.experts.router_bias,
       std=config.hidden_std,
       dtype="float32",
       rngs=rngs,
@@ -61,15 +61,15 @@ class MixtureOfExperts(nnx.Module):
     )
 
     def make(name: str, widths: tuple[int, int], std: float) -> ExpertLinear:
-      return ExpertLinear((E, *widths), axes=_AXES[name], bias=config.mlp_bias, std=std, rngs=rngs)
+      return ExpertLinear((E, *widths), axes=_AXES[name], bias=config.mlp.bias, std=std, rngs=rngs)
 
-    gated = config.activation in GATED
+    gated = config.mlp.activation in GATED
     self.gate = make("gate", (D, F), config.hidden_std) if gated else None
     self.up = make("up", (D, F), config.hidden_std)
     self.down = make("down", (F, D), config.residual_std)
     self.shared = (
-      FeedForward(dataclasses.replace(config, mlp_dim=config.shared_expert_dim), rngs)
-      if config.shared_expert_dim
+      FeedForward(dataclasses.replace(config, mlp_dim=config.experts.shared_dim), rngs)
+      if config.experts.shared_dim
       else None
     )
 
@@ -92,16 +92,16 @@ class MixtureOfExperts(nnx.Module):
     dtype = config.dtype
     x_BTD = constrain(x_BTD.astype(dtype), "batch", "time", None)
     logits_BTE = constrain(self.router(x_BTD), "batch", "time", None)
-    _, choices_BTC = jax.lax.top_k(jax.lax.stop_gradient(logits_BTE), config.experts_per_token)
-    is_choice_BTCE = jax.nn.one_hot(choices_BTC, config.num_experts)
-    if config.router_normalize:
+    _, choices_BTC = jax.lax.top_k(jax.lax.stop_gradient(logits_BTE), config.experts.per_token)
+    is_choice_BTCE = jax.nn.one_hot(choices_BTC, config.experts.count)
+    if config.experts.router_normalize:
       weights_BTC = jax.nn.softmax((is_choice_BTCE * logits_BTE[:, :, None]).sum(-1))
     else:
       weights_BTC = (is_choice_BTCE * jax.nn.softmax(logits_BTE)[:, :, None]).sum(-1)
     if router_stats is not None:
       router_stats.update(measure(logits_BTE, is_choice_BTCE, valid_BT))
     if valid_BT is not None:
-      choices_BTC = jnp.where(valid_BT[..., None], choices_BTC, config.num_experts)
+      choices_BTC = jnp.where(valid_BT[..., None], choices_BTC, config.experts.count)
 
     # What `_apply_local` casts, so that devices that share an expert add up its gradient before.
     wide = jnp.promote_types(dtype, sharding.reduce_dtype())
@@ -165,7 +165,7 @@ def _split_experts(config: ModelConfig, projections: Any, x_BTD, choices_BTC, we
       for name, parts in projections.items()
     }
 
-  apply = functools.partial(_apply_local, config.activation, tokens[0] is not None)
+  apply = functools.partial(_apply_local, config.mlp.activation, tokens[0] is not None)
   of_tokens = (*tokens, None)
   sharded = sharding.per_shard(apply, [of_tokens] * 3, of_tokens, (projections, make_specs))
   return sharded(x_BTD, choices_BTC, weights_BTC)

@@ -25,33 +25,33 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False) -> tuple[np.nd
       sharpened by 0.1 ln(factor) + 1 (Peng et al. 2023, arXiv:2309.00071, sections 3.2 to 3.4).
     llama3: the same idea with the ramp in 1 / wavelength (Llama 3.1).
   """
-  dim, base, scaling = config.rope_dim, config.rope_base, config.rope_scaling
-  if local and config.rope_local_base:
-    base, scaling = config.rope_local_base, "none"
+  dim, base, scaling = config.rope.dim, config.rope.base, config.rope.scaling
+  if local and config.rope.local_base:
+    base, scaling = config.rope.local_base, "none"
   half = np.arange(0, dim, 2, dtype=np.float64)
   frequencies = base ** (-half / dim)
-  factor, original = config.rope_factor, config.rope_original_positions
+  factor, original = config.rope.factor, config.rope.original_positions
   match scaling:
     case "linear":
       return frequencies / factor, 1.0
     case "yarn":
-      slow, fast = config.rope_slow_turns or 1.0, config.rope_fast_turns or 32.0
+      slow, fast = config.rope.low_freq_factor or 1.0, config.rope.high_freq_factor or 32.0
 
       def dimension_that_turns(times: float) -> float:
         """The dimension that makes `times` full turns over the original context (eq. 14)."""
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
 
       low, high = dimension_that_turns(fast), dimension_that_turns(slow)
-      if config.rope_round:
+      if config.rope.truncate:
         low, high = math.floor(low), math.ceil(high)
       low, high = max(low, 0), min(high, dim - 1)
       # Where the original length is too short for a turn, the bounds cross, and all is kept.
       ramp = np.clip((np.arange(half.size) - low) / ((high - low) or 1e-3), 0, 1)
       scaled = frequencies / factor * ramp + frequencies * (1 - ramp)
       sharpened = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-      return scaled, config.rope_attention_factor or sharpened
+      return scaled, config.rope.attention_factor or sharpened
     case "llama3":
-      slow, fast = config.rope_slow_turns or 1.0, config.rope_fast_turns or 4.0
+      slow, fast = config.rope.low_freq_factor or 1.0, config.rope.high_freq_factor or 4.0
       turns = original * frequencies / (2 * np.pi)
       keep = np.clip((turns - slow) / (fast - slow), 0, 1)
       return frequencies * keep + frequencies / factor * (1 - keep), 1.0
@@ -65,7 +65,7 @@ def _dynamic_stretch(positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
   longest wavelength is interpolated and its shortest one kept (Peng et al. 2023, arXiv:2309.00071,
   section 3.1 and appendix A, as in Llama's code in `transformers`).
   """
-  dim, factor, original = config.rope_dim, config.rope_factor, config.rope_original_positions
+  dim, factor, original = config.rope.dim, config.rope.factor, config.rope.original_positions
   longer_B = jnp.maximum((positions_BT.max(-1) + 1) / original, 1)
   growth_B = factor * longer_B - (factor - 1)
   exponents = np.arange(0, dim, 2) / (dim - 2)
@@ -79,11 +79,11 @@ def rotate(
   position times frequency; the other dimensions stay."""
   frequencies, scale = rope_frequencies(config, local=local)
   frequencies_11R = jnp.asarray(frequencies, jnp.float32).reshape(1, 1, 1, -1)
-  if config.rope_scaling == "dynamic" and not (local and config.rope_local_base):
+  if config.rope.scaling == "dynamic" and not (local and config.rope.local_base):
     frequencies_11R = frequencies_11R / _dynamic_stretch(positions_BT, config)
   angles_BT1R = positions_BT[:, :, None, None] * frequencies_11R
   cos, sin = scale * jnp.cos(angles_BT1R), scale * jnp.sin(angles_BT1R)
-  half = config.rope_dim // 2
+  half = config.rope.dim // 2
   first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), [half, 2 * half], axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
   return rotated.astype(x_BTNH.dtype)
@@ -131,26 +131,26 @@ class AttentionBias(nnx.Module):
     self.config = config
     self.relative = (
       Embedding(
-        config.t5_buckets,
+        config.position.t5_buckets,
         config.num_heads,
         axes=("buckets", "heads"),
-        std=config.init_std,
+        std=config.init.std,
         rngs=rngs,
       )
-      if config.position == "t5"
+      if config.position.kind == "t5"
       else None
     )
 
   def __call__(self, query_positions_BT: jax.Array, key_positions_BS: jax.Array):
     config = self.config
-    if config.position not in ("alibi", "t5"):
+    if config.position.kind not in ("alibi", "t5"):
       return None
     distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
     if self.relative is not None:
       bucket_BTS = t5_bucket(
         distance_BTS,
-        config.t5_buckets,
-        config.t5_max_distance,
+        config.position.t5_buckets,
+        config.position.t5_max_distance,
         bidirectional=config.visibility != "causal",
       )
       return self.relative(bucket_BTS).transpose(0, 3, 1, 2)

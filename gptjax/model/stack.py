@@ -65,7 +65,7 @@ class Stack(nnx.Module):
     self.attention_bias = AttentionBias(config, rngs)
     stack = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
     self.blocks = stack(rngs.fork(split=config.num_layers))
-    self.final_norm = None if config.norm_placement == "post" else make_norm(config)
+    self.final_norm = None if config.norm.placement == "post" else make_norm(config)
 
   def run(
     self,
@@ -104,7 +104,7 @@ class Stack(nnx.Module):
     shared = {
       "bias_BNTS": self.attention_bias(positions_BT, key_positions_BS),
       "embedded_BTD": x_BTD,
-      "first_values_BTKH": self.layers()[0].values(x_BTD) if config.value_residual else None,
+      "first_values_BTKH": self.layers()[0].values(x_BTD) if config.residual.values else None,
       "cross_mask": None if encoded is None else _cross_mask(encoded, T, segment_ids_BT),
       "valid_BT": None if segment_ids_BT is None else segment_ids_BT > 0,
     }
@@ -180,12 +180,12 @@ class Stack(nnx.Module):
         told.append((dict(layer_stats or {}), dict(layer_router_stats or {})))
       return x_BTD, _stack(told)
 
-    scan = config.scan_layers
+    scan = config.execution.scan_layers
     if scan is None:
       scan = sharding.platform() != "cpu"
-    if config.remat != "none":
+    if config.execution.remat != "none":
       # Inside a scan XLA cannot merge the recomputation with the forward pass: no barrier needed.
-      policy = REMAT_POLICIES[config.remat]
+      policy = REMAT_POLICIES[config.execution.remat]
       run_period = jax.checkpoint(run_period, policy=policy, prevent_cse=not scan)
     by_period = jax.tree.map(
       lambda leaf: leaf.reshape(periods, period, *leaf.shape[1:]), (stack, keys)

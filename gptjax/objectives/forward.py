@@ -59,7 +59,7 @@ def token_loss(
     batch.weights,
     axes=axes,
     bias_V=None if model.head_bias is None else model.head_bias[...],
-    cap=model.config.logit_soft_cap,
+    cap=model.config.head.soft_cap,
     z_loss=z_loss,
   )
 

@@ -50,7 +50,7 @@ def learning_rate_multiplier(algorithm: str, width_ratio: float) -> float:
     return 1.0
   if algorithm not in _POWER:
     raise UserError(
-      f"model.parametrization: no rule for optim {algorithm!r} across widths; there is one for "
-      f"{', '.join(_POWER)}."
+      f"model.transfer.parametrization: no rule for optim {algorithm!r} across widths; there is "
+      f"one for {', '.join(_POWER)}."
     )
   return width_ratio ** _POWER[algorithm]

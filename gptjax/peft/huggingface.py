@@ -178,7 +178,7 @@ def write(
     has_bias = config.method != "ia3"
     more = whole.write(flat, adapted, entries, family, model_config, has_bias=has_bias)
     own, tensors = own | more[0], tensors | more[1]
-  elif config.unfrozen or model_config.num_labels:
+  elif config.unfrozen or model_config.label_head.num_labels:
     raise UserError(
       f"peft.method={config.method!r}: parameters that are trained whole are not written with it."
     )
@@ -266,7 +266,7 @@ def _task_type(model_config: ModelConfig, family: Family) -> str | None:
   if model_config.encoder_layers:
     return "SEQ_2_SEQ_LM"
   if model_config.visibility == "bidirectional":
-    return None if model_config.head_transform else "FEATURE_EXTRACTION"
+    return None if model_config.head.transform else "FEATURE_EXTRACTION"
   return "CAUSAL_LM"
 
 

@@ -47,7 +47,7 @@ class QuantizedKernel(nnx.Module):
   """Replaces a projection's kernel: `kernel[...]` is the dequantised kernel, float32.
 
   A projection calls it within its layer, so that one layer at a time is dequantised, and again in
-  the backward pass. Experts keep the dequantised kernel for that, unless model.remat says
+  the backward pass. Experts keep the dequantised kernel for that, unless model.execution.remat says
   otherwise. Both variables have the leading axis L of a stack, if there is one.
 
   values: int8 in the kernel's shape; for nf4 uint8, two values a byte, the first in the low bits,

@@ -41,7 +41,7 @@ class PrefixAttention(Attention):
       return jnp.concatenate([prefix_BPKH, x_BSKH], axis=1)
 
     keys_PKH = self.prefix_keys[...]
-    if self.config.position == "rope" and mask.rotates:
+    if self.config.position.kind == "rope" and mask.rotates:
       keys_PKH = self._turned_back(keys_PKH, local=mask.window is not None)
     B, P = q_BTNH.shape[0], keys_PKH.shape[0]
     positions_BP = jnp.broadcast_to(jnp.arange(-P, 0), (B, P))
@@ -61,7 +61,7 @@ class PrefixAttention(Attention):
     P = keys_PKH.shape[0]
     turned_PKH = rotate(keys_PKH[None], jnp.full((1, P), -P), config, local=local)[0]
     _, factor = rope_frequencies(config, local=local)  # It does not depend on the position.
-    return turned_PKH.at[..., : config.rope_dim].divide(factor)
+    return turned_PKH.at[..., : config.rope.dim].divide(factor)
 
 
 class PrefixGPT(GPT):
@@ -101,7 +101,7 @@ class PromptGPT(GPT):
     P = x_1PD.shape[1]
     positions_1P = jnp.arange(P)[None]
     if self.position is not None:
-      x_1PD += self.position(positions_1P + self.config.position_offset - P)
+      x_1PD += self.position(positions_1P + self.config.position.offset - P)
     x_1PD = x_1PD.astype(self.config.dtype)
     _, pairs = super().run(x_1PD, positions_1P, cache=self.empty_cache(1, P))
     return tuple(jnp.stack([pair[i][0] for pair in pairs]) for i in (0, 1))
@@ -162,7 +162,7 @@ def add_prefix(model: GPT, tokens: int, rngs: nnx.Rngs) -> PrefixGPT:
   axes = ("positions", "kv_heads", "head_dim")
 
   def normal() -> Adapter:
-    values = config.init_std * jax.random.normal(rngs.params(), shape)
+    values = config.init.std * jax.random.normal(rngs.params(), shape)
     return Adapter(values, axes=axes, role="embedding")
 
   return PrefixGPT(model, normal(), normal())
@@ -173,7 +173,7 @@ def add_prompt(model: GPT, tokens: int, rngs: nnx.Rngs) -> PromptGPT:
   section 3.2)."""
   config = _check(model, tokens)
   ids = jax.random.randint(rngs.params(), (tokens,), 0, config.vocab_size)
-  prompt = model.embed(ids) * config.embed_scale
+  prompt = model.embed(ids) * config.embed.scale
   return PromptGPT(model, Adapter(prompt, axes=("positions", "embed"), role="embedding"))
 
 
@@ -194,17 +194,17 @@ def _check(model: GPT, tokens: int):
   refused = {
     "visibility": config.visibility != "causal",
     "encoder_layers": config.encoder_layers > 0,
-    "position": config.position in ("alibi", "t5"),
-    "value_residual": config.value_residual,
-    "attention": config.attention not in ("auto", "xla"),
+    "position.kind": config.position.kind in ("alibi", "t5"),
+    "residual.values": config.residual.values,
+    "attention.kernel": config.attention.kernel not in ("auto", "xla"),
   }
   for field, is_refused in refused.items():
     if is_refused:
       raise UserError(
-        f"peft: virtual tokens are not known with model.{field}={getattr(config, field)!r}."
+        f"peft: virtual tokens are not known with model.{field}={config.flat[field]!r}."
       )
   # Only this kernel takes an explicit mask; learned positions begin after the virtual tokens.
-  model.config = dataclasses.replace(
-    config, attention="xla", position_offset=config.position_offset + tokens
+  model.config = config.replace(
+    {"attention.kernel": "xla", "position.offset": config.position.offset + tokens}
   )
   return config

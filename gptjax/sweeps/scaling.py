@@ -177,7 +177,7 @@ def matmul_parameters(config: Any) -> int:
   model = ModelConfig.from_config(config.model)
   described = describe_parameters(model).values()
   count = sum(math.prod(info.shape) for info in described if info.fan_in_axes is not None)
-  return count + model.vocab_size * model.embed_dim * model.tied_head
+  return count + model.vocab_size * model.embed_dim * model.head.tied
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ def flops_per_token(
   def matmul_params(pattern: str) -> float:
     return sum(
       math.prod(info.shape)
-      * (model.active_experts if "experts" in info.axes else 1)
+      * (model.experts.active if "experts" in info.axes else 1)
       * (1 if name in trained else 2 / 3)
       for name, info in (parameters | trained).items()
       if info.fan_in_axes is not None and re.match(pattern, name)
@@ -41,7 +41,7 @@ def flops_per_token(
   attention = {"heads": model.num_heads, "head_dim": model.head_dim}
   # The decoder's own tokens, and its cross-attention keys and values of the encoder's tokens.
   decoder = matmul_params(f"(?!{_ENCODER})")
-  if model.tied_head and not model.num_labels:
+  if model.head.tied and not model.label_head.num_labels:
     decoder += model.vocab_size * model.embed_dim * (1 if whole else 2 / 3)
   flops = chips.flops_per_token(
     matmul_params=decoder,

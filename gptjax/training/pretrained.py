@@ -163,7 +163,7 @@ def labels_of(checkpoint: epath.PathLike) -> Labels | None:
   if foreign is not None:
     return foreign.labels
   config = config_lib.open_saved(epath.Path(checkpoint))
-  if not (count := config.model.get("num_labels")):
+  if not (count := ModelConfig.from_config(config.model).label_head.num_labels):
     return None
   return Labels(config.task.name, config.task.get("labels", ()) or number_labels(count))
 
@@ -215,7 +215,7 @@ def load_params_into(
   flat = traverse_util.flatten_dict(abstract, sep="/")
   if missing := set(flat) - {*foreign.parameters, *LABEL_HEAD}:
     raise UserError(f"init_from={checkpoint} lacks {min(missing)!r} of the model of this config.")
-  new_head = _differences_of_heads(config, labels, foreign) if config.num_labels else []
+  new_head = _differences_of_heads(config, labels, foreign) if config.label_head.num_labels else []
   own = set(foreign.parameters) - set(LABEL_HEAD if new_head else ())
   shardings = {name: leaf.sharding for name, leaf in flat.items() if name in own}
   loaded = foreign.load(shardings, progress=jax.process_index() == 0)
@@ -228,8 +228,8 @@ def _differences_of_heads(
 ) -> list[str]:
   """Reasons why the label head in another library's files does not fit a config."""
   theirs = foreign.config
-  if not theirs.label_bias:  # A new bias is 0.
-    theirs = dataclasses.replace(theirs, label_bias=config.label_bias)
+  if not theirs.label_head.bias:  # A new bias is 0.
+    theirs = theirs.replace({"label_head.bias": config.label_head.bias})
   differences = config.head_differences(theirs)
   if differences or not labels:
     return differences

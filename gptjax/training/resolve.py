@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from gptjax.config import flatten
 from gptjax.data.options import read_options
 from gptjax.data.tokenizer import declared_vocab_size
 from gptjax.errors import UserError
@@ -38,7 +39,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
   if config.tokenizer == INIT_FROM:
     config.tokenizer = tokenizer_of(config.init_from)
   if not config.model.num_layers and (config.init_from or not config.model.embed_dim):
-    config.model.update(_architecture_to_start_from(config))
+    config.model.update_from_flattened_dict(_architecture_to_start_from(config))
   if not config.model.vocab_size:
     config.model.vocab_size = declared_vocab_size(config.tokenizer)
   if config.task.name == OF_THE_MODEL:
@@ -55,29 +56,31 @@ def _architecture_to_start_from(config: ConfigDict) -> dict[str, Any]:
       "model=init_from needs init_from: a run, a folder of Hugging Face's or a GGUF file."
     )
   architecture = read_model_config(config.init_from).architecture
+  given = flatten(config.model)
   for name, default in ModelConfig.defaults().items():
-    if name in architecture and config.model[name] not in (default, architecture[name]):
+    if name in architecture and given[name] not in (default, architecture[name]):
       raise UserError(
-        f"model.{name}={config.model[name]!r}, but init_from={config.init_from} has "
+        f"model.{name}={given[name]!r}, but init_from={config.init_from} has "
         f"{architecture[name]!r}; leave it out."
       )
   return architecture
 
 
 def _settle_task(config: ConfigDict) -> None:
-  task = make_task(config.task)
+  task, head = make_task(config.task), config.model.label_head
   if not task.predicts_tokens:
     if not task.num_labels:
       known = labels_of(config.init_from) if config.init_from else None
       task = task.settle(read_options(config), known.names if known else ())
-    if config.model.num_labels not in (0, task.num_labels):
+    if head.num_labels not in (0, task.num_labels):
       raise UserError(
-        f"model.num_labels={config.model.num_labels}, but task={task.name!r} has "
+        f"model.label_head.num_labels={head.num_labels}, but task={task.name!r} has "
         f"{task.num_labels} here; leave it out."
       )
-    config.model.num_labels = task.num_labels
-  elif config.model.num_labels:
+    head.num_labels = task.num_labels
+  elif head.num_labels:
     raise UserError(
-      f"model.num_labels={config.model.num_labels}: task={task.name!r} has no labels; leave it out."
+      f"model.label_head.num_labels={head.num_labels}: task={task.name!r} has no labels; "
+      "leave it out."
     )
   config.task.update(dataclasses.asdict(task))

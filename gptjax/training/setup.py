@@ -133,7 +133,7 @@ class Setup:
     return {
       "seed": self.config.seed,
       "grad_accumulation": self.config.grad_accumulation,
-      "dropout": self.model.has_dropout,
+      "dropout": bool(self.model.dropout),
       "router_balance_loss": self.config.router_balance_loss,
       "router_z_loss": self.config.router_z_loss,
       "reduce_dtype": self.config.mesh.reduce_dtype,
@@ -209,10 +209,10 @@ def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setu
     UserError: a value that cannot be used, by its key.
   """
   model = ModelConfig.from_config(config.model)
-  if model.position == "learned" and config.sequence_length > model.max_positions:
+  if model.position.kind == "learned" and config.sequence_length > model.position.max_positions:
     raise UserError(
-      f"sequence_length={config.sequence_length} exceeds model.max_positions="
-      f"{model.max_positions}; raise the latter or choose model.position=rope."
+      f"sequence_length={config.sequence_length} exceeds model.position.max_positions="
+      f"{model.position.max_positions}; raise the latter or choose model.position.kind=rope."
     )
   task, data = make_task(config.task), read_options(config)
   task.check_model(model)
@@ -226,9 +226,10 @@ def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setu
       f"mesh.context={mesh.shape['context']}: rows of an encoder-decoder are not split; use "
       "mesh.data, mesh.fsdp or mesh.tensor."
     )
-  if model.num_experts % mesh.shape["expert"]:
+  if model.experts.count % mesh.shape["expert"]:
     raise UserError(
-      f"mesh.expert={mesh.shape['expert']} does not divide model.num_experts={model.num_experts}."
+      f"mesh.expert={mesh.shape['expert']} does not divide "
+      f"model.experts.count={model.experts.count}."
     )
   adaptation = make_adaptation(config.get("peft"))
   if not adaptation.is_whole and not config.init_from:

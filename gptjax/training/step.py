@@ -161,7 +161,7 @@ def _make_gradients(
   def loss(params, micro: Batch, key, weight, frozen):
     model = nnx.merge(graph, params, frozen or {})
     stats = ActivationStats() if observe else None
-    router_stats = RouterStats() if model.config.num_experts else None
+    router_stats = RouterStats() if model.config.experts.count else None
     sums = task.loss(model, micro, key, stats=stats, router_stats=router_stats)
     share = micro.weights.sum() / weight
     total = sums.total / weight

@@ -24,7 +24,7 @@ SHAPE = {
   "num_heads": 4,
   "num_kv_heads": 2,
   "mlp_dim": 512,
-  "max_positions": 256,
+  "position.max_positions": 256,
   "dtype": "bfloat16",
 }
 BATCH, CONTEXT = 8, 128
@@ -66,7 +66,7 @@ def test_a_window_and_tables_are_not_read_as_a_whole():
   work = work_of(make_plan(jax.devices(), {"data": 4}, **local))
   assert work.read["kv_cache"] == CACHE // 4 * (128 + 32) // (128 + 128)
   assert work.held["kv_cache"] == CACHE // 4
-  learned = {"model.position": "learned", "model.tied_head": False}
+  learned = {"model.position.kind": "learned", "model.head.tied": False}
   work = work_of(make_plan(jax.devices(), {"data": 4}, **learned))
   looked_up = 256 * 256 + 512 * 256
   assert work.held["parameters"] - work.read["parameters"] == 2 * looked_up
@@ -120,7 +120,7 @@ def test_a_step_with_the_layers_apart_is_a_step_of_generation():
     (
       {"data": 4},
       (4, 512),
-      {"model.position": "learned"},
+      {"model.position.kind": "learned"},
       "^--context=512 exceeds the 256",
     ),
     ({"context": 4}, (4, 128), {}, r"^mesh\.context=4 has nothing to split"),
@@ -148,7 +148,7 @@ def compiled():
 
 
 def test_of_experts_only_those_chosen_count():
-  changes = {"model.num_experts": 4, "model.experts_per_token": 1}
+  changes = {"model.experts.count": 4, "model.experts.per_token": 1}
   dense = work_of(make_plan(jax.devices()[:1], {}))
   mixture = work_of(make_plan(jax.devices()[:1], {}, **changes))
   router, expert = 2 * 256 * 4, 2 * 3 * 256 * 512

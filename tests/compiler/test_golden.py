@@ -28,9 +28,9 @@ SMALL = {
   "model.num_heads": 4,
   "model.mlp_dim": MLP,
   "model.vocab_size": VOCAB,
-  "model.max_positions": LENGTH,
+  "model.position.max_positions": LENGTH,
   "model.dtype": "bfloat16",
-  "model.remat": "full",
+  "model.execution.remat": "full",
   "sequence_length": LENGTH,
   "batch_size": ROWS,
 }

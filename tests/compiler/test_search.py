@@ -84,8 +84,10 @@ def test_layouts_are_ranked_by_what_the_compiler_says_of_them(tmp_path):
   assert speeds == sorted(speeds, reverse=True)
   assert speeds[0] > speeds[-1]
   # The first round recomputes everything; the second goes on from the fastest of its meshes.
-  fastest = next(one for one in compiled if one.overrides["model.remat"] == "full").overrides
-  later = [one for one in compiled if one.overrides["model.remat"] != "full"]
+  fastest = next(
+    one for one in compiled if one.overrides["model.execution.remat"] == "full"
+  ).overrides
+  later = [one for one in compiled if one.overrides["model.execution.remat"] != "full"]
   assert len(later) == 2
   for axis in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
     assert {one.overrides[axis] for one in later} == {fastest[axis]}
@@ -104,7 +106,7 @@ def test_what_cannot_fit_is_not_compiled(target, tmp_path, monkeypatch):
 
 
 def test_state_and_activations_are_what_counts(target):
-  config = config_lib.load(SPEC, SETTINGS | {"model.remat": "full"})
+  config = config_lib.load(SPEC, SETTINGS | {"model.execution.remat": "full"})
   assert search.misfit(config, target) == ""
   small = Target(target.devices, hbm_bytes=2**20)
   assert "for state, gradients and activations alone" in search.misfit(config, small)
@@ -114,11 +116,16 @@ def test_state_and_activations_are_what_counts(target):
 
 def test_the_winner_is_a_part_of_a_config(tmp_path, monkeypatch):
   monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-  overrides = {"mesh.data": 1, "mesh.fsdp": 4, "model.remat": "dots", "compile.options.tpu": "a=1"}
+  overrides = {
+    "mesh.data": 1,
+    "mesh.fsdp": 4,
+    "model.execution.remat": "dots",
+    "compile.options.tpu": "a=1",
+  }
   search.write(Found(overrides, None), tmp_path / "tiny_v5e-4.json")
   assert tuned.names() == ["tiny_v5e-4"]
   config = config_lib.load(f"{SPEC},tuned=tiny_v5e-4")
-  assert (config.mesh.data, config.mesh.fsdp, config.model.remat) == (1, 4, "dots")
+  assert (config.mesh.data, config.mesh.fsdp, config.model.execution.remat) == (1, 4, "dots")
   assert config.compile.options.tpu == "a=1"
   with pytest.raises(UserError, match="no tuned preset 'tiny_v5e-8'"):
     config_lib.load(f"{SPEC},tuned=tiny_v5e-8")

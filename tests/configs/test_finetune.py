@@ -51,7 +51,7 @@ def finetuned(tmp_path_factory, tiny_config, random_params):
   """The work directory of a run that began from a folder as Hugging Face's."""
   folder = tmp_path_factory.mktemp("finetuned")
   tokenizers.train("bpe:300", ["What is it? It is a number."]).save(folder / "model")
-  model = tiny_config(vocab_size=300, max_positions=256, num_layers=1)
+  model = tiny_config(vocab_size=300, num_layers=1, **{"position.max_positions": 256})
   huggingface.save(folder / "model", model, random_params(model), huggingface.find_family(model))
   records = [{"prompt": f"What is {n}?", "completion": "It is a number."} for n in range(40)]
   (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, records)))

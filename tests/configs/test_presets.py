@@ -146,7 +146,7 @@ def test_a_config_file_runs_without_an_argument_and_from_any_directory(tmp_path,
 
 
 def test_of_experts_only_the_active_count_in_the_flops():
-  dense = {"num_experts": 0, "experts_per_token": 0}
+  dense = {"experts.count": 0, "experts.per_token": 0}
   load = {"sequence_length": 256, "model.vocab_size": 4096}
 
   def flops(**changes):

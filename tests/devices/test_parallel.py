@@ -41,17 +41,17 @@ MESHES = [
   {"fsdp": 2, "context": 4},
 ]
 MODELS = {
-  "learned": {"max_positions": T, "activation": "gelu_tanh"},
+  "learned": {"position.max_positions": T, "mlp.activation": "gelu_tanh"},
   "rope": {
-    "position": "rope",
-    "norm": "rmsnorm",
-    "activation": "swiglu",
+    "position.kind": "rope",
+    "norm.kind": "rmsnorm",
+    "mlp.activation": "swiglu",
     "num_kv_heads": 2,
-    "tied_head": False,
+    "head.tied": False,
     "layer_pattern": ("full", "local"),
     "window": 9,
-    "value_residual": True,
-    "embed_residual": True,
+    "residual.values": True,
+    "residual.embedding": True,
   },
 }
 # On many devices one model accumulates two micro-batches; on one device neither does.
@@ -183,7 +183,7 @@ RING_JOBS = [
 def results(tmp_path_factory, tiny_config, random_params):
   """What `main` computes, by its job."""
   # All heads, feed-forward columns and vocabulary rows divide by 2, all widths by 8.
-  execution = {"attention": "xla", "scan_layers": False}
+  execution = {"attention.kernel": "xla", "execution.scan_layers": False}
   configs = {name: tiny_config(**execution, **changes) for name, changes in MODELS.items()}
   jobs = [Job(model, None, 1) for model in MODELS]
   jobs += [make_job(model, mesh) for mesh in MESHES for model in MODELS]

@@ -89,7 +89,9 @@ def test_a_learnt_mix_is_summed_in_float32(mesh):
 
 
 def test_an_expert_that_devices_share_is_summed_in_float32(mesh, tiny_config):
-  config = tiny_config(num_experts=2, experts_per_token=2, mlp_bias=True, dtype="bfloat16")
+  config = tiny_config(
+    dtype="bfloat16", **{"experts.count": 2, "experts.per_token": 2, "mlp.bias": True}
+  )
   graph, params = nnx.split(MixtureOfExperts(config, nnx.Rngs(0)))
 
   def gradient(params, x, scale):

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.devices import sharding
 from gptjax.errors import UserError
-from gptjax.model.config import CHOICES
+from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, describe_parameters
 
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
@@ -58,10 +58,10 @@ def test_every_parameter_of_every_architecture_is_sharded(tiny_config):
   mesh = make_mesh(fsdp=2, tensor=2)
   choices = [
     {name: choice}
-    for name in ("norm", "norm_placement", "activation", "position")
-    for choice in CHOICES[name]
+    for name in ("norm.kind", "norm.placement", "mlp.activation", "position.kind")
+    for choice in ModelConfig.choices()[name]
   ]
-  for choice in [*choices, {"tied_head": False}, {"qk_norm": True}, {"bias": False}]:
+  for choice in [*choices, {"head.tied": False}, {"attention.qk_norm": True}, {"bias": False}]:
     parameters = describe_parameters(tiny_config(**choice))
     shardings = sharding.parameter_shardings(parameters, mesh)
     assert set(shardings) == set(parameters)
@@ -71,7 +71,7 @@ def test_every_parameter_of_every_architecture_is_sharded(tiny_config):
 
 
 def test_parameters_are_split_by_width_and_by_head(tiny_config):
-  config = tiny_config(num_kv_heads=2, tied_head=False)
+  config = tiny_config(num_kv_heads=2, **{"head.tied": False})
   shardings = sharding.parameter_shardings(describe_parameters(config), make_mesh(fsdp=2, tensor=2))
   specs = {name: sharding.spec for name, sharding in shardings.items()}
   assert specs["blocks/attention/query/kernel"] == P(None, "fsdp", "tensor", None)
@@ -84,7 +84,7 @@ def test_parameters_are_split_by_width_and_by_head(tiny_config):
 
 
 def test_vectors_are_whole_over_fsdp(tiny_config):
-  parameters = describe_parameters(tiny_config(qk_norm=True))
+  parameters = describe_parameters(tiny_config(**{"attention.qk_norm": True}))
   shardings = sharding.parameter_shardings(parameters, make_mesh(fsdp=2, tensor=2))
   specs = {name: sharding.spec for name, sharding in shardings.items()}
   assert specs["final_norm/scale"] == P(None)

@@ -20,7 +20,8 @@ def slopes(make_config, tmp_path_factory):
   def measure(parametrization, **changes):
     workdir = tmp_path_factory.mktemp(parametrization)
     config = make_config(
-      **{"model.parametrization": parametrization, "model.base_embed_dim": 32}, **changes
+      **{"model.transfer.parametrization": parametrization, "model.transfer.base_embed_dim": 32},
+      **changes,
     )
     dataset = open_dataset(config, workdir)
     found = coordinates.check(config, dataset, workdir, widths=WIDTHS, steps=STEPS, seeds=2)

@@ -12,7 +12,9 @@ from gptjax.model.gpt import model_graph
 
 @pytest.fixture(scope="session")
 def subject(tiny_config, random_params):
-  config = tiny_config(vocab_size=264, num_layers=1, position="rope", max_positions=64)
+  config = tiny_config(
+    vocab_size=264, num_layers=1, **{"position.kind": "rope", "position.max_positions": 64}
+  )
   model = nnx.merge(model_graph(config), random_params(config))
   return Subject(model, tokenizers.load("bytes"), batch_size=4)
 

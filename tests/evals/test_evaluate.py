@@ -17,7 +17,9 @@ from gptjax.scores.scores import Metric
 
 @pytest.fixture(scope="module")
 def subject(tiny_config, random_params):
-  config = tiny_config(vocab_size=264, num_layers=1, position="rope", max_positions=64)
+  config = tiny_config(
+    vocab_size=264, num_layers=1, **{"position.kind": "rope", "position.max_positions": 64}
+  )
   model = nnx.merge(model_graph(config), random_params(config))
   return Subject(model, tokenizers.load("bytes"), batch_size=4)
 

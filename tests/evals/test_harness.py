@@ -87,7 +87,7 @@ def test_choices_are_those_of_the_likeliest_continuation(results, subject):
 
 def test_rolling_likelihood_is_that_of_whole_documents(results, subject):
   texts = [document["text"] for document in DOCUMENTS]
-  assert len(texts[-1]) > subject.model.config.max_positions  # of more windows than one
+  assert len(texts[-1]) > subject.model.config.position.max_positions  # of more windows than one
   nats = -sum(one.log_likelihood for one in subject.score_documents(texts))
   bits = nats / 0.6931471805599453 / sum(map(len, texts))
   assert results["results"]["tiny_rolling"]["bits_per_byte,none"] == pytest.approx(bits)

@@ -45,7 +45,10 @@ def test_evaluation_has_a_line_for_each_label(
   make, tiny_config, random_params, task, labels, golds, words
 ):
   config, path = make(golds, task, labels=labels)
-  model = tiny_config(vocab_size=264, num_labels=2, position="rope", max_positions=64)
+  model = tiny_config(
+    vocab_size=264,
+    **{"label_head.num_labels": 2, "position.kind": "rope", "position.max_positions": 64},
+  )
   model = nnx.merge(model_graph(model), random_params(model))
   subject = Subject(model, tokenizers.load("bytes"))
   result = label_task.evaluate(label_task.prepare(path, config, subject), subject, resamples=1)

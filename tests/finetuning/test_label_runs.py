@@ -1,6 +1,5 @@
 """Runs that learn labels: what stops them, what they make, and that kills do not matter."""
 
-import dataclasses
 import json
 import os
 import random
@@ -49,8 +48,8 @@ SMALL = {
   "model.embed_dim": 16,
   "model.num_heads": 2,
   "model.mlp_dim": 32,
-  "model.residual_dropout": 0.1,
-  "model.label_dropout": 0.1,
+  "model.dropout.residual": 0.1,
+  "model.dropout.label": 0.1,
   "optim.learning_rate": 0.01,
   "optim.layer_decay": 0.9,
   "optim.freeze_layers": 1,
@@ -166,7 +165,9 @@ def test_it_is_evaluated_as_it_was_validated(finished, records):
 
 def test_a_model_of_labels_writes_no_text(finished):
   model, tokenizer = load_model(finished[0])
-  with pytest.raises(UserError, match=r"scores 2 labels \(model\.num_labels\) and writes no text"):
+  with pytest.raises(
+    UserError, match=r"scores 2 labels \(model\.label_head\.num_labels\) and writes no text"
+  ):
     generate(model, tokenizer, ["yes"], max_tokens=1)
 
 
@@ -234,11 +235,16 @@ def test_padding_is_told_as_the_checkpoint_names_it(exported, tmp_path):
     ),
     (
       {},
-      {"model.label_pooling": "mean"},
+      {"model.label_head.pooling": "mean"},
       ("loud", "quiet"),
-      "model.label_pooling='mean', not 'none'",
+      "model.label_head.pooling='mean', not 'none'",
     ),
-    ({}, {"task.labels": "loud,quiet,x"}, ("loud", "quiet", "x"), "model.num_labels=3, not 2"),
+    (
+      {},
+      {"task.labels": "loud,quiet,x"},
+      ("loud", "quiet", "x"),
+      "model.label_head.num_labels=3, not 2",
+    ),
   ],
 )
 def test_a_head_is_kept_where_it_is_of_the_same_labels(
@@ -260,7 +266,7 @@ def test_a_head_is_kept_where_it_is_of_the_same_labels(
 
 def test_what_scores_labels_is_not_taken_for_what_writes(exported, tmp_path):
   config = HuggingFaceModel(str(exported)).config
-  plain = dataclasses.replace(config, num_labels=0, tied_head=False)
+  plain = config.replace({"label_head.num_labels": 0, "head.tied": False})
   fields = json.loads((exported / "config.json").read_text()) | {"tie_word_embeddings": False}
   shutil.copytree(exported, tmp_path / "model")
   (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
@@ -269,13 +275,13 @@ def test_what_scores_labels_is_not_taken_for_what_writes(exported, tmp_path):
 
 
 def test_the_head_of_a_vocabulary_is_left_out(tiny_config, random_params, tmp_path):
-  base = tiny_config(tied_head=False)
+  base = tiny_config(**{"head.tied": False})
   huggingface.save(tmp_path, base, random_params(base), huggingface.find_family(base))
-  config = dataclasses.replace(base, num_labels=2)
+  config = base.replace({"label_head.num_labels": 2})
   loaded, report = load_params_into(f"hf:{tmp_path}", config, on_device(config))
   assert "head" not in loaded
   assert "label_head" not in loaded
-  assert report.endswith("; the head of labels is new (model.num_labels=2, not 0)")
+  assert report.endswith("; the head of labels is new (model.label_head.num_labels=2, not 0)")
 
 
 def on_device(config):
@@ -292,7 +298,7 @@ def on_device(config):
 def test_adapters_are_trained_with_a_new_head(
   method, records, tiny_config, random_params, tmp_path
 ):
-  base = tiny_config(vocab_size=260, max_positions=128)
+  base = tiny_config(vocab_size=260, **{"position.max_positions": 128})
   tokenizers.train("bpe:260", ["yes"]).save(tmp_path / "base")
   family = huggingface.find_family(base)
   huggingface.save(tmp_path / "base", base, random_params(base), family)

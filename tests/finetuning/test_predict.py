@@ -1,6 +1,7 @@
 """Labels for new texts: in order, whatever is long, and as evaluation would give them."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -56,7 +57,10 @@ def subject_of(tiny_config, random_params, records):
       f"{ROOT}/configs/finetune.py:task={task},model=debug", options | changes
     )
     config = resolve(config)
-    model = tiny_config(vocab_size=264, num_labels=config.model.num_labels, position="rope")
+    model = tiny_config(
+      vocab_size=264,
+      **{"label_head.num_labels": config.model.label_head.num_labels, "position.kind": "rope"},
+    )
     return config, nnx.merge(model_graph(model), random_params(model))
 
   return make
@@ -153,7 +157,7 @@ def test_the_program_labels_a_file(subject_of, records, tmp_path):
   config, model = subject_of("classification")
   run = tmp_path / "run"
   with config.unlocked():
-    config.model = vars(model.config)
+    config.model = dataclasses.asdict(model.config)
   run.mkdir()
   (run / "config.json").write_text(config_lib.to_json(config))
   BYTES.save(run / TOKENIZER)

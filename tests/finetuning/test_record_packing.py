@@ -104,7 +104,7 @@ def test_rows_that_nothing_fits_are_an_error():
 @pytest.fixture(scope="module")
 def loss_and_gradient(tiny_config, random_params):
   """Returns jit(batch) -> (loss sum, its gradient by the parameters) of a tiny GPT."""
-  config = tiny_config(position="rope")
+  config = tiny_config(**{"position.kind": "rope"})
   graph, params = model_graph(config), random_params(config)
 
   def loss(params, batch):

@@ -20,7 +20,11 @@ from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 
 D, L, N, K, F = 256, 2, 4, 2, 256
 SHAPE = {"embed_dim": D, "num_layers": L, "num_heads": N, "num_kv_heads": K, "mlp_dim": F}
-ARCHITECTURES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+ARCHITECTURES = {
+  "llama": {},
+  "qwen2": {"attention.qkv_bias": True},
+  "qwen3": {"attention.qk_norm": True},
+}
 TYPES = (Type.Q4_K, Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1)
 NAMES = {
   "model.embed_tokens": "token_embd",
@@ -149,7 +153,7 @@ def test_every_weight_of_every_type_is_that_of_the_safetensors(
 
 def test_a_file_without_an_output_ties_it(llama, tmp_path):
   tensors = {name: tensor for name, tensor in llama[0].items() if name != "output.weight"}
-  assert GGUFModel(write(tmp_path / "model.gguf", tensors)).config.tied_head
+  assert GGUFModel(write(tmp_path / "model.gguf", tensors)).config.head.tied
 
 
 def llama3_factors(width, base, factor, original):
@@ -163,8 +167,8 @@ def llama3_factors(width, base, factor, original):
 
 
 def test_the_rotary_positions_of_llama_3_are_told_by_their_factors(make, load_params, tmp_path):
-  scaling = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_positions": 8192}
-  tensors, folder = make("llama", rope_base=500_000.0, **scaling)
+  scaling = {"rope.scaling": "llama3", "rope.factor": 8.0, "rope.original_positions": 8192}
+  tensors, folder = make("llama", **scaling, **{"rope.base": 500_000.0})
   factors = llama3_factors(D // N, 500_000.0, 8, 8192)
   assert 0 < ((factors > 1) & (factors < 8)).sum() < (factors == 8).sum() + (factors == 1).sum()
   path = tmp_path / "model.gguf"
@@ -180,8 +184,8 @@ def test_scaled_positions_are_read(llama, tmp_path):
   fields = {"type": "yarn", "factor": 4.0, "original_context_length": 8}
   changes = {f"rope.scaling.{name}": value for name, value in fields.items()}
   config = GGUFModel(write(tmp_path / "model.gguf", llama[0], **changes)).config
-  assert config.rope_scaling == "yarn"
-  assert (config.rope_factor, config.rope_original_positions) == (4.0, 8)
+  assert config.rope.scaling == "yarn"
+  assert (config.rope.factor, config.rope.original_positions) == (4.0, 8)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pty
@@ -59,10 +60,8 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reciting(tokenizer, random_params):
   """A config, and parameters with which the position alone decides what comes next."""
-  config = ModelConfig(
-    vocab_size=262, num_layers=1, embed_dim=ROOM, num_heads=1, mlp_dim=1, max_positions=ROOM,
-    tied_head=False,
-  )  # fmt: skip
+  shape = {"vocab_size": 262, "num_layers": 1, "embed_dim": ROOM, "num_heads": 1, "mlp_dim": 1}
+  config = ModelConfig.from_config(shape | {"position.max_positions": ROOM, "head.tied": False})
   tokens = np.array(tokenizer.encode(SCRIPT))
   tokens[PERIOD - 1 :: PERIOD] = tokenizer.specials["<|im_end|>"]
   params = nnx.to_pure_dict(nnx.state(nnx.merge(model_graph(config), random_params(config))))
@@ -181,8 +180,7 @@ def run(tmp_path_factory, tokenizer, reciting):
   """The work directory of a run whose model recites."""
   config, params = reciting
   workdir = tmp_path_factory.mktemp("run")
-  fields = {name: getattr(config, name) for name in ModelConfig.defaults()}
-  (workdir / "config.json").write_text(json.dumps({"model": fields}))
+  (workdir / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}))
   tokenizer.save(workdir / "tokenizer")
   with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
     checkpoints.save(

@@ -17,7 +17,7 @@ NEVER = -1
 
 @pytest.fixture(scope="module")
 def model(tiny_config, random_params):
-  kind = {"position": "rope", "norm": "rmsnorm", "bias": False, "tied_head": False}
+  kind = {"position.kind": "rope", "norm.kind": "rmsnorm", "bias": False, "head.tied": False}
   config = tiny_config(num_kv_heads=2, layer_pattern=("local", "full"), window=4, **kind)
   return nnx.merge(model_graph(config), random_params(config, seed=3))
 

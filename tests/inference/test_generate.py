@@ -24,14 +24,16 @@ def reciting(random_params):
   Its logits come from the learned position alone, so the completion of a prompt of n bytes is the
   script from its byte n on, whatever the prompt says.
   """
-  config = ModelConfig(
-    vocab_size=BYTES.vocab_size,
-    num_layers=1,
-    embed_dim=ROOM,
-    num_heads=1,
-    mlp_dim=1,
-    max_positions=ROOM,
-    tied_head=False,
+  config = ModelConfig.from_config(
+    {
+      "vocab_size": BYTES.vocab_size,
+      "num_layers": 1,
+      "embed_dim": ROOM,
+      "num_heads": 1,
+      "mlp_dim": 1,
+      "position.max_positions": ROOM,
+      "head.tied": False,
+    }
   )
   graph, shapes = model_graph(config), random_params(config)
 
@@ -192,7 +194,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_config, random_params
 
 def test_a_token_that_the_tokenizer_has_not_is_never_chosen(tiny_config, random_params):
   # A model's vocabulary may be padded; of 1,000 tokens nearly all are unknown here.
-  config = tiny_config(vocab_size=1000, position="rope")
+  config = tiny_config(vocab_size=1000, **{"position.kind": "rope"})
   model = nnx.merge(model_graph(config), random_params(config))
   (completion,), _ = recite(model, ["x"], max_tokens=30, sampling=Sampling())
   assert max(completion.tokens) < BYTES.vocab_size
@@ -206,13 +208,13 @@ SAMPLED = Sampling(temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.3)
 
 @pytest.fixture(scope="module")
 def random_model(tiny_config, random_params):
-  kind = {"position": "rope", "norm": "rmsnorm", "bias": False, "tied_head": False}
+  kind = {"position.kind": "rope", "norm.kind": "rmsnorm", "bias": False, "head.tied": False}
   config = tiny_config(vocab_size=264, layer_pattern=("local", "full"), window=4, **kind)
   return nnx.merge(model_graph(config), random_params(config, seed=3))
 
 
 def test_a_prompt_is_the_prefix_of_a_prefix_model(tiny_config, random_params):
-  config = tiny_config(vocab_size=264, visibility="prefix", position="rope")
+  config = tiny_config(vocab_size=264, visibility="prefix", **{"position.kind": "rope"})
   model = nnx.merge(model_graph(config), random_params(config, seed=3))
   together, _ = recite(model, PROMPTS, max_tokens=3)
   for prompt, completion in zip(PROMPTS, together, strict=True):
@@ -222,7 +224,7 @@ def test_a_prompt_is_the_prefix_of_a_prefix_model(tiny_config, random_params):
 
 
 def test_an_encoder_reads_the_prompt_and_the_decoder_starts_anew(tiny_config, random_params):
-  config = tiny_config(vocab_size=264, encoder_layers=1, position="t5", decoder_start=7)
+  config = tiny_config(vocab_size=264, encoder_layers=1, decoder_start=7, **{"position.kind": "t5"})
   model = nnx.merge(model_graph(config), random_params(config, seed=3))
   together, _ = recite(model, PROMPTS, max_tokens=4)
   for prompt, completion in zip(PROMPTS, together, strict=True):

@@ -15,9 +15,8 @@ ROOM = 40
 @pytest.fixture(scope="module")
 def make_model(tiny_config, random_params):
   def make(**changes):
-    config = tiny_config(
-      **({"vocab_size": 264, "position": "rope", "num_layers": 1, "max_positions": ROOM} | changes)
-    )
+    shape = {"vocab_size": 264, "num_layers": 1, "position.max_positions": ROOM}
+    config = tiny_config(**shape | {"position.kind": "rope"} | changes)
     return nnx.merge(model_graph(config), random_params(config))
 
   return make
@@ -111,7 +110,7 @@ def test_little_is_computed_in_vain(sizes, batch_size, expected, make_model, mon
   pairs = [
     ([number] * context, [1] * continuation) for number, (context, continuation) in enumerate(sizes)
   ]
-  score(make_model(max_positions=300), pairs, batch_size=batch_size)
+  score(make_model(**{"position.max_positions": 300}), pairs, batch_size=batch_size)
   assert shapes == expected
 
 
@@ -134,7 +133,7 @@ def test_of_a_prefix_model_the_context_is_the_prefix(make_model):
 
 
 def test_what_cannot_be_scored_is_refused(make_model):
-  model = make_model(position="learned", max_positions=8)
+  model = make_model(**{"position.kind": "learned", "position.max_positions": 8})
   with pytest.raises(UserError, match="no tokens; each needs at least 1"):
     score(model, [([1], [])])
   with pytest.raises(UserError, match="a continuation of 9 tokens does not fit the 8"):

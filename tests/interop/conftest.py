@@ -15,12 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 VOCAB_SIZE = 280
 LLAMA = {
   "vocab_size": VOCAB_SIZE,
-  "norm": "rmsnorm",
+  "norm.kind": "rmsnorm",
   "bias": False,
-  "activation": "swiglu",
-  "position": "rope",
+  "mlp.activation": "swiglu",
+  "position.kind": "rope",
   "num_kv_heads": 2,
-  "tied_head": False,
+  "head.tied": False,
 }
 
 

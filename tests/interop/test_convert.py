@@ -125,7 +125,9 @@ def test_a_classifier_scores_the_same_batches_after_a_round_trip(
   import torch
   import transformers
 
-  config = tiny_config(**LLAMA | {"num_labels": 3, "label_bias": False, "vocab_size": VOCAB_SIZE})
+  config = tiny_config(
+    **LLAMA | {"label_head.num_labels": 3, "label_head.bias": False, "vocab_size": VOCAB_SIZE}
+  )
   labels = Labels("classification", ("a", "b", "c"))
   save_folder(tmp_path / "source", config, random_params(config), labels=labels)
   edit_config(tmp_path / "source", pad_token_id=pad)
@@ -234,10 +236,10 @@ def test_a_model_of_no_family_is_refused_before_it_is_loaded(run, tmp_path, monk
   other = tmp_path / "run"
   shutil.copytree(run, other)
   config = json.loads((other / "config.json").read_text())
-  config["model"]["value_residual"] = True
+  config["model"]["residual"]["values"] = True
   (other / "config.json").write_text(json.dumps(config))
   monkeypatch.setattr(convert_lib, "load_model", None)
-  with pytest.raises(UserError, match=r"'llama', lacks model\.value_residual=True, not False"):
+  with pytest.raises(UserError, match=r"'llama', lacks model\.residual\.values=True, not False"):
     convert(str(other), tmp_path / "target", to="hf")
 
 
@@ -334,7 +336,7 @@ def make_adapter_run(original, tmp_path_factory):
 
   def make(method, targets=(), labels=()):
     opened = HuggingFaceModel(str(original[0]))
-    config = dataclasses.replace(opened.config, num_labels=len(labels), label_bias=False)
+    config = opened.config.replace({"label_head.num_labels": len(labels), "label_head.bias": False})
     peft = PeftConfig(method, targets, rank=2, target_rank=1, virtual_tokens=3)
     own = describe_parameters(config)
     base = {name: value for name, value in original[1].items() if name in own}
@@ -343,7 +345,11 @@ def make_adapter_run(original, tmp_path_factory):
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype("float32"), initial)
     workdir = tmp_path_factory.mktemp(method)
-    values = {"model": vars(config), "init_from": f"hf:{original[0]}", "peft": vars(peft)}
+    values = {
+      "model": dataclasses.asdict(config),
+      "init_from": f"hf:{original[0]}",
+      "peft": vars(peft),
+    }
     values |= {"task": {"name": "classification", "labels": labels}} if labels else {}
     (workdir / "config.json").write_text(json.dumps(values))
     tokenizer_lib.load(str(original[0])).save(workdir / "tokenizer")

@@ -62,19 +62,19 @@ def test_a_missing_field_of_a_family_is_what_it_is_in_transformers(reference):
   _, transformers = reference
   theirs = transformers.Gemma2Config()
   gemma = read("gemma2")
-  assert gemma.attention_soft_cap == theirs.attn_logit_softcapping > 0
-  assert gemma.logit_soft_cap == theirs.final_logit_softcapping > 0
+  assert gemma.attention.soft_cap == theirs.attn_logit_softcapping > 0
+  assert gemma.head.soft_cap == theirs.final_logit_softcapping > 0
   assert gemma.window == theirs.sliding_window
   assert read("mistral").window == transformers.MistralConfig().sliding_window
   assert read("mixtral", num_local_experts=4, num_experts_per_tok=2).window == 0
-  assert read("llama").rope_base == transformers.LlamaConfig().rope_parameters["rope_theta"]
+  assert read("llama").rope.base == transformers.LlamaConfig().rope_parameters["rope_theta"]
 
 
 def test_gpt_oss_must_say_how_its_positions_are_scaled():
   experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
   with pytest.raises(UserError, match="no field 'rope_parameters'"):
     read("gpt_oss", **experts)
-  assert read("gpt_oss", **experts, rope_scaling={"rope_type": "default"}).rope_base == 150_000.0
+  assert read("gpt_oss", **experts, rope_scaling={"rope_type": "default"}).rope.base == 150_000.0
 
 
 # Fields of public configs beside those that make the model, as their repositories print them.

@@ -103,9 +103,18 @@ def test_a_config_is_refused_by_the_field_that_is_wrong(edit, fields, message):
 @pytest.mark.parametrize(
   ("tensors", "message"),
   [
-    ({"model.norm.weight": None}, "no tensor 'model.norm.weight', which the config needs"),
-    ({"model.norm.weight": np.ones(8, np.float32)}, "'model.norm.weight' is [8], the config makes"),
-    ({"model.norm.bias": np.ones(16, np.float32)}, "tensor 'model.norm.bias' has no place"),
+    (
+      {"model.norm.weight": None},
+      "no tensor 'model.norm.weight', which the config needs",
+    ),
+    (
+      {"model.norm.weight": np.ones(8, np.float32)},
+      "'model.norm.weight' is [8], the config makes",
+    ),
+    (
+      {"model.norm.bias": np.ones(16, np.float32)},
+      "tensor 'model.norm.bias' has no place",
+    ),
   ],
 )
 def test_weights_are_refused_by_the_tensor_that_does_not_fit(edit, tensors, message):
@@ -123,7 +132,7 @@ def test_older_spellings_of_rotary_positions_are_read(edit):
   scaling = {"type": "linear", "factor": 4.0}
   fields = {"rope_parameters": ..., "rope_theta": 5000, "rope_scaling": scaling}
   config = HuggingFaceModel(edit(fields)).config
-  assert (config.rope_base, config.rope_scaling, config.rope_factor) == (5000.0, "linear", 4.0)
+  assert (config.rope.base, config.rope.scaling, config.rope.factor) == (5000.0, "linear", 4.0)
 
 
 def test_llama_3_is_read_as_the_presets_say_it(edit):
@@ -135,9 +144,12 @@ def test_llama_3_is_read_as_the_presets_say_it(edit):
     "original_max_position_embeddings": 8192,
   }
   config = HuggingFaceModel(edit({"rope_parameters": ..., "rope_scaling": scaling})).config
-  said = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_positions": 8192}
+  said = {"rope.scaling": "llama3", "rope.factor": 8.0, "rope.original_positions": 8192}
   assert (
-    config.differences(ModelConfig(**config.architecture | said | {"rope_slow_turns": 0.0})) == []
+    config.differences(
+      ModelConfig.from_config(config.architecture | said | {"rope.low_freq_factor": 0.0})
+    )
+    == []
   )
   assert huggingface.find_family(config).model_type == "llama"
 
@@ -157,11 +169,13 @@ def test_the_older_names_of_layer_norms_in_bert_are_read(
   config = tiny_config(
     vocab_size=280,
     visibility="bidirectional",
-    norm_placement="post",
-    embed_norm=True,
-    token_types=2,
-    head_transform=True,
-    head_bias=True,
+    **{
+      "norm.placement": "post",
+      "embed.norm": True,
+      "embed.token_types": 2,
+      "head.transform": True,
+      "head.bias": True,
+    },
   )
   params = random_params(config)
   folder = save_folder(tmp_path / "bert", config, params, "bert")
@@ -261,9 +275,9 @@ def test_shards_load_in_transformers_and_here(
 @pytest.mark.parametrize(
   ("changes", "nearest", "lacking"),
   [
-    ({"value_residual": True}, "gpt2", "model.value_residual=True, not False"),
-    ({"position": "alibi"}, "gpt2", "model.position='alibi', not 'learned'"),
-    (LLAMA | {"embed_residual": True}, "llama", "model.embed_residual=True, not False"),
+    ({"residual.values": True}, "gpt2", "model.residual.values=True, not False"),
+    ({"position.kind": "alibi"}, "gpt2", "model.position.kind='alibi', not 'learned'"),
+    (LLAMA | {"residual.embedding": True}, "llama", "model.residual.embedding=True, not False"),
   ],
 )
 def test_what_no_family_can_be_is_refused_with_what_is_lacking(
@@ -283,14 +297,16 @@ def test_a_family_that_is_not_known_is_refused(tiny_config):
 
 def test_a_head_that_roberta_does_not_have_is_refused(tiny_config):
   # Its activation is GELU whatever `hidden_act` is.
-  changes = {"visibility": "bidirectional", "norm_placement": "post", "embed_norm": True}
-  config = tiny_config(**changes, token_types=1, position_offset=2, activation="relu")
-  with pytest.raises(UserError, match=r"family 'roberta' lacks model\.activation='relu'"):
+  changes = {"visibility": "bidirectional", "norm.placement": "post", "embed.norm": True}
+  config = tiny_config(
+    **changes, **{"embed.token_types": 1, "position.offset": 2, "mlp.activation": "relu"}
+  )
+  with pytest.raises(UserError, match=r"family 'roberta' lacks model\.mlp\.activation='relu'"):
     huggingface.find_family(config, "roberta")
 
 
 def test_experts_are_not_said_by_a_dense_family(tiny_config):
-  config = tiny_config(**LLAMA, num_experts=4, experts_per_token=2)
+  config = tiny_config(**LLAMA, **{"experts.count": 4, "experts.per_token": 2})
   assert huggingface.find_family(config).model_type == "mixtral"
-  with pytest.raises(UserError, match=r"family 'llama' lacks model\.num_experts=4, not 0"):
+  with pytest.raises(UserError, match=r"family 'llama' lacks model\.experts\.count=4, not 0"):
     huggingface.find_family(config, "llama")

@@ -95,16 +95,16 @@ SLOW = {
 }
 BIDIRECTIONAL = {
   "visibility": "bidirectional",
-  "norm_placement": "post",
-  "embed_norm": True,
-  "token_types": 2,
+  "norm.placement": "post",
+  "embed.norm": True,
+  "embed.token_types": 2,
 }
 LLAMA_SHAPE = {
-  "norm": "rmsnorm",
+  "norm.kind": "rmsnorm",
   "bias": False,
-  "activation": "swiglu",
-  "position": "rope",
-  "tied_head": False,
+  "mlp.activation": "swiglu",
+  "position.kind": "rope",
+  "head.tied": False,
 }
 CLASSES = Labels("classification", ("no", "perhaps", "yes"))
 TAGS = Labels("tagging", ("O", "B", "I"))
@@ -168,7 +168,7 @@ def test_a_head_of_theirs_comes_in_and_goes_out(
   expected = their_logits(torch, theirs)
   theirs.save_pretrained(tmp_path / "theirs")
   opened = HuggingFaceModel(str(tmp_path / "theirs"))
-  assert opened.config.num_labels == len(names)
+  assert opened.config.label_head.num_labels == len(names)
   assert opened.labels.names == names
   params = load_params(opened)
   assert_same(our_logits(opened.config, params), expected, opened.config)
@@ -193,12 +193,12 @@ def test_a_head_of_theirs_comes_in_and_goes_out(
     ({}, CLASSES, "GPT2ForSequenceClassification"),
     ({}, Labels("multi_label", CLASSES.names), "GPT2ForSequenceClassification"),
     (
-      BIDIRECTIONAL | {"pooler": True},
+      BIDIRECTIONAL | {"head.pooler": True},
       TAGS,
       "BertForTokenClassification",
     ),
     (
-      BIDIRECTIONAL | {"pooler": True, "label_pooling": "pooler"},
+      BIDIRECTIONAL | {"head.pooler": True, "label_head.pooling": "pooler"},
       CLASSES,
       "BertForSequenceClassification",
     ),
@@ -208,7 +208,7 @@ def test_what_was_fine_tuned_here_answers_the_same_there(
   changes, labels, expected, tiny_config, random_params, reference, load_params, tmp_path
 ):
   torch, transformers = reference
-  config = tiny_config(num_labels=K, num_layers=1, **changes)
+  config = tiny_config(num_layers=1, **changes, **{"label_head.num_labels": K})
   params = random_params(config)
   assert np.abs(params["label_head"]["bias"]).max() > 0.1
   ours = our_logits(config, params)
@@ -232,38 +232,38 @@ def test_what_was_fine_tuned_here_answers_the_same_there(
   ("changes", "labels", "family", "message"),
   [
     (
-      {"label_pooling": "mean"},
+      {"label_head.pooling": "mean"},
       CLASSES,
       "gpt2",
-      "GPT2ForSequenceClassification lacks model.label_pooling='mean', not 'none'.",
+      "GPT2ForSequenceClassification lacks model.label_head.pooling='mean', not 'none'.",
     ),
     (
       LLAMA_SHAPE,
       CLASSES,
       None,
-      "the nearest, LlamaForSequenceClassification, lacks model.label_bias=True, not False.",
+      "the nearest, LlamaForSequenceClassification, lacks model.label_head.bias=True, not False.",
     ),
     (
       BIDIRECTIONAL,
       CLASSES,
       "bert",
-      "BertForSequenceClassification lacks model.pooler=False, not True; "
-      "model.label_pooling='none', not 'pooler'.",
+      "BertForSequenceClassification lacks model.head.pooler=False, not True; "
+      "model.label_head.pooling='none', not 'pooler'.",
     ),
     (
-      BIDIRECTIONAL | {"pooler": True, "label_pooling": "pooler"},
+      BIDIRECTIONAL | {"head.pooler": True, "label_head.pooling": "pooler"},
       TAGS,
       "bert",
-      "BertForTokenClassification lacks model.label_pooling='pooler', not 'none'.",
+      "BertForTokenClassification lacks model.label_head.pooling='pooler', not 'none'.",
     ),
     (
-      {"position": "rope", "residual": "parallel_one_norm", "rope_dim": 4},
+      {"position.kind": "rope", "residual.kind": "parallel_one_norm", "rope.dim": 4},
       TAGS,
       "gptj",
       "family 'gptj' has no class of `transformers` for TokenClassification; take --format=gptjax.",
     ),
     (
-      LLAMA_SHAPE | {"num_labels": 2},
+      LLAMA_SHAPE | {"label_head.num_labels": 2},
       Labels("span", ("LABEL_0", "LABEL_1")),
       "gemma2",
       "family 'gemma2' has no class of `transformers` for QuestionAnswering; take --format=gptjax.",
@@ -273,26 +273,30 @@ def test_what_was_fine_tuned_here_answers_the_same_there(
 def test_a_head_that_they_do_not_have_is_refused(tiny_config, changes, labels, family, message):
   with pytest.raises(UserError) as error:
     huggingface.find_family(
-      tiny_config(**{"num_labels": K} | changes), family, transformers_task(labels)
+      tiny_config(**{"label_head.num_labels": K} | changes), family, transformers_task(labels)
     )
   assert str(error.value).endswith(message)
 
 
 def test_without_a_bias_llama_classifies_texts(tiny_config):
-  config = tiny_config(num_labels=K, label_bias=False, **LLAMA_SHAPE)
+  config = tiny_config(**LLAMA_SHAPE, **{"label_head.num_labels": K, "label_head.bias": False})
   assert huggingface.find_family(config, None, transformers_task(CLASSES)).model_type == "llama"
 
 
 def test_a_head_of_labels_is_not_lost_in_silence(tiny_config):
-  with pytest.raises(UserError, match=r"model\.num_labels=3: a head of labels is not written with"):
-    huggingface.find_family(tiny_config(num_labels=K))
+  with pytest.raises(
+    UserError, match=r"model\.label_head\.num_labels=3: a head of labels is not written with"
+  ):
+    huggingface.find_family(tiny_config(**{"label_head.num_labels": K}))
 
 
 def test_a_bias_that_no_shift_makes_is_refused(tiny_config, random_params, tmp_path):
-  config = tiny_config(num_labels=K)
+  config = tiny_config(**{"label_head.num_labels": K})
   params = random_params(config)
   params["label_head"]["kernel"][:, 1] = params["label_head"]["kernel"][:, 0]
-  with pytest.raises(UserError, match=r"are not independent; .*--config\.model\.label_bias=false"):
+  with pytest.raises(
+    UserError, match=r"are not independent; .*--config\.model\.label_head\.bias=false"
+  ):
     save_folder(tmp_path / "model", config, params, labels=CLASSES)
   assert not list((tmp_path / "model").iterdir())
   params["label_head"]["bias"][:] = 0
@@ -301,7 +305,7 @@ def test_a_bias_that_no_shift_makes_is_refused(tiny_config, random_params, tmp_p
 
 @pytest.fixture(scope="module")
 def tagger(tiny_config, random_params, tmp_path_factory):
-  config = tiny_config(num_labels=K, **BIDIRECTIONAL)
+  config = tiny_config(**BIDIRECTIONAL, **{"label_head.num_labels": K})
   folder = tmp_path_factory.mktemp("tagger") / "model"
   return save_folder(folder, config, random_params(config), labels=TAGS)
 

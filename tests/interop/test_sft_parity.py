@@ -1,6 +1,5 @@
 """A step of fine-tuning is that of PyTorch, where each conversation is alone and masked by hand."""
 
-import dataclasses
 import json
 import types
 
@@ -89,7 +88,7 @@ def train_step(config, peft, params, frozen, batch):
   schedule = optax.constant_schedule(ADAMW["learning_rate"])
   optimizer = optim.make_optimizer(types.SimpleNamespace(**values), described, schedule)
   step = step_lib.make_train_step(
-    nnx.graphdef(abstract_model(dataclasses.replace(config, scan_layers=True), peft)),
+    nnx.graphdef(abstract_model(config.replace({"execution.scan_layers": True}), peft)),
     Chat(),
     optimizer,
     seed=0,

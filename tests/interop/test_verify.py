@@ -17,7 +17,7 @@ from gptjax.presets.parts.models import MODELS
 from gptjax.training.pretrained import load_model
 from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 
-SMALL = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "max_positions": 16}
+SMALL = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "position.max_positions": 16}
 PRESETS = {"debug": "gpt2", "llama2-7b": "llama", "tiny": "qwen3"}
 
 
@@ -39,7 +39,7 @@ def test_a_run_of_a_preset_is_the_same_model_in_transformers(
   preset, random_params, reference, tmp_path, capsys
 ):
   shape = {"embed_dim": 32, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 48}
-  config = ModelConfig(**MODELS[preset] | SMALL | ({} if preset == "debug" else shape))
+  config = ModelConfig.from_config(MODELS[preset] | SMALL | ({} if preset == "debug" else shape))
   folder = save_folder(tmp_path / "model", config, random_params(config))
   convert(f"hf:{folder}", tmp_path / "run", to="gptjax")
   convert(str(tmp_path / "run"), tmp_path / "exported", to="hf")
@@ -65,39 +65,39 @@ def test_a_run_of_a_preset_is_the_same_model_in_transformers(
 OTHERS = {
   "encoder": {
     "visibility": "bidirectional",
-    "norm_placement": "post",
-    "embed_norm": True,
-    "token_types": 2,
-    "pooler": True,
+    "norm.placement": "post",
+    "embed.norm": True,
+    "embed.token_types": 2,
+    "head.pooler": True,
   },
   "roberta": {
     "visibility": "bidirectional",
-    "norm_placement": "post",
-    "embed_norm": True,
-    "token_types": 1,
+    "norm.placement": "post",
+    "embed.norm": True,
+    "embed.token_types": 1,
     # Room for the 64 random tokens, of which one would be padding, without a position.
-    "max_positions": 66,
-    "position_offset": 2,
-    "activation": "gelu",
-    "head_transform": True,
-    "head_bias": True,
+    "position.max_positions": 66,
+    "position.offset": 2,
+    "mlp.activation": "gelu",
+    "head.transform": True,
+    "head.bias": True,
   },
   "encoder-decoder": {
-    "norm": "rmsnorm",
+    "norm.kind": "rmsnorm",
     "bias": False,
-    "activation": "relu",
-    "position": "t5",
+    "mlp.activation": "relu",
+    "position.kind": "t5",
     "encoder_layers": 1,
-    "attention_scale": 1.0,
-    "logit_scale": 0.25,
+    "attention.scale": 1.0,
+    "head.scale": 0.25,
   },
-  "classifier": {"num_labels": 3},
+  "classifier": {"label_head.num_labels": 3},
   "answerer": {
-    "num_labels": 2,
+    "label_head.num_labels": 2,
     "visibility": "bidirectional",
-    "norm_placement": "post",
-    "embed_norm": True,
-    "token_types": 2,
+    "norm.placement": "post",
+    "embed.norm": True,
+    "embed.token_types": 2,
   },
 }
 LABELS = {

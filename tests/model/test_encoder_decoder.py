@@ -15,7 +15,9 @@ TARGET = np.random.default_rng(1).integers(0, 32, (2, T))
 
 @pytest.fixture(scope="module")
 def model(tiny_config, random_params):
-  config = tiny_config(encoder_layers=3, position="t5", norm="rmsnorm", bias=False)
+  config = tiny_config(
+    encoder_layers=3, bias=False, **{"position.kind": "t5", "norm.kind": "rmsnorm"}
+  )
   return nnx.merge(model_graph(config), random_params(config))
 
 
@@ -77,6 +79,6 @@ def test_what_cross_attention_adds_is_told(model):
 def test_a_model_with_an_encoder_needs_what_it_made_and_others_refuse_it(model, tiny_config):
   with pytest.raises(UserError, match="the model reads what `encode` returns"):
     model(TARGET)
-  alone = GPT(tiny_config(position="rope"), nnx.Rngs(0))
+  alone = GPT(tiny_config(**{"position.kind": "rope"}), nnx.Rngs(0))
   with pytest.raises(UserError, match="the model has no encoder"):
     alone(TARGET, encoded=model.encode(SOURCE))

@@ -8,11 +8,12 @@ import pytest
 from flax import nnx, traverse_util
 
 from gptjax.errors import UserError
-from gptjax.model.config import CHOICES
+from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, count_parameters, describe_parameters, model_graph
 from gptjax.model.stats import ActivationStats
 
-POSITIONS = CHOICES["position"]
+CHOICES = ModelConfig.choices()
+POSITIONS = CHOICES["position.kind"]
 T = 8
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, T))
 
@@ -53,7 +54,7 @@ def make_influence(config, **kwargs):
   return jax.jit(influence)
 
 
-CHOICE_NAMES = ("position", "norm", "norm_placement", "activation")
+CHOICE_NAMES = ("position.kind", "norm.kind", "norm.placement", "mlp.activation")
 # Every choice at least once.
 COMBINATIONS = (
   ("learned", "layernorm", "pre", "gelu_tanh"),
@@ -72,7 +73,7 @@ COMBINATIONS = (
 def test_a_token_depends_on_its_past_and_on_nothing_else(tiny_config, random_params, choices):
   # Not tied: through a tied head every logit would depend on every embedding.
   named = dict(zip(CHOICE_NAMES, choices, strict=True))
-  config = tiny_config(num_layers=1, tied_head=False, **named)
+  config = tiny_config(num_layers=1, **named, **{"head.tied": False})
   influence = np.asarray(make_influence(config)(random_params(config)))
   past = np.tri(T, dtype=bool)
   assert (influence[~past] == 0).all()
@@ -80,10 +81,10 @@ def test_a_token_depends_on_its_past_and_on_nothing_else(tiny_config, random_par
 
 
 def test_a_bidirectional_model_sees_all_and_a_prefix_model_its_prefix(tiny_config, random_params):
-  config = tiny_config(num_layers=1, tied_head=False, visibility="bidirectional")
+  config = tiny_config(num_layers=1, visibility="bidirectional", **{"head.tied": False})
   assert (np.asarray(make_influence(config)(random_params(config))) > 1e-4).all()
 
-  config = tiny_config(num_layers=1, tied_head=False, visibility="prefix")
+  config = tiny_config(num_layers=1, visibility="prefix", **{"head.tied": False})
   prefix = np.array([[1, 1, 1, 0, 0, 0, 0, 0]])
   influence = np.asarray(make_influence(config, prefix_BS=prefix)(random_params(config)))
   seen = np.tri(T, dtype=bool) | (prefix > 0)
@@ -97,7 +98,10 @@ def test_every_choice_is_among_the_combinations():
 
 def test_each_layer_of_the_pattern_sees_exactly_its_window(tiny_config, random_params):
   config = tiny_config(
-    num_layers=4, layer_pattern=("full", "local"), window=3, position="alibi", tied_head=False
+    num_layers=4,
+    layer_pattern=("full", "local"),
+    window=3,
+    **{"position.kind": "alibi", "head.tied": False},
   )
   influence = make_influence(config)
   distance = np.arange(T)[:, None] - np.arange(T)
@@ -113,7 +117,7 @@ def test_each_layer_of_the_pattern_sees_exactly_its_window(tiny_config, random_p
 @pytest.mark.parametrize("position", POSITIONS)
 def test_packed_documents_do_not_see_each_other(tiny_config, random_params, make_forward, position):
   pattern = {"layer_pattern": ("full", "local"), "window": 3}
-  config = tiny_config(position=position, **pattern)
+  config = tiny_config(**pattern, **{"position.kind": position})
   params, forward = random_params(config), make_forward(config)
   packed = {
     "segment_ids_BT": np.array([[1, 1, 1, 2, 2, 2, 2, 0]]),
@@ -134,7 +138,7 @@ def test_layers_that_do_not_rotate_do_not_know_how_far_a_token_is(
 ):
   apart = np.array([[0, 1, 2, 3, 10, 11, 12, 13]])
   for kind, differs in (("full", True), ("nope", False)):
-    config = tiny_config(num_layers=1, position="rope", layer_pattern=(kind,))
+    config = tiny_config(num_layers=1, layer_pattern=(kind,), **{"position.kind": "rope"})
     params, forward = random_params(config), make_forward(config)
     near, far = (forward(params, TOKENS[:1], positions_BT=x) for x in (np.arange(8)[None], apart))
     assert (np.abs(near - far).max() > 1e-2) == differs, kind
@@ -142,14 +146,16 @@ def test_layers_that_do_not_rotate_do_not_know_how_far_a_token_is(
 
 def test_a_cache_changes_nothing(tiny_config, random_params, make_forward):
   config = tiny_config(
-    position="rope",
     layer_pattern=("full", "nope"),
-    norm="rmsnorm",
-    norm_placement="after",
-    qk_norm=True,
-    qk_norm_per_head=False,
     num_kv_heads=2,
-    residual_scale=0.5,
+    **{
+      "position.kind": "rope",
+      "norm.kind": "rmsnorm",
+      "norm.placement": "after",
+      "attention.qk_norm": True,
+      "attention.qk_norm_per_head": False,
+      "residual.scale": 0.5,
+    },
   )
   params = random_params(config)
   expected = make_forward(config)(params, TOKENS)
@@ -170,22 +176,22 @@ def test_a_cache_changes_nothing(tiny_config, random_params, make_forward):
   [
     {"num_layers": 2},
     # With dropout, so that the layers have to get the same keys too.
-    {"num_layers": 4, "layer_pattern": ("full", "local"), "window": 2, "residual_dropout": 0.2},
-    {"num_layers": 2, "value_residual": True, "embed_residual": True},
+    {"num_layers": 4, "layer_pattern": ("full", "local"), "window": 2, "dropout.residual": 0.2},
+    {"num_layers": 2, "residual.values": True, "residual.embedding": True},
   ],
   ids=["period1", "period2", "mixtures"],
 )
 def test_scanned_layers_are_the_layers_in_a_loop(tiny_config, random_params, shape):
-  configs = [tiny_config(scan_layers=scan, **shape) for scan in (False, True)]
+  configs = [tiny_config(**shape, **{"execution.scan_layers": scan}) for scan in (False, True)]
   params = random_params(configs[0])
-  key = jax.random.key(0) if configs[0].has_dropout else None
+  key = jax.random.key(0) if configs[0].dropout else None
   loop, scan = (loss_and_gradients(config)(params, key) for config in configs)
   assert_trees_close(scan, loop, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def without_remat(tiny_config, random_params):
-  config = tiny_config(scan_layers=False)
+  config = tiny_config(**{"execution.scan_layers": False})
   return loss_and_gradients(config)(random_params(config))
 
 
@@ -207,7 +213,7 @@ def test_remat_changes_neither_loss_nor_gradient(
     memories = {memory.kind for memory in jax.devices()[0].addressable_memories()}
     if "pinned_host" not in memories:
       pytest.skip(f"no pinned_host among the memories of the device: {sorted(memories)}")
-  config = tiny_config(remat=remat, scan_layers=scan_layers)
+  config = tiny_config(**{"execution.remat": remat, "execution.scan_layers": scan_layers})
   remade = loss_and_gradients(config)(random_params(config))
   assert_trees_close(remade, without_remat, rtol=1e-4, atol=1e-6)
 
@@ -215,7 +221,7 @@ def test_remat_changes_neither_loss_nor_gradient(
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_remat_keeps_less_for_the_backward_pass(tiny_config, scan_layers):
   def bytes_kept(remat):
-    config = tiny_config(remat=remat, scan_layers=scan_layers)
+    config = tiny_config(**{"execution.remat": remat, "execution.scan_layers": scan_layers})
     model = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
     graph, params = nnx.split(model)
 
@@ -233,7 +239,7 @@ def test_remat_keeps_less_for_the_backward_pass(tiny_config, scan_layers):
 def test_offload_keeps_in_the_memory_of_the_host_what_dots_keeps(tiny_config):
   def sizes(remat):
     """(bytes kept, of which in the host's memory) of the residuals of the backward pass."""
-    config = tiny_config(remat=remat, scan_layers=True)
+    config = tiny_config(**{"execution.remat": remat, "execution.scan_layers": True})
     graph, params = nnx.split(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
 
     def forward(params):
@@ -269,8 +275,8 @@ def make_observed(config, whole=False):
 
 
 def test_the_branches_add_up_to_the_residual_stream(tiny_config, random_params):
-  base = {"base_embed_dim": 16, "base_num_layers": 2}
-  config = tiny_config(num_layers=4, parametrization="completep", **base)
+  base = {"transfer.base_embed_dim": 16, "transfer.base_num_layers": 2}
+  config = tiny_config(num_layers=4, **base, **{"transfer.parametrization": "completep"})
   params = random_params(config)
   hidden, whole = make_observed(config, whole=True)(params)
   assert {name: x.shape for name, x in whole.items() if x.ndim > 1} == dict.fromkeys(
@@ -287,7 +293,9 @@ def test_the_branches_add_up_to_the_residual_stream(tiny_config, random_params):
 
 
 @pytest.mark.parametrize(
-  "changes", [{}, {"qk_norm": True, "num_kv_heads": 2}], ids=["plain", "qk_norm"]
+  "changes",
+  [{}, {"attention.qk_norm": True, "num_kv_heads": 2}],
+  ids=["plain", "qk_norm"],
 )
 def test_the_largest_logit_is_of_the_queries_and_keys_of_the_layer(
   tiny_config, random_params, changes
@@ -299,7 +307,7 @@ def test_the_largest_logit_is_of_the_queries_and_keys_of_the_layer(
   block = model.blocks[0]
   x_BTD = block.attention_norm(model.embed(TOKENS) + model.position(PACKED["positions_BT"]))
   q_BTNH, k_BTKH = block.attention.query(x_BTD), block.attention.key(x_BTD)
-  if config.qk_norm:
+  if config.attention.qk_norm:
     q_BTNH, k_BTKH = block.attention.query_norm(q_BTNH), block.attention.key_norm(k_BTKH)
   k_BTNH = np.repeat(k_BTKH, config.num_heads // config.num_kv_heads, axis=2)
   logits = np.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH) / np.sqrt(config.head_dim)
@@ -309,7 +317,12 @@ def test_the_largest_logit_is_of_the_queries_and_keys_of_the_layer(
   np.testing.assert_allclose(figure, [logits[seen].max()], rtol=1e-4)
 
 
-PATTERN = {"num_layers": 4, "layer_pattern": ("full", "local"), "window": 2, "position": "rope"}
+PATTERN = {
+  "num_layers": 4,
+  "layer_pattern": ("full", "local"),
+  "window": 2,
+  "position.kind": "rope",
+}
 
 
 @pytest.mark.parametrize(
@@ -317,14 +330,16 @@ PATTERN = {"num_layers": 4, "layer_pattern": ("full", "local"), "window": 2, "po
   [(True, "none"), (True, "dots"), (False, "full")],
 )
 def test_figures_do_not_depend_on_execution(tiny_config, random_params, scan_layers, remat):
-  plain = tiny_config(scan_layers=False, **PATTERN)
+  plain = tiny_config(**PATTERN, **{"execution.scan_layers": False})
   params = random_params(plain)
   _, expected = make_observed(plain)(params)
   assert {name: x.shape for name, x in expected.items()} == dict.fromkeys(
     ("attention_rms", "mlp_rms", "residual_rms", "largest_logit"), (4,)
   )
   assert len({float(x) for x in expected["largest_logit"]}) == 4
-  config = tiny_config(scan_layers=scan_layers, remat=remat, **PATTERN)
+  config = tiny_config(
+    **PATTERN, **{"execution.scan_layers": scan_layers, "execution.remat": remat}
+  )
   assert_trees_close(make_observed(config)(params)[1], expected, rtol=1e-4)
 
 
@@ -334,14 +349,14 @@ def test_nothing_is_told_when_nobody_asks(tiny_config, random_params, monkeypatc
 
   monkeypatch.setattr("gptjax.model.stats.root_mean_square", refuse)
   monkeypatch.setattr("gptjax.model.attention.largest_logit", refuse)
-  config = tiny_config(scan_layers=True)
+  config = tiny_config(**{"execution.scan_layers": True})
   loss_and_gradients(config).trace(random_params(config))
   with pytest.raises(AssertionError):
     make_observed(config).trace(random_params(config))
 
 
 def test_unstacked_layers_compute_the_same(tiny_config, random_params):
-  config = tiny_config(position="rope", layer_pattern=("full", "local"), window=2)
+  config = tiny_config(layer_pattern=("full", "local"), window=2, **{"position.kind": "rope"})
   model = nnx.merge(model_graph(config), random_params(config))
   expected = jax.jit(lambda model: model.hidden(TOKENS, cache=model.empty_cache(2, T))[0])(model)
   model.unstack()
@@ -351,7 +366,7 @@ def test_unstacked_layers_compute_the_same(tiny_config, random_params):
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32(tiny_config, random_params, make_forward):
-  choices = {"norm": "rmsnorm", "position": "rope", "activation": "swiglu"}
+  choices = {"norm.kind": "rmsnorm", "position.kind": "rope", "mlp.activation": "swiglu"}
   config = tiny_config(dtype="bfloat16", **choices)
   abstract = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
   dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param))}
@@ -378,7 +393,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(tiny_config, random_par
 def test_grouped_heads_are_all_heads_with_repeated_keys_and_values(
   tiny_config, random_params, make_forward, kv_heads
 ):
-  grouped, full = (tiny_config(num_kv_heads=n, position="rope") for n in (kv_heads, 4))
+  grouped, full = (tiny_config(num_kv_heads=n, **{"position.kind": "rope"}) for n in (kv_heads, 4))
   params = random_params(grouped)
   repeated = copy.deepcopy(params)
   for name in ("key", "value"):
@@ -393,7 +408,7 @@ def test_query_and_key_norm_make_the_scale_of_their_kernels_irrelevant(
   tiny_config, random_params, make_forward
 ):
   for qk_norm in (True, False):
-    config = tiny_config(qk_norm=qk_norm, bias=False)
+    config = tiny_config(bias=False, **{"attention.qk_norm": qk_norm})
     params, forward = random_params(config), make_forward(config)
     scaled = copy.deepcopy(params)
     for name in ("query", "key"):
@@ -404,20 +419,20 @@ def test_query_and_key_norm_make_the_scale_of_their_kernels_irrelevant(
 
 def test_soft_caps_bound_the_logits_and_reach_attention(tiny_config, random_params, make_forward):
   def logits(**caps):
-    config = tiny_config(tied_head=False, **caps)
+    config = tiny_config(**caps, **{"head.tied": False})
     params = copy.deepcopy(random_params(config))
     params["head"]["kernel"] *= 100
     return np.asarray(make_forward(config)(params, TOKENS))
 
-  free, capped = logits(), logits(logit_soft_cap=3.0)
+  free, capped = logits(), logits(**{"head.soft_cap": 3.0})
   assert np.abs(free).max() > 30
   assert np.abs(capped).max() <= 3
   np.testing.assert_allclose(capped, 3 * np.tanh(free / 3), atol=1e-4)
-  assert np.abs(logits(attention_soft_cap=0.1) - free).max() > 1
+  assert np.abs(logits(**{"attention.soft_cap": 0.1}) - free).max() > 1
 
 
 def test_a_tied_head_is_the_embedding(tiny_config, random_params, make_forward):
-  tied, untied = tiny_config(), tiny_config(tied_head=False)
+  tied, untied = tiny_config(), tiny_config(**{"head.tied": False})
   params = random_params(tied)
   assert "head" not in params
   assert count_parameters(untied) - count_parameters(tied) == 32 * 16
@@ -426,7 +441,7 @@ def test_a_tied_head_is_the_embedding(tiny_config, random_params, make_forward):
   np.testing.assert_allclose(make_forward(tied)(params, TOKENS), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("rate", ["embed_dropout", "attention_dropout", "residual_dropout"])
+@pytest.mark.parametrize("rate", ["dropout.embed", "dropout.attention", "dropout.residual"])
 def test_dropout_needs_a_key_and_is_decided_by_it(tiny_config, random_params, make_forward, rate):
   config = tiny_config(num_layers=1, **{rate: 0.3})
   params, forward = random_params(config), make_forward(config)
@@ -447,13 +462,13 @@ def test_no_rate_is_no_dropout_even_with_a_key(tiny_config, random_params, make_
 
 
 def test_post_norm_ends_in_the_norm_of_the_last_layer(tiny_config):
-  assert "final_norm/scale" not in describe_parameters(tiny_config(norm_placement="post"))
-  assert "final_norm/scale" in describe_parameters(tiny_config(norm_placement="pre"))
+  assert "final_norm/scale" not in describe_parameters(tiny_config(**{"norm.placement": "post"}))
+  assert "final_norm/scale" in describe_parameters(tiny_config(**{"norm.placement": "pre"}))
 
 
 def test_bias_false_leaves_no_bias_anywhere(tiny_config):
-  for norm in CHOICES["norm"]:
-    names = describe_parameters(tiny_config(bias=False, norm=norm, tied_head=False))
+  for norm in CHOICES["norm.kind"]:
+    names = describe_parameters(tiny_config(bias=False, **{"norm.kind": norm, "head.tied": False}))
     assert not [name for name in names if name.endswith("bias")]
   assert len([n for n in describe_parameters(tiny_config()) if n.endswith("bias")]) == 9
 
@@ -463,7 +478,11 @@ def test_bias_false_leaves_no_bias_anywhere(tiny_config):
 
 def test_initial_values(tiny_config):
   config = tiny_config(
-    num_layers=8, embed_dim=64, mlp_dim=128, vocab_size=64, max_positions=64, tied_head=False
+    num_layers=8,
+    embed_dim=64,
+    mlp_dim=128,
+    vocab_size=64,
+    **{"position.max_positions": 64, "head.tied": False},
   )
   state = jax.jit(lambda: nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(0)), nnx.Param)))()
   described = describe_parameters(config)
@@ -490,7 +509,7 @@ def test_initial_values(tiny_config):
 
 def test_mixtures_start_as_the_layers_own_values_and_inputs(tiny_config, random_params):
   plain = tiny_config()
-  mixed = tiny_config(value_residual=True, embed_residual=True)
+  mixed = tiny_config(**{"residual.values": True, "residual.embedding": True})
   params = random_params(mixed)
   blocks = params["blocks"]
   blocks["embed_mix"]["weights"] = np.array([[1.0, 0.0]] * 2, np.float32)
@@ -511,7 +530,7 @@ def test_mixtures_start_as_the_layers_own_values_and_inputs(tiny_config, random_
 
 
 def test_zero_residual_init_starts_as_the_embedding(tiny_config):
-  config = tiny_config(residual_init="zero", position="none")
+  config = tiny_config(**{"init.residual": "zero", "position.kind": "none"})
 
   @jax.jit
   def both():
@@ -526,15 +545,17 @@ def test_the_parametrizations_are_one_at_their_base(tiny_config):
     config = tiny_config(**changes)
     return jax.jit(lambda: GPT(config, nnx.Rngs(0))(TOKENS))()
 
-  bases = {"base_embed_dim": 16, "base_num_layers": 2}
+  bases = {"transfer.base_embed_dim": 16, "transfer.base_num_layers": 2}
   for parametrization in ("mup", "completep"):
-    np.testing.assert_array_equal(logits(parametrization=parametrization, **bases), logits())
+    np.testing.assert_array_equal(
+      logits(**bases, **{"transfer.parametrization": parametrization}), logits()
+    )
 
 
 def test_width_and_depth_shrink_what_the_parametrization_says(tiny_config):
   shape = {"num_layers": 8, "embed_dim": 64, "num_heads": 8, "mlp_dim": 128}
-  bases = {"base_embed_dim": 16, "base_num_layers": 2}
-  config = tiny_config(parametrization="completep", **shape, **bases)
+  bases = {"transfer.base_embed_dim": 16, "transfer.base_num_layers": 2}
+  config = tiny_config(**shape, **bases, **{"transfer.parametrization": "completep"})
   flat = traverse_util.flatten_dict(
     nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(0)), nnx.Param)), sep="/"
   )
@@ -545,12 +566,14 @@ def test_width_and_depth_shrink_what_the_parametrization_says(tiny_config):
   }.items():
     assert np.std(flat[name]) == pytest.approx(std, rel=0.05)
   assert (config.width_ratio, config.depth_ratio) == (4, 4)
-  with pytest.raises(UserError, match=r"'mup' needs model\.base_embed_dim"):
-    tiny_config(parametrization="mup")
+  with pytest.raises(UserError, match=r"'mup' needs model\.transfer\.base_embed_dim"):
+    tiny_config(**{"transfer.parametrization": "mup"})
 
 
 def test_parameters_are_named_with_their_logical_axes(tiny_config):
-  described = describe_parameters(tiny_config(num_kv_heads=2, position="t5", tied_head=False))
+  described = describe_parameters(
+    tiny_config(num_kv_heads=2, **{"position.kind": "t5", "head.tied": False})
+  )
   query = described["blocks/attention/query/kernel"]
   assert query.shape == (2, 16, 4, 4)
   assert query.axes == ("layers", "embed", "heads", "head_dim")
@@ -582,7 +605,10 @@ def test_learned_positions_refuse_a_longer_row(tiny_config, random_params):
 
 @pytest.mark.parametrize("position", [position for position in POSITIONS if position != "learned"])
 def test_other_positions_run_on_any_length(tiny_config, random_params, make_forward, position):
-  config = tiny_config(num_layers=1, position=position, max_positions=4, t5_max_distance=16)
+  config = tiny_config(
+    num_layers=1,
+    **{"position.kind": position, "position.max_positions": 4, "position.t5_max_distance": 16},
+  )
   params, forward = random_params(config), make_forward(config)
   tokens = np.arange(32)[None]
   logits = forward(params, tokens)
@@ -600,10 +626,10 @@ def test_other_positions_run_on_any_length(tiny_config, random_params, make_forw
 def test_cached_decoding_is_the_uncached_forward_pass(
   tiny_config, random_params, position, kv_heads
 ):
-  choices = {"layer_pattern": ("local", "full"), "window": 3, "qk_norm": True}
+  choices = {"layer_pattern": ("local", "full"), "window": 3, "attention.qk_norm": True}
   if kv_heads == 2:
-    choices |= {"value_residual": True, "embed_residual": True}
-  config = tiny_config(position=position, num_kv_heads=kv_heads, **choices)
+    choices |= {"residual.values": True, "residual.embedding": True}
+  config = tiny_config(num_kv_heads=kv_heads, **choices, **{"position.kind": position})
   graph = model_graph(config)
   lengths = np.array([2, 5])  # of the prompts; what is read of the first behind 2 is padding
   steps = T - lengths.max()

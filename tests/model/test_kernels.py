@@ -281,13 +281,11 @@ def model_loss(tiny_config, random_params):
   @functools.cache
   def compute(attention, **mesh):
     config = tiny_config(
-      position="rope",
       head_dim=32,
       num_kv_heads=2,
       layer_pattern=("full", "local"),
       window=150,
-      attention_soft_cap=2.0,
-      attention=attention,
+      **{"position.kind": "rope", "attention.soft_cap": 2.0, "attention.kernel": attention},
     )
     graph, parameters = model_graph(config), describe_parameters(config)
 
@@ -323,8 +321,13 @@ def test_a_model_learns_the_same_by_splash(model_loss, small_blocks, mesh):
 def test_what_remat_keeps_of_splash_is_not_computed_again(tiny_config):
   def exponentials(remat):
     # Of these layers only attention has any.
-    choices = {"num_layers": 1, "position": "rope", "activation": "relu", "scan_layers": True}
-    config = tiny_config(attention="splash", remat=remat, **choices)
+    choices = {
+      "num_layers": 1,
+      "position.kind": "rope",
+      "mlp.activation": "relu",
+      "execution.scan_layers": True,
+    }
+    config = tiny_config(**choices, **{"attention.kernel": "splash", "execution.remat": remat})
     graph = model_graph(config)
     params = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(GPT(config, nnx.Rngs(0)))))
     tokens = jnp.zeros((B, 128), jnp.int32)
@@ -356,15 +359,15 @@ def test_auto_is_the_kernel_of_the_platform(tiny_config, monkeypatch, platform, 
 
 # What no kernel but 'xla' can do, and whose it is.
 OBSTACLES = [
-  ("splash", {"attention_dropout": 0.1}, 256, "attention dropout"),
-  ("splash", {"position": "alibi"}, 256, "position='alibi', a bias"),
-  ("splash", {"position": "t5"}, 256, "position='t5', a bias"),
+  ("splash", {"dropout.attention": 0.1}, 256, "attention dropout"),
+  ("splash", {"position.kind": "alibi"}, 256, "position.kind='alibi', a bias"),
+  ("splash", {"position.kind": "t5"}, 256, "position.kind='t5', a bias"),
   ("splash", {}, 200, "a row of 200: not a multiple of 128"),
-  ("cudnn", {"attention_dropout": 0.1}, 256, "attention dropout"),
-  ("cudnn", {"position": "alibi"}, 256, "position='alibi', a bias"),
-  ("cudnn", {"position": "t5"}, 256, "position='t5', a bias"),
+  ("cudnn", {"dropout.attention": 0.1}, 256, "attention dropout"),
+  ("cudnn", {"position.kind": "alibi"}, 256, "position.kind='alibi', a bias"),
+  ("cudnn", {"position.kind": "t5"}, 256, "position.kind='t5', a bias"),
   ("cudnn", {"visibility": "prefix"}, 256, "visibility='prefix'"),
-  ("cudnn", {"attention_soft_cap": 1.0}, 256, "attention_soft_cap"),
+  ("cudnn", {"attention.soft_cap": 1.0}, 256, "attention.soft_cap"),
   ("cudnn", {"dtype": "float32"}, 256, "dtype='float32': it needs bfloat16"),
   ("cudnn", {"head_dim": 4}, 256, "head_dim=4: not a multiple of 8"),
   ("cudnn", {}, 255, "a row of 255: odd"),
@@ -377,24 +380,26 @@ def test_what_a_kernel_cannot_do_is_refused_or_left_to_xla(
 ):
   changes = {"dtype": "bfloat16", "head_dim": 8} | changes
   with pytest.raises(UserError) as error:
-    choose(tiny_config(attention=kernel, **changes), length)
+    choose(tiny_config(**changes, **{"attention.kernel": kernel}), length)
   assert str(error.value) == (
-    f"model.attention={kernel!r} cannot do {obstacle}. Set model.attention=xla."
+    f"model.attention.kernel={kernel!r} cannot do {obstacle}. Set model.attention.kernel=xla."
   )
   monkeypatch.setattr(sharding, "platform", lambda: {"splash": "tpu", "cudnn": "gpu"}[kernel])
   assert choose(tiny_config(**changes), length) == "xla"
-  assert choose(tiny_config(attention="xla", **changes), length) == "xla"
+  assert choose(tiny_config(**changes, **{"attention.kernel": "xla"}), length) == "xla"
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_a_kernel_does_the_rest(tiny_config, kernel):
-  config = tiny_config(attention=kernel, dtype="bfloat16", head_dim=8, attention_dropout=0.1)
+  config = tiny_config(
+    dtype="bfloat16", head_dim=8, **{"attention.kernel": kernel, "dropout.attention": 0.1}
+  )
   assert choose(config, training=False) == kernel  # dropout is of training alone
   assert choose(config, 1, cached=True) == "xla"  # a cache is not in the order of its positions
 
 
 def test_a_row_is_counted_on_each_device(tiny_config):
-  config = tiny_config(attention="splash")
+  config = tiny_config(**{"attention.kernel": "splash"})
   with jax.set_mesh(sharding.make_mesh(ONE | {"context": 4})):
     assert choose(config, 512) == "splash"
     with pytest.raises(UserError, match="a row of 640: not a multiple of 512"):

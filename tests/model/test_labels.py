@@ -18,15 +18,15 @@ K = 3
 @pytest.fixture(scope="module")
 def make_model(tiny_config, random_params):
   def make(**changes):
-    config = tiny_config(num_labels=K, **changes)
+    config = tiny_config(**changes, **{"label_head.num_labels": K})
     return nnx.merge(model_graph(config), random_params(config))
 
   return make
 
 
 def test_a_model_of_labels_has_no_head_of_the_vocabulary(tiny_config):
-  bert = {"head_transform": True, "head_bias": True, "tied_head": False, "pooler": True}
-  labelled = describe_parameters(tiny_config(num_labels=K, **bert))
+  bert = {"head.transform": True, "head.bias": True, "head.tied": False, "head.pooler": True}
+  labelled = describe_parameters(tiny_config(**bert, **{"label_head.num_labels": K}))
   plain = describe_parameters(tiny_config(**bert))
   assert set(labelled) - set(plain) == {"label_head/kernel", "label_head/bias"}
   assert {name.split("/")[0] for name in set(plain) - set(labelled)} == {
@@ -48,7 +48,7 @@ def rows(segments):
 
 @pytest.mark.parametrize("visibility", ["causal", "bidirectional"])
 def test_the_mean_is_that_of_the_segment_alone(make_model, visibility):
-  model = make_model(visibility=visibility, label_pooling="mean")
+  model = make_model(visibility=visibility, **{"label_head.pooling": "mean"})
   texts, tokens, positions, ids = rows([5, 3, 6])
 
   @jax.jit
@@ -76,22 +76,26 @@ def test_without_pooling_each_token_has_its_own_scores(make_model):
 
 
 def test_the_pooler_makes_what_is_scored(make_model):
-  model = make_model(label_pooling="pooler", pooler=True, label_bias=False)
+  model = make_model(
+    **{"label_head.pooling": "pooler", "head.pooler": True, "label_head.bias": False}
+  )
   x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 16)), jnp.float32)
   pooled_BTD = jnp.tanh(x_BTD @ model.pooler.kernel[...] + model.pooler.bias[...].reshape(1, 1, 16))
   expected = pooled_BTD @ model.label_head.kernel[...]
   np.testing.assert_allclose(model.label_logits(x_BTD), expected, atol=1e-5)
-  with pytest.raises(UserError, match=r"model\.label_pooling='pooler' needs model\.pooler"):
-    make_model(label_pooling="pooler")
+  with pytest.raises(
+    UserError, match=r"model\.label_head\.pooling='pooler' needs model\.head\.pooler"
+  ):
+    make_model(**{"label_head.pooling": "pooler"})
 
 
 def test_tokens_are_not_scored(make_model):
-  with pytest.raises(UserError, match=r"scores 3 labels \(model\.num_labels\)"):
+  with pytest.raises(UserError, match=r"scores 3 labels \(model\.label_head\.num_labels\)"):
     make_model()(jnp.zeros((1, 4), jnp.int32))
 
 
 def test_the_second_text_has_its_type(make_model):
-  model = make_model(token_types=2, visibility="bidirectional")
+  model = make_model(visibility="bidirectional", **{"embed.token_types": 2})
   _, tokens, positions, ids = rows([6])
   batch = Batch(tokens, tokens, np.ones((1, 6), np.float32), ids, positions)
   second = Batch(**(batch.__dict__ | {"token_types": np.array([[0, 0, 0, 1, 1, 1]], np.int32)}))
@@ -101,7 +105,7 @@ def test_the_second_text_has_its_type(make_model):
 
 def test_two_passes_with_other_dropout_are_to_agree(make_model):
   """R-Drop: the mean of two losses, and alpha / 4 of the divergence both ways."""
-  model = make_model(residual_dropout=0.3, label_dropout=0.2)
+  model = make_model(**{"dropout.residual": 0.3, "dropout.label": 0.2})
   _, tokens, positions, ids = rows([4, 4])
   weights = np.zeros((1, 8), np.float32)
   weights[0, [3, 7]] = 1
@@ -121,6 +125,6 @@ def test_two_passes_with_other_dropout_are_to_agree(make_model):
 
 
 def test_a_model_starts_with_its_head_at_random(tiny_config):
-  model = GPT(tiny_config(num_labels=K), nnx.Rngs(0))
+  model = GPT(tiny_config(**{"label_head.num_labels": K}), nnx.Rngs(0))
   assert np.std(model.label_head.kernel[...]) == pytest.approx(0.02, rel=0.3)
   assert not np.any(model.label_head.bias[...])

@@ -25,20 +25,25 @@ B, T, D, F, E = 4, 8, 16, 12, 4
 TOLERANCE = 3e-5
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
 
-PLAIN = {"bias": False, "activation": "relu2", "experts_per_token": 1, "router_normalize": False}
+PLAIN = {
+  "bias": False,
+  "mlp.activation": "relu2",
+  "experts.per_token": 1,
+  "experts.router_normalize": False,
+}
 FULL = {
   "bias": True,
-  "activation": "swiglu_clamped",
-  "experts_per_token": 2,
-  "router_bias": True,
-  "shared_expert_dim": 8,
+  "mlp.activation": "swiglu_clamped",
+  "experts.per_token": 2,
+  "experts.router_bias": True,
+  "experts.shared_dim": 8,
 }
 CASES = {
   "switch": PLAIN,
-  "switch with biases": PLAIN | {"bias": True, "router_bias": True},
-  "mixtral": {"bias": False, "activation": "swiglu", "experts_per_token": 2},
-  "all of them": {"bias": True, "activation": "gelu", "experts_per_token": 4},
-  "probabilities among all": FULL | {"router_normalize": False},
+  "switch with biases": PLAIN | {"bias": True, "experts.router_bias": True},
+  "mixtral": {"bias": False, "mlp.activation": "swiglu", "experts.per_token": 2},
+  "all of them": {"bias": True, "mlp.activation": "gelu", "experts.per_token": 4},
+  "probabilities among all": FULL | {"experts.router_normalize": False},
   "full": FULL,
 }
 MESHES = [
@@ -52,8 +57,8 @@ MESHES = [
 
 
 def make_config(**changes):
-  shape = {"vocab_size": 32, "num_layers": 2, "num_heads": 2, "num_experts": E}
-  return ModelConfig(**(shape | {"embed_dim": D, "mlp_dim": F} | changes))
+  shape = {"vocab_size": 32, "num_layers": 2, "num_heads": 2, "experts.count": E}
+  return ModelConfig.from_config(shape | {"embed_dim": D, "mlp_dim": F} | changes)
 
 
 @functools.cache
@@ -93,15 +98,15 @@ def by_loop(config, params, x, valid):
   def feed_forward(layers, i=...):
     gate = project(layers["gate"], x, i) if "gate" in layers else None
     return project(
-      layers["down"], activate(config.activation, project(layers["up"], x, i), gate), i
+      layers["down"], activate(config.mlp.activation, project(layers["up"], x, i), gate), i
     )
 
   logits = project(params["router"], x)
-  k = config.experts_per_token
+  k = config.experts.per_token
   chosen = logits >= jnp.sort(logits)[..., -k, None]
   probabilities = jax.nn.softmax(logits)
   weights = jnp.where(chosen, probabilities, 0)
-  if config.router_normalize:
+  if config.experts.router_normalize:
     weights = weights / weights.sum(-1, keepdims=True)
   y = sum(weights[..., i, None] * feed_forward(params, i) for i in range(E))
   if "shared" in params:
@@ -166,7 +171,7 @@ def test_rows_that_the_mesh_does_not_divide_go_to_all_experts():
 
 @pytest.mark.parametrize("mesh", [None, {"expert": 4}], ids=str)
 def test_no_token_is_dropped_when_all_choose_one_expert(mesh):
-  config = make_config(**PLAIN, router_bias=True)
+  config = make_config(**PLAIN, **{"experts.router_bias": True})
   params, tokens = make_params(config), make_tokens()
   params["router"]["bias"] = np.array([0, 0, 30, 0], np.float32)
   wanted = everything(by_loop, config, params, tokens)
@@ -225,7 +230,7 @@ def test_the_router_is_float32_whatever_computes():
 
 
 def test_experts_that_the_mesh_does_not_divide_are_refused():
-  config = make_config(**PLAIN | {"num_experts": 6})
+  config = make_config(**PLAIN | {"experts.count": 6})
   model = nnx.eval_shape(lambda: MixtureOfExperts(config, nnx.Rngs(0)))
   kernel = model.up.kernel
   described = {"up/kernel": types.SimpleNamespace(shape=kernel.shape, axes=kernel.axes)}

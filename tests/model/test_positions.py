@@ -11,7 +11,7 @@ from gptjax.model.positions import AttentionBias, alibi_slopes, rope_frequencies
 
 
 def rope(tiny_config, **changes):
-  return tiny_config(**({"position": "rope", "head_dim": 64} | changes))
+  return tiny_config(**({"position.kind": "rope", "head_dim": 64} | changes))
 
 
 def test_rotary_products_depend_on_relative_position_only(tiny_config):
@@ -31,7 +31,7 @@ def test_rotary_products_depend_on_relative_position_only(tiny_config):
 
 
 def test_rotary_pairs_turn_by_position_times_frequency(tiny_config):
-  config = rope(tiny_config, head_dim=4, rope_base=100.0)
+  config = rope(tiny_config, head_dim=4, **{"rope.base": 100.0})
   x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
   y = np.asarray(rotate(x, jnp.array([[3]]), config))[0, 0, 0]
   for pair, frequency in enumerate([1.0, 100 ** (-2 / 4)]):
@@ -40,13 +40,13 @@ def test_rotary_pairs_turn_by_position_times_frequency(tiny_config):
 
 
 def test_frequencies_are_powers_of_the_base(tiny_config):
-  frequencies, scale = rope_frequencies(rope(tiny_config, rope_base=500.0))
+  frequencies, scale = rope_frequencies(rope(tiny_config, **{"rope.base": 500.0}))
   np.testing.assert_allclose(frequencies, [500 ** (-2 * i / 64) for i in range(32)])
   assert scale == 1
 
 
 def test_linear_scaling_is_dividing_positions(tiny_config):
-  config = rope(tiny_config, head_dim=8, rope_scaling="linear", rope_factor=4.0)
+  config = rope(tiny_config, head_dim=8, **{"rope.scaling": "linear", "rope.factor": 4.0})
   x = np.random.default_rng(0).normal(size=(1, 1, 1, 8)).astype(np.float32)
   plain = rope(tiny_config, head_dim=8)
   np.testing.assert_allclose(
@@ -56,11 +56,11 @@ def test_linear_scaling_is_dividing_positions(tiny_config):
 
 def test_dynamic_scaling_grows_the_base_with_the_row_beyond_the_original_length(tiny_config):
   plain = rope(tiny_config, head_dim=8)
-  changes = {"rope_scaling": "dynamic", "rope_factor": 3.0, "rope_original_positions": 10}
+  changes = {"rope.scaling": "dynamic", "rope.factor": 3.0, "rope.original_positions": 10}
   config = rope(tiny_config, head_dim=8, **changes)
   x = np.random.default_rng(0).normal(size=(2, 20, 1, 8)).astype(np.float32)
   positions = jnp.stack([jnp.arange(20) % 10, jnp.arange(20)])
-  grown = rope(tiny_config, head_dim=8, rope_base=10_000.0 * (3 * 2 - 2) ** (8 / 6))
+  grown = rope(tiny_config, head_dim=8, **{"rope.base": 10_000.0 * (3 * 2 - 2) ** (8 / 6)})
   rotated = rotate(x, positions, config)
   np.testing.assert_allclose(rotated[0], rotate(x[:1], positions[:1], plain)[0], atol=1e-6)
   np.testing.assert_allclose(rotated[1], rotate(x[1:], positions[1:], grown)[0], atol=1e-5)
@@ -71,10 +71,12 @@ def test_llama3_scaling_is_the_published_piecewise_one(tiny_config):
   config = rope(
     tiny_config,
     head_dim=H,
-    rope_base=base,
-    rope_scaling="llama3",
-    rope_factor=factor,
-    rope_original_positions=original,
+    **{
+      "rope.base": base,
+      "rope.scaling": "llama3",
+      "rope.factor": factor,
+      "rope.original_positions": original,
+    },
   )
   scaled, _ = rope_frequencies(config)
   seen = set()
@@ -98,10 +100,12 @@ def test_yarn_scaling_is_the_papers_equations(tiny_config):
   config = rope(
     tiny_config,
     head_dim=H,
-    rope_base=base,
-    rope_scaling="yarn",
-    rope_factor=factor,
-    rope_original_positions=original,
+    **{
+      "rope.base": base,
+      "rope.scaling": "yarn",
+      "rope.factor": factor,
+      "rope.original_positions": original,
+    },
   )
   scaled, attention_scale = rope_frequencies(config)
   plain = base ** (-np.arange(0, H, 2) / H)
@@ -124,14 +128,14 @@ def test_yarn_scaling_is_the_papers_equations(tiny_config):
 
 
 def test_yarn_of_factor_1_changes_nothing(tiny_config):
-  options = {"rope_scaling": "yarn", "rope_factor": 1.0, "rope_original_positions": 64}
+  options = {"rope.scaling": "yarn", "rope.factor": 1.0, "rope.original_positions": 64}
   scaled, scale = rope_frequencies(rope(tiny_config, **options))
   np.testing.assert_allclose(scaled, rope_frequencies(rope(tiny_config))[0])
   assert scale == 1
 
 
 def test_yarn_sharpens_queries_and_keys(tiny_config):
-  options = {"rope_scaling": "yarn", "rope_factor": 8.0, "rope_original_positions": 64}
+  options = {"rope.scaling": "yarn", "rope.factor": 8.0, "rope.original_positions": 64}
   x = jnp.ones((1, 1, 1, 64))
   y = rotate(x, jnp.zeros((1, 1), jnp.int32), rope(tiny_config, **options))
   np.testing.assert_allclose(y, x * (0.1 * math.log(8) + 1), rtol=1e-6)
@@ -163,7 +167,7 @@ def test_slopes_of_12_heads_are_those_of_the_authors_code():
 
 
 def test_alibi_adds_minus_slope_times_distance(tiny_config):
-  bias = AttentionBias(tiny_config(position="alibi", num_heads=8), nnx.Rngs(0))
+  bias = AttentionBias(tiny_config(num_heads=8, **{"position.kind": "alibi"}), nnx.Rngs(0))
   queries, keys = jnp.array([[5, 6]]), jnp.array([[0, 5]])
   added = bias(queries, keys)
   assert added.shape == (1, 8, 2, 2)
@@ -197,7 +201,9 @@ def test_t5_buckets_by_hand(distance, bucket):
 
 
 def test_t5_looks_its_biases_up_by_bucket_and_head(tiny_config):
-  config = tiny_config(position="t5", t5_buckets=8, t5_max_distance=16)
+  config = tiny_config(
+    **{"position.kind": "t5", "position.t5_buckets": 8, "position.t5_max_distance": 16}
+  )
   bias = AttentionBias(config, nnx.Rngs(0))
   table = np.asarray(bias.relative.embedding[...])
   assert table.shape == (8, 4)
@@ -210,5 +216,5 @@ def test_t5_looks_its_biases_up_by_bucket_and_head(tiny_config):
 
 def test_other_schemes_add_nothing(tiny_config):
   for position in ("learned", "rope", "none"):
-    bias = AttentionBias(tiny_config(position=position), nnx.Rngs(0))
+    bias = AttentionBias(tiny_config(**{"position.kind": position}), nnx.Rngs(0))
     assert bias(jnp.array([[0]]), jnp.array([[0]])) is None

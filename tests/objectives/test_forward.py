@@ -12,7 +12,7 @@ from gptjax.objectives.forward import token_loss
 class Uniform:
   """A model of 4 tokens whose logits are all 0, and which remembers what it was asked."""
 
-  config = types.SimpleNamespace(logit_soft_cap=0.0)
+  config = types.SimpleNamespace(head=types.SimpleNamespace(soft_cap=0.0))
   head_bias = None
 
   def hidden(self, tokens, **kwargs):

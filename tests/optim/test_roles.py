@@ -15,23 +15,28 @@ from gptjax.presets.parts import optim as presets
 MODELS = {
   "bert": {
     "visibility": "bidirectional",
-    "token_types": 2,
-    "embed_norm": True,
-    "pooler": True,
-    "head_transform": True,
-    "head_bias": True,
-    "tied_head": False,
+    "embed.token_types": 2,
+    "embed.norm": True,
+    "head.pooler": True,
+    "head.transform": True,
+    "head.bias": True,
+    "head.tied": False,
   },
-  "labels": {"num_labels": 3, "attention_sinks": True, "qk_norm": True, "position": "rope"},
+  "labels": {
+    "label_head.num_labels": 3,
+    "attention.sinks": True,
+    "attention.qk_norm": True,
+    "position.kind": "rope",
+  },
   "experts": {
-    "num_experts": 4,
-    "experts_per_token": 2,
-    "router_bias": True,
-    "value_residual": True,
-    "embed_residual": True,
-    "shared_expert_dim": 8,
+    "experts.count": 4,
+    "experts.per_token": 2,
+    "experts.router_bias": True,
+    "residual.values": True,
+    "residual.embedding": True,
+    "experts.shared_dim": 8,
   },
-  "t5": {"position": "t5", "encoder_layers": 2, "tied_head": False},
+  "t5": {"position.kind": "t5", "encoder_layers": 2, "head.tied": False},
 }
 
 
@@ -76,7 +81,7 @@ def test_across_widths_only_what_reads_a_width_learns_more_slowly(parameters):
 
 @pytest.mark.parametrize("name", ["token_type/embedding", "blocks/attention/sinks"])
 def test_token_types_and_sinks_keep_their_rate_at_any_width(tiny_config, name):
-  config = tiny_config(attention_sinks=True, token_types=2)
+  config = tiny_config(**{"attention.sinks": True, "embed.token_types": 2})
   assert groups(describe_parameters(config), "adamw", width_ratio=4.0)[name].lr == 1.0
 
 

@@ -1,7 +1,5 @@
 """Models to adapt. The references are those of the tests of conversion."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.model.gpt import model_graph
 from gptjax.peft.layers import Adapter
 from gptjax.peft.surgery import adapt, put_on
-from tests.interop.conftest import load_params, make_reference, reference  # noqa: F401
+from tests.interop.conftest import make_reference, reference  # noqa: F401
 
 TOKENS = (
   np.random.default_rng(0).integers(2, 32, (2, 6)).astype(np.int32)
@@ -42,8 +40,16 @@ MODELS = {
   "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", WINDOWED | {"layer_types": KINDS}),
   "bert": ("BertForMaskedLM", "BertConfig", BERT),
   "bert-encoder": ("BertModel", "BertConfig", BERT),
-  "bert-labels": ("BertForSequenceClassification", "BertConfig", BERT | {"num_labels": 3}),
-  "roberta-labels": ("RobertaForSequenceClassification", "RobertaConfig", BERT | {"num_labels": 3}),
+  "bert-labels": (
+    "BertForSequenceClassification",
+    "BertConfig",
+    BERT | {"num_labels": 3},
+  ),
+  "roberta-labels": (
+    "RobertaForSequenceClassification",
+    "RobertaConfig",
+    BERT | {"num_labels": 3},
+  ),
   "llama-labels": (
     "LlamaForTokenClassification",
     "LlamaConfig",
@@ -56,7 +62,13 @@ MODELS = {
 @pytest.fixture(scope="session")
 def model_config(tiny_config):
   return tiny_config(
-    num_kv_heads=2, position="rope", norm="rmsnorm", activation="swiglu", scan_layers=True
+    num_kv_heads=2,
+    **{
+      "position.kind": "rope",
+      "norm.kind": "rmsnorm",
+      "mlp.activation": "swiglu",
+      "execution.scan_layers": True,
+    },
   )
 
 
@@ -135,7 +147,7 @@ def their_logits(torch, model):
 
 def our_logits(opened, params, config, adapters):
   """The same of ours with adapters."""
-  scanned = dataclasses.replace(opened.config, scan_layers=True)  # Half as much to compile.
+  scanned = opened.config.replace({"execution.scan_layers": True})  # Half as much to compile.
   model = nnx.merge(model_graph(scanned), jax.tree.map(np.asarray, params))
   graph, state = nnx.split(put_on(model, config, adapters))
 
@@ -145,8 +157,8 @@ def our_logits(opened, params, config, adapters):
     hidden, _ = model.hidden(TOKENS, **options)
     if model.label_head is not None:
       scores = model.label_logits(hidden)
-      return scores[:, 0] if scanned.label_pooling == "pooler" else scores
-    is_encoder = scanned.visibility == "bidirectional" and not scanned.head_transform
+      return scores[:, 0] if scanned.label_head.pooling == "pooler" else scores
+    is_encoder = scanned.visibility == "bidirectional" and not scanned.head.transform
     return hidden if is_encoder else model.logits(hidden)
 
   return np.asarray(jax.jit(run)(state))

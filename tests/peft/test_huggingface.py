@@ -1,6 +1,5 @@
 """Against the `peft` library: the same logits from its files, and from ours in it."""
 
-import dataclasses
 import json
 
 import jax
@@ -344,4 +343,4 @@ def test_what_the_library_does_not_have_is_refused(bases, tmp_path):
 def test_adapters_of_a_model_of_another_shape_are_refused(written, changes, sentence):
   folder, opened = written
   with pytest.raises(UserError, match=sentence):
-    huggingface.read(folder, dataclasses.replace(opened.config, **changes), opened.family)
+    huggingface.read(folder, opened.config.replace(changes), opened.family)

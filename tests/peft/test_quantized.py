@@ -1,4 +1,3 @@
-import dataclasses
 import shutil
 import statistics
 
@@ -28,8 +27,8 @@ from tests.peft.test_runs import logged, make_config  # noqa: F401
 TABLE = np.array(NF4, np.float32)
 # Two blocks of 64 along the feed-forward network's axis, and all of any other.
 WIDE = {"mlp_dim": 128}
-NF4_RUN = {"peft.base": "nf4", "model.remat": "full"}
-EXPERTS = {"num_experts": 4, "experts_per_token": 2, "router_bias": True}
+NF4_RUN = {"peft.base": "nf4", "model.execution.remat": "full"}
+EXPERTS = {"experts.count": 4, "experts.per_token": 2, "experts.router_bias": True}
 
 
 def preset(name, base, **changes):
@@ -100,17 +99,17 @@ def test_the_table_is_of_quantiles_of_the_normal_distribution():
 @pytest.mark.parametrize(
   ("name", "base", "changes"),
   [
-    ("lora", "nf4", {"scan_layers": True, "remat": "full"}),
+    ("lora", "nf4", {"execution.scan_layers": True, "execution.remat": "full"}),
     ("dora", "int8", {}),
     ("ia3", "bfloat16", {}),
-    pytest.param("lora", "nf4", EXPERTS | {"scan_layers": False}, marks=pytest.mark.slow),
+    pytest.param("lora", "nf4", EXPERTS | {"execution.scan_layers": False}, marks=pytest.mark.slow),
   ],
   ids=str,
 )
 def test_logits_are_those_of_the_plain_model_with_the_dequantised_kernels(
   name, base, changes, make_model, make_adapted, logits, tiny_config, model_config
 ):
-  config = dataclasses.replace(model_config, **WIDE | changes)
+  config = model_config.replace(WIDE | changes)
   adapted = make_adapted(preset(name, base), config)
   actual = logits(adapted)
   merged = merge(adapted)
@@ -141,7 +140,7 @@ def test_a_model_with_virtual_tokens_is_quantised_too(make_adapted, logits):
 def test_gradients_are_those_beside_the_dequantised_kernels_which_are_not_kept(
   make_adapted, model_config
 ):
-  config = dataclasses.replace(model_config, **WIDE)
+  config = model_config.replace(WIDE)
   adapted = make_adapted(preset("lora", "nf4"), config)
 
   def of(model):

@@ -31,7 +31,7 @@ SMALL = {
   "sample.every_steps": 0,
   "checkpoint.every_steps": 2,
   "optim.learning_rate": 0.05,
-  "model.scan_layers": True,
+  "model.execution.scan_layers": True,
 }
 
 

@@ -45,15 +45,15 @@ def trained(make_adapted):
 @pytest.mark.parametrize(
   ("base", "changes"),
   [
-    ("float32", {"scan_layers": True}),
-    pytest.param("nf4", {"scan_layers": False}, marks=pytest.mark.slow),
+    ("float32", {"execution.scan_layers": True}),
+    pytest.param("nf4", {"execution.scan_layers": False}, marks=pytest.mark.slow),
   ],
   ids=str,
 )
 def test_each_row_is_that_of_the_model_with_its_adapter_alone(
   base, changes, make_model, model_config, trained, logits
 ):
-  config = dataclasses.replace(model_config, **changes)
+  config = model_config.replace(changes)
   adapters = [(peft, trained(peft, config)) for peft in CONFIGS[base]]
   several = put_several_on(make_model(config), adapters)
   choose(several, ROWS)

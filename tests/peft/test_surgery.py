@@ -135,7 +135,9 @@ def test_adapters_are_what_the_filter_finds_and_all_are_sharded(name, tiny_confi
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_head_of_labels_is_trained_with_what_it_has(bias, tiny_config, make_model):
   adapted = adapt(
-    make_model(tiny_config(num_labels=2, label_bias=bias)), preset("ia3"), nnx.Rngs(0)
+    make_model(tiny_config(**{"label_head.num_labels": 2, "label_head.bias": bias})),
+    preset("ia3"),
+    nnx.Rngs(0),
   )
   found = tree.named_leaves(nnx.to_pure_dict(nnx.state(adapted, Adapter)))
   expected = {"label_head/kernel", "label_head/bias"} if bias else {"label_head/kernel"}
@@ -161,7 +163,7 @@ def test_a_rule_gives_what_it_names_a_rank_of_its_own(make_model):
   ],
 )
 def test_a_rule_that_names_nothing_is_an_error(name, pattern, sentence, make_model, tiny_config):
-  model = make_model(tiny_config(bias=False, tied_head=False))
+  model = make_model(tiny_config(bias=False, **{"head.tied": False}))
   rules = (".*", pattern) if name == "lora" else (pattern,)
   with pytest.raises(UserError, match=re.escape(sentence)):
     adapt(model, preset(name, targets=rules), nnx.Rngs(0))
@@ -194,7 +196,7 @@ def run(model_config, batch, random_params, make_adapted):
   """Returns a function: one step of SGD, and its state and metrics."""
 
   def run(method, sizes=None, grad_accumulation=1, **execution):
-    peft, config = STEPS[method], dataclasses.replace(model_config, **execution)
+    peft, config = STEPS[method], model_config.replace(execution)
     described = describe_adapters(config, peft)
     values = {"name": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "rules": ((".*", {}),)}
     values = types.SimpleNamespace(**(optim_presets.DEFAULTS | values))
@@ -243,13 +245,13 @@ MESH = {"sizes": {"fsdp": 2, "tensor": 2}, "grad_accumulation": 2}
 @pytest.mark.parametrize(
   ("method", "how"),
   [
-    ("dora", MESH | {"remat": "full"}),
+    ("dora", MESH | {"execution.remat": "full"}),
     pytest.param("prompt", {"sizes": {"data": 2, "context": 2}}, marks=pytest.mark.slow),
     *(
       pytest.param(method, how, marks=pytest.mark.slow)
       for method in STEPS
-      for how in (MESH | {"remat": "full"}, MESH | {"scan_layers": False})
-      if (method, how.get("remat")) != ("dora", "full")
+      for how in (MESH | {"execution.remat": "full"}, MESH | {"execution.scan_layers": False})
+      if (method, how.get("execution.remat")) != ("dora", "full")
     ),
   ],
   ids=str,

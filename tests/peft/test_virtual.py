@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ from tests.peft.conftest import TOKENS
 
 @pytest.fixture(scope="module")
 def learned(tiny_config):
-  return tiny_config(max_positions=12)
+  return tiny_config(**{"position.max_positions": 12})
 
 
 @pytest.mark.parametrize(("method", "position"), [("prompt", "rope"), ("prefix", "learned")])
@@ -38,7 +36,7 @@ def test_every_segment_of_a_packed_row_sees_the_virtual_tokens(
 @pytest.mark.parametrize("window", [0, 4])
 def test_token_by_token_is_the_same(window, make_adapted, model_config, logits):
   kinds = {"layer_pattern": ("local", "full"), "window": window} if window else {}
-  config = dataclasses.replace(model_config, **kinds)
+  config = model_config.replace(kinds)
   model = make_adapted(PeftConfig("prompt", virtual_tokens=3), config, by=0.5)
   graph, state = nnx.split(model)
 
@@ -90,7 +88,7 @@ def test_virtual_tokens_take_learned_positions(make_adapted, learned, logits):
 
 @pytest.mark.parametrize(
   "changes",
-  [{"position": "alibi"}, {"visibility": "bidirectional"}, {"attention": "splash"}],
+  [{"position.kind": "alibi"}, {"visibility": "bidirectional"}, {"attention.kernel": "splash"}],
   ids=str,
 )
 def test_a_model_that_cannot_see_them_is_refused(changes, tiny_config, make_model):

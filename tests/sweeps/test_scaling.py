@@ -146,7 +146,7 @@ def tiny(width, layers, tokens, **changes):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_parameters_are_those_whose_flops_are_counted(tied):
-  config = tiny(32, 2, 1000, **{"model.tied_head": tied, "sequence_length": 8})
+  config = tiny(32, 2, 1000, **{"model.head.tied": tied, "sequence_length": 8})
   counted = scaling.matmul_parameters(config)
   setup = make_setup(resolve(config))
   attention = (

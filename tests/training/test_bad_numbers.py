@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
     ("sample.max_tokens", "0"),
     ("total_tokens", "nan"),
     ("total_steps", "-5"),
-    ("model.norm_eps", "nan"),
+    ("model.norm.eps", "nan"),
     ("model.num_layers", "0"),
     ("model.num_layers", str(2**32)),
     ("task.fim_rate", "nan"),

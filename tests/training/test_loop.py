@@ -166,7 +166,7 @@ def test_killed_run_resumes_bit_for_bit(case, corpus, environment, tmp_path):
     overrides = {"data.path": "sayings", "data.tfds_data_dir": str(tmp_path)}
   elif case == "dropout_ema_muon":
     argument = "model=tiny,data=text,optim=muon"
-    overrides = {"model.residual_dropout": 0.1, "optim.ema_decay": 0.9, "eval.every_steps": 20}
+    overrides = {"model.dropout.residual": 0.1, "optim.ema_decay": 0.9, "eval.every_steps": 20}
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   run(environment, corpus, [killed], argument, overrides, kill_at=27)
   before = losses(killed)
@@ -577,7 +577,7 @@ def test_bad_input_is_named(corpus, tmp_path):
     ({"model.num_heads": 3}, None, "embed_dim=16 is not divisible by model.num_heads=3"),
     ({"mesh.data": 3}, None, r"mesh data=3 needs 3 devices, this run sees"),
     ({"tokenizer": "bpe:12"}, None, "bpe:N must be a whole number of 260 or more"),
-    ({"sequence_length": 257}, None, "exceeds model.max_positions=256"),
+    ({"sequence_length": 257}, None, "exceeds model.position.max_positions=256"),
     ({"optim.name": "adamx"}, None, r"no algorithm 'adamx'\. Did you mean"),
     ({"checkpoint.best_metric": "val/los"}, None, r"Did you mean 'val/loss'"),
     (
@@ -609,8 +609,8 @@ def test_bad_input_is_named(corpus, tmp_path):
       "span_corruption",
       {
         "model.encoder_layers": 1,
-        "model.position": "t5",
-        "model.scan_layers": True,
+        "model.position.kind": "t5",
+        "model.execution.scan_layers": True,
         "tokenizer": "bpe:400+sentinels",
       },
     ),

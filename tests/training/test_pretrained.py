@@ -123,9 +123,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_config):
 
 def test_a_config_that_is_not_the_checkpoints_is_refused_by_its_fields(checkpoints):
   config = read_model_config(checkpoints["hf"])
-  other = ModelConfig(**config.architecture | {"rope_base": 500.0, "window": 4})
+  other = ModelConfig.from_config(config.architecture | {"rope.base": 500.0, "window": 4})
   with pytest.raises(
-    UserError, match=r"model\.rope_base=500\.0, not 10000\.0\. Choose .*init_from"
+    UserError, match=r"model\.rope\.base=500\.0, not 10000\.0\. Choose .*init_from"
   ):
     load_params_into(checkpoints["hf"], other, {})
 

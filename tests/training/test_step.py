@@ -25,7 +25,7 @@ ONE = dict.fromkeys(sharding.MESH_AXES, 1)
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-  return tiny_config(num_layers=1, num_kv_heads=2, position="rope")
+  return tiny_config(num_layers=1, num_kv_heads=2, **{"position.kind": "rope"})
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,9 @@ def test_the_z_loss_is_minimised_and_not_reported(config, optimizer, start, batc
 def test_a_mixture_minimises_the_losses_of_its_routers_and_tells_them(
   tiny_config, random_params, batch, after_two_steps
 ):
-  config = tiny_config(num_layers=2, num_experts=4, experts_per_token=2, scan_layers=True)
+  config = tiny_config(
+    num_layers=2, **{"experts.count": 4, "experts.per_token": 2, "execution.scan_layers": True}
+  )
   optimizer = make_optimizer(config)
   params = random_params(config)
   batch = dataclasses.replace(batch, weights=np.ones_like(batch.weights))
@@ -290,7 +292,7 @@ def test_observed_norms_are_those_of_the_gradient_and_the_update(config, start, 
 
 
 def test_the_norms_of_a_stack_are_a_layer_each(tiny_config, random_params, batch):
-  config = tiny_config(num_layers=2, position="rope")
+  config = tiny_config(num_layers=2, **{"position.kind": "rope"})
   optimizer = make_optimizer(config)
   params = jax.tree.map(jnp.asarray, random_params(config))
   state = step_lib.TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params), ema=None)
@@ -423,7 +425,7 @@ def test_a_finite_loss_is_skipped_for_its_gradient(train_step, start, batch):
 
 
 def test_dropout_is_a_function_of_seed_and_step(config, optimizer, start, batch):
-  config = dataclasses.replace(config, residual_dropout=0.2)
+  config = config.replace({"dropout.residual": 0.2})
 
   def loss(step, at):
     return float(step(dataclasses.replace(start(), step=jnp.int32(at)), batch)[1]["loss"])

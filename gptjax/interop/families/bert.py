@@ -22,16 +22,16 @@ from gptjax.interop.labels import LabelHead
 from gptjax.interop.tensors import Entry, linear, linears, norm, table
 from gptjax.model.config import ModelConfig
 
-_POST_NORM = {"visibility": "bidirectional", "norm_placement": "post", "embed_norm": True}
+_POST_NORM = {"visibility": "bidirectional", "norm.placement": "post", "embed.norm": True}
 _RULES = (
-  *copied(vocab_size="vocab_size", embed_dim="hidden_size", mlp_dim="intermediate_size"),
-  *copied(num_layers="num_hidden_layers", num_heads="num_attention_heads"),
-  same("max_position_embeddings", "max_positions", 512),
-  same("type_vocab_size", "token_types", 2),
-  same("layer_norm_eps", "norm_eps", 1e-12),
-  same("initializer_range", "init_std", 0.02),
-  several("hidden_dropout_prob", "embed_dropout", "residual_dropout", default=0.1),
-  same("attention_probs_dropout_prob", "attention_dropout", 0.1),
+  *copied({"vocab_size": "vocab_size", "embed_dim": "hidden_size", "mlp_dim": "intermediate_size"}),
+  *copied({"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}),
+  same("max_position_embeddings", "position.max_positions", 512),
+  same("type_vocab_size", "embed.token_types", 2),
+  same("layer_norm_eps", "norm.eps", 1e-12),
+  same("initializer_range", "init.std", 0.02),
+  several("hidden_dropout_prob", "dropout.embed", "dropout.residual", default=0.1),
+  same("attention_probs_dropout_prob", "dropout.attention", 0.1),
   fixed("position_embedding_type", "absolute"),
   fixed("tie_word_embeddings", True),
   # In the original Chinese models, whose pooler is the usual one.
@@ -43,7 +43,7 @@ _RULES = (
     "pooler_size_per_head",
     "pooler_type",
   ),
-  always(**_POST_NORM),
+  always(_POST_NORM),
 )
 
 
@@ -57,10 +57,10 @@ def _heads(transform: str, prefix: str) -> Rule:
     has_head = f"{transform}.weight" in fields.tensors
     names = {f"{prefix}pooler.dense.weight", "pooler.dense.weight"}
     return {
-      "head_transform": has_head,
-      "head_bias": has_head,
-      "next_sentence": f"{_NEXT_SENTENCE}.weight" in fields.tensors,
-      "pooler": not names.isdisjoint(fields.tensors),
+      "head.transform": has_head,
+      "head.bias": has_head,
+      "head.next_sentence": f"{_NEXT_SENTENCE}.weight" in fields.tensors,
+      "head.pooler": not names.isdisjoint(fields.tensors),
     }
 
   return Rule(read, lambda config: {})
@@ -85,7 +85,7 @@ def _encoder(prefix: str) -> list[Entry]:
 
 def _read_offset(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
   # Positions are counted from the id after padding's.
-  return {"position_offset": fields.take("pad_token_id", 1, int) + 1}
+  return {"position.offset": fields.take("pad_token_id", 1, int) + 1}
 
 
 def _architecture(name: str):
@@ -96,7 +96,7 @@ def _architecture(name: str):
       (False, True): "ForNextSentencePrediction",
       (True, True): "ForPreTraining",
     }
-    return name + heads[config.head_transform, config.next_sentence]
+    return name + heads[config.head.transform, config.head.next_sentence]
 
   return of
 
@@ -143,8 +143,8 @@ def _roberta(model_type: str, stem: str) -> Family:
     (
       *_RULES,
       # Its head always has this activation; our head has the activation of the layers.
-      choice("hidden_act", {"gelu": {"activation": "gelu"}}, "gelu"),
-      Rule(_read_offset, lambda config: {"pad_token_id": config.position_offset - 1}),
+      choice("hidden_act", {"gelu": {"mlp.activation": "gelu"}}, "gelu"),
+      Rule(_read_offset, lambda config: {"pad_token_id": config.position.offset - 1}),
       _heads("lm_head.dense", "roberta."),
     ),
     always_these(
@@ -178,17 +178,17 @@ DISTILBERT = Family(
   "distilbert",
   _architecture("DistilBert"),
   (
-    *copied(vocab_size="vocab_size", embed_dim="dim", mlp_dim="hidden_dim"),
-    *copied(num_layers="n_layers", num_heads="n_heads"),
-    same("max_position_embeddings", "max_positions", 512),
-    same("initializer_range", "init_std", 0.02),
-    several("dropout", "embed_dropout", "residual_dropout", default=0.1),
-    same("attention_dropout", "attention_dropout", 0.1),
+    *copied({"vocab_size": "vocab_size", "embed_dim": "dim", "mlp_dim": "hidden_dim"}),
+    *copied({"num_layers": "n_layers", "num_heads": "n_heads"}),
+    same("max_position_embeddings", "position.max_positions", 512),
+    same("initializer_range", "init.std", 0.02),
+    several("dropout", "dropout.embed", "dropout.residual", default=0.1),
+    same("attention_dropout", "dropout.attention", 0.1),
     choice("activation", ACTIVATIONS, "gelu"),
     fixed("tie_word_embeddings", True),
     # The table of positions is in the file, even if it was computed.
     ignored("sinusoidal_pos_embds", "tie_weights_", "qa_dropout", "seq_classif_dropout"),
-    always(**_POST_NORM, norm_eps=1e-12),
+    always({**_POST_NORM, "norm.eps": 1e-12}),
     _heads("vocab_transform", "distilbert."),
   ),
   always_these(

@@ -38,12 +38,12 @@ def _attention_scale() -> Rule:
   """`query_pre_attn_scalar`, whose root divides the attention logits."""
 
   def write(config):
-    scalar = round((config.attention_scale or config.head_dim**-0.5) ** -2, 6)
+    scalar = round((config.attention.scale or config.head_dim**-0.5) ** -2, 6)
     return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
 
   return Rule(
     lambda fields, found: {
-      "attention_scale": fields.take("query_pre_attn_scalar", 256, float) ** -0.5
+      "attention.scale": fields.take("query_pre_attn_scalar", 256, float) ** -0.5
     },
     write,
   )
@@ -51,19 +51,21 @@ def _attention_scale() -> Rule:
 
 _GEMMA = (
   *shape(head_dim=REQUIRED),
-  same("tie_word_embeddings", "tied_head", True),
+  same("tie_word_embeddings", "head.tied", True),
   ATTENTION_BIAS,
   choice("use_bidirectional_attention", {False: {}, None: {}}, None),
-  always(norm_offset=1.0),
-  Rule(lambda fields, found: {"embed_scale": math.sqrt(found["embed_dim"])}, lambda config: {}),
+  always({"norm.offset": 1.0}),
+  Rule(lambda fields, found: {"embed.scale": math.sqrt(found["embed_dim"])}, lambda config: {}),
 )
 _LATER_GEMMA = (
   *_GEMMA,
-  choice("hidden_activation", {"gelu_pytorch_tanh": {"activation": "geglu"}}, "gelu_pytorch_tanh"),
+  choice(
+    "hidden_activation", {"gelu_pytorch_tanh": {"mlp.activation": "geglu"}}, "gelu_pytorch_tanh"
+  ),
   # Older files repeat it in this field, which is not read.
   ignored("hidden_act"),
   _attention_scale(),
-  always(norm_placement="both"),
+  always({"norm.placement": "both"}),
 )
 
 GEMMA = decoder(
@@ -74,7 +76,7 @@ GEMMA = decoder(
     # The first files say 'gelu' but mean its approximation.
     choice(
       "hidden_act",
-      {"gelu_pytorch_tanh": {"activation": "geglu"}, "gelu": {"activation": "geglu"}},
+      {"gelu_pytorch_tanh": {"mlp.activation": "geglu"}, "gelu": {"mlp.activation": "geglu"}},
       "gelu_pytorch_tanh",
     ),
     choice("hidden_activation", {None: {}, "gelu_pytorch_tanh": {}}, None),
@@ -97,8 +99,8 @@ GEMMA2 = decoder(
   "Gemma2",
   (
     *_LATER_GEMMA,
-    same("attn_logit_softcapping", "attention_soft_cap", 50.0, none=0.0),
-    same("final_logit_softcapping", "logit_soft_cap", 30.0, none=0.0),
+    same("attn_logit_softcapping", "attention.soft_cap", 50.0, none=0.0),
+    same("final_logit_softcapping", "head.soft_cap", 30.0, none=0.0),
     layers(4096, every_other),
     DEFAULT_ROPE,
   ),
@@ -129,10 +131,10 @@ def _gemma3_rope() -> Rule:
     full, sliding = both.take(FULL, kind=dict), both.take(SLIDING, kind=dict)
     both.refuse_unread()
     local = read_rope(both.nested(SLIDING, sliding), found, ("default",))
-    return read_rope(both.nested(FULL, full), found) | {"rope_local_base": local["rope_base"]}
+    return read_rope(both.nested(FULL, full), found) | {"rope.local_base": local["rope.base"]}
 
   def write(config):
-    local = {"rope_theta": config.rope_local_base, "rope_type": "default"}
+    local = {"rope_theta": config.rope.local_base, "rope_type": "default"}
     return {"rope_parameters": {FULL: write_rope(config), SLIDING: local}}
 
   return Rule(read, write)
@@ -143,10 +145,10 @@ GEMMA3 = decoder(
   "Gemma3",
   (
     *_LATER_GEMMA,
-    same("final_logit_softcapping", "logit_soft_cap", None, none=0.0),
+    same("final_logit_softcapping", "head.soft_cap", None, none=0.0),
     # The reference has a field for a cap of attention but does not read it.
     ignored("_sliding_window_pattern", "attn_logit_softcapping"),
-    always(qk_norm=True),
+    always({"attention.qk_norm": True}),
     layers(4096, _five_local),
     _gemma3_rope(),
   ),

@@ -20,27 +20,27 @@ from gptjax.interop.tensors import Entry, conv1d, linear, linears, norm, table
 from gptjax.model.config import ModelConfig
 
 ACTIVATIONS = {
-  "gelu_new": {"activation": "gelu_tanh"},
-  "gelu_pytorch_tanh": {"activation": "gelu_tanh"},
-  "gelu_fast": {"activation": "gelu_tanh"},
-  "gelu": {"activation": "gelu"},
-  "gelu_python": {"activation": "gelu"},
-  "quick_gelu": {"activation": "quick_gelu"},
-  "relu": {"activation": "relu"},
-  "relu2": {"activation": "relu2"},
-  "silu": {"activation": "silu"},
-  "swish": {"activation": "silu"},
+  "gelu_new": {"mlp.activation": "gelu_tanh"},
+  "gelu_pytorch_tanh": {"mlp.activation": "gelu_tanh"},
+  "gelu_fast": {"mlp.activation": "gelu_tanh"},
+  "gelu": {"mlp.activation": "gelu"},
+  "gelu_python": {"mlp.activation": "gelu"},
+  "quick_gelu": {"mlp.activation": "quick_gelu"},
+  "relu": {"mlp.activation": "relu"},
+  "relu2": {"mlp.activation": "relu2"},
+  "silu": {"mlp.activation": "silu"},
+  "swish": {"mlp.activation": "silu"},
 }
 _DROPOUTS = (
-  same("embd_pdrop", "embed_dropout", 0.1),
-  same("attn_pdrop", "attention_dropout", 0.1),
-  same("resid_pdrop", "residual_dropout", 0.1),
+  same("embd_pdrop", "dropout.embed", 0.1),
+  same("attn_pdrop", "dropout.attention", 0.1),
+  same("resid_pdrop", "dropout.residual", 0.1),
 )
 _SHAPE = (
-  *copied(vocab_size="vocab_size", embed_dim="n_embd", num_layers="n_layer", num_heads="n_head"),
-  *copied(max_positions="n_positions"),
-  same("layer_norm_epsilon", "norm_eps", 1e-5),
-  same("initializer_range", "init_std", 0.02),
+  *copied({"vocab_size": "vocab_size", "embed_dim": "n_embd", "num_layers": "n_layer"}),
+  *copied({"num_heads": "n_head", "position.max_positions": "n_positions"}),
+  same("layer_norm_epsilon", "norm.eps", 1e-5),
+  same("initializer_range", "init.std", 0.02),
 )
 
 _SCORE = LabelHead("score", bias=False)
@@ -85,9 +85,11 @@ GPT1 = Family(
     *_DROPOUTS,
     Rule(lambda fields, found: {"mlp_dim": 4 * found["embed_dim"]}, lambda config: {}),
     # In this architecture 'gelu' is the approximation by tanh.
-    choice("afn", {"gelu": {"activation": "gelu_tanh"}, "relu": {"activation": "relu"}}, "gelu"),
-    same("tie_word_embeddings", "tied_head", True),
-    always(norm_placement="post"),
+    choice(
+      "afn", {"gelu": {"mlp.activation": "gelu_tanh"}, "relu": {"mlp.activation": "relu"}}, "gelu"
+    ),
+    same("tie_word_embeddings", "head.tied", True),
+    always({"norm.placement": "post"}),
   ),
   always_these(
     *table("transformer.tokens_embed", "embed"),
@@ -110,11 +112,11 @@ GPT2 = Family(
     _mlp_dim("n_inner"),
     choice("activation_function", ACTIVATIONS, "gelu_new"),
     choice(
-      "scale_attn_weights", {True: {"attention_scale": 0.0}, False: {"attention_scale": 1.0}}, True
+      "scale_attn_weights", {True: {"attention.scale": 0.0}, False: {"attention.scale": 1.0}}, True
     ),
     fixed("scale_attn_by_inverse_layer_idx", False),
     ignored("reorder_and_upcast_attn"),
-    same("tie_word_embeddings", "tied_head", True),
+    same("tie_word_embeddings", "head.tied", True),
   ),
   always_these(
     *table("transformer.wte", "embed"),
@@ -157,19 +159,19 @@ GPT_NEO = Family(
   "gpt_neo",
   lambda config: "GPTNeoForCausalLM",
   (
-    *copied(vocab_size="vocab_size", embed_dim="hidden_size"),
-    *copied(num_layers="num_layers", num_heads="num_heads"),
-    *copied(max_positions="max_position_embeddings"),
+    *copied({"vocab_size": "vocab_size", "embed_dim": "hidden_size"}),
+    *copied({"num_layers": "num_layers", "num_heads": "num_heads"}),
+    *copied({"position.max_positions": "max_position_embeddings"}),
     _mlp_dim("intermediate_size"),
-    same("layer_norm_epsilon", "norm_eps", 1e-5),
-    same("initializer_range", "init_std", 0.02),
-    same("embed_dropout", "embed_dropout", 0.0),
-    same("attention_dropout", "attention_dropout", 0.0),
-    same("resid_dropout", "residual_dropout", 0.0),
+    same("layer_norm_epsilon", "norm.eps", 1e-5),
+    same("initializer_range", "init.std", 0.02),
+    same("embed_dropout", "dropout.embed", 0.0),
+    same("attention_dropout", "dropout.attention", 0.0),
+    same("resid_dropout", "dropout.residual", 0.0),
     choice("activation_function", ACTIVATIONS, "gelu_new"),
     Rule(_read_neo_layers, _write_neo_layers),
-    same("tie_word_embeddings", "tied_head", True),
-    always(qkv_bias=False, attention_scale=1.0),
+    same("tie_word_embeddings", "head.tied", True),
+    always({"attention.qkv_bias": False, "attention.scale": 1.0}),
   ),
   always_these(
     *table("transformer.wte", "embed"),
@@ -191,24 +193,24 @@ GPT_NEOX = Family(
   "gpt_neox",
   lambda config: "GPTNeoXForCausalLM",
   (
-    *copied(vocab_size="vocab_size", embed_dim="hidden_size", mlp_dim="intermediate_size"),
-    *copied(num_layers="num_hidden_layers", num_heads="num_attention_heads"),
-    *copied(max_positions="max_position_embeddings"),
-    same("layer_norm_eps", "norm_eps", 1e-5),
-    same("initializer_range", "init_std", 0.02),
-    several("hidden_dropout", "embed_dropout", "residual_dropout", default=0.0),
-    same("attention_dropout", "attention_dropout", 0.0),
+    *copied({"vocab_size": "vocab_size", "embed_dim": "hidden_size"}),
+    *copied({"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}),
+    *copied({"mlp_dim": "intermediate_size", "position.max_positions": "max_position_embeddings"}),
+    same("layer_norm_eps", "norm.eps", 1e-5),
+    same("initializer_range", "init.std", 0.02),
+    several("hidden_dropout", "dropout.embed", "dropout.residual", default=0.0),
+    same("attention_dropout", "dropout.attention", 0.0),
     choice("hidden_act", ACTIVATIONS, "gelu"),
-    several("attention_bias", "qkv_bias", "out_bias", default=True),
+    several("attention_bias", "attention.qkv_bias", "attention.out_bias", default=True),
     choice(
       "use_parallel_residual",
-      {True: {"residual": "parallel"}, False: {"residual": "sequential"}},
+      {True: {"residual.kind": "parallel"}, False: {"residual.kind": "sequential"}},
       True,
     ),
     rope(
       10_000.0, older_base="rotary_emb_base", older_fraction="rotary_pct", default_fraction=0.25
     ),
-    same("tie_word_embeddings", "tied_head", False),
+    same("tie_word_embeddings", "head.tied", False),
   ),
   always_these(
     *table("gpt_neox.embed_in", "embed"),
@@ -237,20 +239,22 @@ GPT_J = Family(
   lambda config: "GPTJForCausalLM",
   (
     *_SHAPE,
-    same("embd_pdrop", "embed_dropout", 0.0),
-    same("attn_pdrop", "attention_dropout", 0.0),
-    same("resid_pdrop", "residual_dropout", 0.0),
+    same("embd_pdrop", "dropout.embed", 0.0),
+    same("attn_pdrop", "dropout.attention", 0.0),
+    same("resid_pdrop", "dropout.residual", 0.0),
     _mlp_dim("n_inner"),
-    same("rotary_dim", "rope_dim"),
+    same("rotary_dim", "rope.dim"),
     choice("activation_function", ACTIVATIONS, "gelu_new"),
-    same("tie_word_embeddings", "tied_head", False),
+    same("tie_word_embeddings", "head.tied", False),
     ignored("rotary", "scale_attn_weights"),
     always(
-      position="rope",
-      residual="parallel_one_norm",
-      qkv_bias=False,
-      out_bias=False,
-      head_bias=True,
+      {
+        "position.kind": "rope",
+        "residual.kind": "parallel_one_norm",
+        "attention.qkv_bias": False,
+        "attention.out_bias": False,
+        "head.bias": True,
+      }
     ),
   ),
   always_these(

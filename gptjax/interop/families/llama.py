@@ -34,21 +34,24 @@ def shape(
   """Rules for a model's sizes. `kv_heads` and `head_dim` are defaults, the numbers of one model;
   None derives them from the other sizes."""
   return (
-    *copied(vocab_size="vocab_size", embed_dim="hidden_size", mlp_dim="intermediate_size"),
-    *copied(num_layers="num_hidden_layers", num_heads="num_attention_heads"),
+    *copied({"vocab_size": "vocab_size", "embed_dim": "hidden_size"}),
+    *copied({"mlp_dim": "intermediate_size"}),
+    *copied({"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}),
     same("num_key_value_heads", "num_kv_heads", kv_heads, none=0),
     same("head_dim", "head_dim", head_dim, none=0),
-    same("max_position_embeddings", "max_positions"),
-    same("rms_norm_eps", "norm_eps", norm_eps),
-    same("initializer_range", "init_std", 0.02),
-    same("attention_dropout", "attention_dropout", 0.0),
-    always(norm="rmsnorm", bias=False),
+    same("max_position_embeddings", "position.max_positions"),
+    same("rms_norm_eps", "norm.eps", norm_eps),
+    same("initializer_range", "init.std", 0.02),
+    same("attention_dropout", "dropout.attention", 0.0),
+    always({"norm.kind": "rmsnorm", "bias": False}),
   )
 
 
-_SWIGLU = choice("hidden_act", {"silu": {"activation": "swiglu"}}, "silu")
-_UNTIED = same("tie_word_embeddings", "tied_head", False)
-ATTENTION_BIAS = several("attention_bias", "qkv_bias", "out_bias", default=False)
+_SWIGLU = choice("hidden_act", {"silu": {"mlp.activation": "swiglu"}}, "silu")
+_UNTIED = same("tie_word_embeddings", "head.tied", False)
+ATTENTION_BIAS = several(
+  "attention_bias", "attention.qkv_bias", "attention.out_bias", default=False
+)
 DEFAULT_ROPE = rope(10_000.0)
 
 _SELF = "model.layers.{i}.self_attn"
@@ -172,7 +175,7 @@ LLAMA = decoder(
     _SWIGLU,
     _UNTIED,
     ATTENTION_BIAS,
-    same("mlp_bias", "mlp_bias", False),
+    same("mlp_bias", "mlp.bias", False),
     DEFAULT_ROPE,
     fixed("rope_interleaved", False),
     ignored("pretraining_tp", "is_llama_config"),
@@ -194,7 +197,7 @@ QWEN2 = decoder(
     *shape(),
     _SWIGLU,
     _UNTIED,
-    always(qkv_bias=True),
+    always({"attention.qkv_bias": True}),
     _qwen_layers(),
     DEFAULT_ROPE,
     fixed("use_mrope", False),
@@ -210,7 +213,7 @@ QWEN3 = decoder(
     _SWIGLU,
     _UNTIED,
     ATTENTION_BIAS,
-    always(qk_norm=True),
+    always({"attention.qk_norm": True}),
     _qwen_layers(),
     DEFAULT_ROPE,
   ),
@@ -242,9 +245,9 @@ SMOLLM3 = decoder(
   (
     *shape(),
     _SWIGLU,
-    same("tie_word_embeddings", "tied_head", True),
+    same("tie_word_embeddings", "head.tied", True),
     ATTENTION_BIAS,
-    same("mlp_bias", "mlp_bias", False),
+    same("mlp_bias", "mlp.bias", False),
     Rule(_read_rotary_layers, _write_rotary_layers),
     fixed("use_sliding_window", False),
     ignored("sliding_window", "max_window_layers", "pretraining_tp"),
@@ -261,7 +264,9 @@ OLMO2 = decoder(
     _SWIGLU,
     _UNTIED,
     ATTENTION_BIAS,
-    always(norm_placement="after", qk_norm=True, qk_norm_per_head=False),
+    always(
+      {"norm.placement": "after", "attention.qk_norm": True, "attention.qk_norm_per_head": False}
+    ),
     DEFAULT_ROPE,
   ),
   entries=(
@@ -281,8 +286,8 @@ PHI3 = decoder(
     *shape(1e-5, kv_heads=None),
     _SWIGLU,
     _UNTIED,
-    same("resid_pdrop", "residual_dropout", 0.0),
-    same("embd_pdrop", "embed_dropout", 0.0),
+    same("resid_pdrop", "dropout.residual", 0.0),
+    same("embd_pdrop", "dropout.embed", 0.0),
     _one_window(None),
     rope(10_000.0, older_fraction="partial_rotary_factor", kinds=("default",)),
     fixed("attention_bias", False),
@@ -308,18 +313,18 @@ GRANITE = decoder(
     _SWIGLU,
     _UNTIED,
     ATTENTION_BIAS,
-    same("mlp_bias", "mlp_bias", False),
+    same("mlp_bias", "mlp.bias", False),
     DEFAULT_ROPE,
-    same("embedding_multiplier", "embed_scale", 1.0),
-    same("residual_multiplier", "residual_scale", 1.0),
+    same("embedding_multiplier", "embed.scale", 1.0),
+    same("residual_multiplier", "residual.scale", 1.0),
     Rule(
-      lambda fields, found: {"attention_scale": fields.take("attention_multiplier", 1.0, float)},
-      lambda config: {"attention_multiplier": config.attention_scale or config.head_dim**-0.5},
+      lambda fields, found: {"attention.scale": fields.take("attention_multiplier", 1.0, float)},
+      lambda config: {"attention_multiplier": config.attention.scale or config.head_dim**-0.5},
     ),
     # The divisor of the logits.
     Rule(
-      lambda fields, found: {"logit_scale": 1 / fields.take("logits_scaling", 1.0, float)},
-      lambda config: {"logits_scaling": round(1 / config.logit_scale, 6)},
+      lambda fields, found: {"head.scale": 1 / fields.take("logits_scaling", 1.0, float)},
+      lambda config: {"logits_scaling": round(1 / config.head.scale, 6)},
     ),
   ),
 )
@@ -337,8 +342,8 @@ def _experts(theirs: str, **projections: str) -> list[Entry]:
 
 
 _EXPERTS = (
-  same("num_local_experts", "num_experts", REQUIRED),
-  same("num_experts_per_tok", "experts_per_token", REQUIRED),
+  same("num_local_experts", "experts.count", REQUIRED),
+  same("num_experts_per_tok", "experts.per_token", REQUIRED),
 )
 
 MIXTRAL = decoder(
@@ -364,7 +369,7 @@ MIXTRAL = decoder(
 def _read_expert_count(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
   """`num_experts`, which the newest files call `num_local_experts`."""
   newest = fields.take("num_local_experts", None, int | None)
-  return {"num_experts": fields.take("num_experts", newest or REQUIRED, int)}
+  return {"experts.count": fields.take("num_experts", newest or REQUIRED, int)}
 
 
 QWEN3_MOE = decoder(
@@ -376,12 +381,12 @@ QWEN3_MOE = decoder(
     _SWIGLU,
     _UNTIED,
     ATTENTION_BIAS,
-    Rule(_read_expert_count, lambda config: {"num_experts": config.num_experts}),
-    same("num_experts_per_tok", "experts_per_token", 8),
-    same("norm_topk_prob", "router_normalize", False),
+    Rule(_read_expert_count, lambda config: {"num_experts": config.experts.count}),
+    same("num_experts_per_tok", "experts.per_token", 8),
+    same("norm_topk_prob", "experts.router_normalize", False),
     fixed("decoder_sparse_step", 1),
     fixed("mlp_only_layers", []),
-    always(qk_norm=True),
+    always({"attention.qk_norm": True}),
     _one_window(4096, "use_sliding_window"),
     ignored("max_window_layers"),
     DEFAULT_ROPE,
@@ -404,15 +409,15 @@ GPT_OSS = decoder(
   "GptOss",
   (
     *shape(1e-5, head_dim=REQUIRED),
-    choice("hidden_act", {"silu": {"activation": "swiglu_clamped"}}, "silu"),
+    choice("hidden_act", {"silu": {"mlp.activation": "swiglu_clamped"}}, "silu"),
     _UNTIED,
     *_EXPERTS,
-    several("attention_bias", "qkv_bias", "out_bias", default=True),
+    several("attention_bias", "attention.qkv_bias", "attention.out_bias", default=True),
     layers(128, every_other),
     rope(150_000.0, must_say_scaling=True),
     fixed("swiglu_limit", 7.0),
     fixed("swiglu_alpha", 1.702),
-    always(attention_sinks=True, mlp_bias=True, router_bias=True),
+    always({"attention.sinks": True, "mlp.bias": True, "experts.router_bias": True}),
     ignored("experts_per_token", "initial_context_length"),
   ),
   entries=(

@@ -34,7 +34,7 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
 def _read_head(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
   """An untied head has its matrix in the file, whatever the config says about tying."""
   fields.take("tie_word_embeddings", None)
-  return {"tied_head": "lm_head.weight" not in fields.tensors}
+  return {"head.tied": "lm_head.weight" not in fields.tensors}
 
 
 def _read_scale(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,33 +42,35 @@ def _read_scale(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
   the untied head."""
   tied = fields.take("tie_word_embeddings", True)
   scaled = fields.take("scale_decoder_outputs", tied is not False)
-  return {"logit_scale": found["embed_dim"] ** -0.5 if scaled else 1.0}
+  return {"head.scale": found["embed_dim"] ** -0.5 if scaled else 1.0}
 
 
 def _write_scale(config: ModelConfig) -> dict[str, Any]:
-  scaled = config.logit_scale != 1
+  scaled = config.head.scale != 1
   return {"scale_decoder_outputs": scaled, "tie_word_embeddings": scaled}
 
 
 _RULES = (
-  *copied(vocab_size="vocab_size", embed_dim="d_model", head_dim="d_kv", mlp_dim="d_ff"),
-  *copied(num_heads="num_heads"),
+  *copied(
+    {"vocab_size": "vocab_size", "embed_dim": "d_model", "head_dim": "d_kv", "mlp_dim": "d_ff"}
+  ),
+  *copied({"num_heads": "num_heads"}),
   Rule(_read_layers, _write_layers),
-  same("relative_attention_num_buckets", "t5_buckets", 32),
-  same("relative_attention_max_distance", "t5_max_distance", 128),
-  same("layer_norm_epsilon", "norm_eps", 1e-6),
+  same("relative_attention_num_buckets", "position.t5_buckets", 32),
+  same("relative_attention_max_distance", "position.t5_max_distance", 128),
+  same("layer_norm_epsilon", "norm.eps", 1e-6),
   # Its positions do not end there.
-  same("n_positions", "max_positions", 512),
-  several("dropout_rate", "residual_dropout", "attention_dropout", "embed_dropout", default=0.1),
+  same("n_positions", "position.max_positions", 512),
+  several("dropout_rate", "dropout.residual", "dropout.attention", "dropout.embed", default=0.1),
   same("decoder_start_token_id", "decoder_start", 0),
   fixed("is_encoder_decoder", True),
   ignored("dense_act_fn", "is_gated_act", "initializer_factor"),
-  always(bias=False, norm="rmsnorm", position="t5", attention_scale=1.0),
+  always({"bias": False, "norm.kind": "rmsnorm", "position.kind": "t5", "attention.scale": 1.0}),
 )
 _ACTIVATIONS = {
-  "relu": {"activation": "relu"},
-  "gated-gelu": {"activation": "geglu"},
-  "gated-silu": {"activation": "swiglu"},
+  "relu": {"mlp.activation": "relu"},
+  "gated-gelu": {"mlp.activation": "geglu"},
+  "gated-silu": {"mlp.activation": "swiglu"},
 }
 
 
@@ -107,7 +109,7 @@ def _entries(up: str) -> tuple[Entry, ...]:
 
 
 def _of_config(config: ModelConfig) -> tuple[Entry, ...]:
-  return _entries("wi" if config.activation == "relu" else "wi_1")
+  return _entries("wi" if config.mlp.activation == "relu" else "wi_1")
 
 
 _COPIES = {
@@ -136,7 +138,7 @@ MT5 = Family(
   (
     *_RULES,
     choice("feed_forward_proj", _ACTIVATIONS, "gated-gelu"),
-    Rule(_read_head, lambda config: {"tie_word_embeddings": config.tied_head}),
+    Rule(_read_head, lambda config: {"tie_word_embeddings": config.head.tied}),
   ),
   _of_config,
   copies=_COPIES,
