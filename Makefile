@@ -4,7 +4,13 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-all lint docs
+# What training needs has to work with every version that requirements.txt admits.
+CORE = tests/test_config.py tests/test_keys.py tests/model/test_config.py tests/model/test_layers.py \
+  tests/optim/test_optimizer.py tests/data/test_cache.py tests/data/test_packing.py \
+  tests/training/test_checkpoints.py tests/training/test_loop.py::test_learns_and_reports
+NEWEST_PYTHON ?= python3.13
+
+.PHONY: demo test test-all test-lowest test-newest lint docs
 
 demo: $(VENV)/.installed
 	$(RUN) -m gptjax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -14,6 +20,13 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist=worksteal
+
+# The core with the lowest versions, and with the newest on a newer Python.
+test-lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m pytest -q -n 2 -m "not slow" $(CORE)
+
+test-newest: $(VENV)-newest/.installed
+	$(VENV)-newest/bin/python -m pytest -q -n 2 -m "not slow" $(CORE)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -36,4 +49,15 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(RUN) -m pip install --quiet -e '.[dev]'
+	touch $@
+
+$(VENV)-lowest/.installed: requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	sed 's/>=/==/' requirements.txt > $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet -r $(VENV)-lowest/lowest.txt pytest pytest-xdist
+	touch $@
+
+$(VENV)-newest/.installed: requirements.txt
+	$(NEWEST_PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet -r requirements.txt pytest pytest-xdist
 	touch $@

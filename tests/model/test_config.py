@@ -30,7 +30,7 @@ def test_every_field_has_a_default_and_is_documented():
   for kind in (ModelConfig, *groups.Group.__subclasses__()):
     own = [field.name for field in dataclasses.fields(kind)]
     values = [name for name in own if not dataclasses.is_dataclass(getattr(kind, name))]
-    assert [name for name in values if not re.search(rf"^    {name}: ", kind.__doc__, re.M)] == []
+    assert [name for name in values if not re.search(rf"^ +{name}: ", kind.__doc__, re.M)] == []
 
 
 def test_every_group_is_a_field_of_its_key():
