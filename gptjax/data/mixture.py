@@ -11,11 +11,7 @@ MakeRow = Callable[[Any, np.random.Generator], Any]
 
 
 def training_rows(
-  parts: Mapping[str, Sequence[Any]],
-  weights: Mapping[str, float],
-  *,
-  seed: int,
-  make_row: MakeRow,
+  parts: Mapping[str, Sequence[Any]], weights: Mapping[str, float], *, seed: int, make_row: MakeRow
 ) -> grain.MapDataset[Any]:
   """Returns rows without end; row i depends on the arguments and i alone.
 

@@ -212,13 +212,7 @@ def open_dataset(
     return _Corpora(side, encoded)
 
   return Dataset(
-    options,
-    task,
-    tokenizer,
-    encode(training),
-    encode(validation),
-    process_index,
-    process_count,
+    options, task, tokenizer, encode(training), encode(validation), process_index, process_count
   )
 
 

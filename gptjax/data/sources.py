@@ -39,8 +39,7 @@ class Source(Protocol):
 
 
 def open_pair(
-  options: PartOptions,
-  divide: Callable[[Source, float, int], tuple[Source, Source]] | None = None,
+  options: PartOptions, divide: Callable[[Source, float, int], tuple[Source, Source]] | None = None
 ) -> tuple[Source, Source]:
   """Opens a corpus: (training documents, validation documents).
 

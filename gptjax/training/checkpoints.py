@@ -60,12 +60,7 @@ class Checkpoints:
   """
 
   def __init__(
-    self,
-    directory: epath.PathLike,
-    *,
-    keep: int,
-    keep_every_steps: int = 0,
-    best_metric: str = "",
+    self, directory: epath.PathLike, *, keep: int, keep_every_steps: int = 0, best_metric: str = ""
   ):
     if keep < 1:
       raise UserError(f"a run keeps at least its newest checkpoint: keep={keep} is below 1.")
@@ -113,8 +108,7 @@ class Checkpoints:
         f"that of step {self.latest_step()}, whose weights are."
       )
     items = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(_nested(arrays)),
-      manifest=ocp.args.JsonSave(_make_manifest(arrays)),
+      state=ocp.args.PyTreeSave(_nested(arrays)), manifest=ocp.args.JsonSave(_make_manifest(arrays))
     )
     with _write_errors(self.directory):
       if step in self._manager.all_steps():  # It is damaged, and must make room.
@@ -424,11 +418,7 @@ def checksum(params: Any) -> int:
 def _make_manifest(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
   checksums = jax.device_get({name: _checksum(array) for name, array in arrays.items()})
   entries = {
-    name: {
-      "shape": list(array.shape),
-      "dtype": str(array.dtype),
-      "checksum": int(checksums[name]),
-    }
+    name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": int(checksums[name])}
     for name, array in arrays.items()
   }
   return {"arrays": entries, "checksum": _text_checksum(entries)}

@@ -257,11 +257,7 @@ def introduce(
 
 
 def conclude(
-  writer: Writer,
-  config: Any,
-  dataset: Dataset,
-  result: Mapping[str, float],
-  workdir: epath.Path,
+  writer: Writer, config: Any, dataset: Dataset, result: Mapping[str, float], workdir: epath.Path
 ) -> None:
   """Draws the loss curve and prints the result as the last line, beside its baselines."""
   if jax.process_index() != 0:

@@ -313,13 +313,7 @@ class StepLog:
     if self._every_steps and step % self._every_steps == 0:
       rate = self._throughput.rate()
       self._writer.write(
-        step,
-        {
-          **self.spent(step),
-          **metrics,
-          "tokens_per_second": rate,
-          "mfu": self._mfu(rate),
-        },
+        step, {**self.spent(step), **metrics, "tokens_per_second": rate, "mfu": self._mfu(rate)}
       )
     return metrics
 
