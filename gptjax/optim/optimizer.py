@@ -191,10 +191,11 @@ def _algorithm(
   """The direction of an algorithm's update, before learning rate and decoupled decay.
 
   adamw: Loshchilov and Hutter 2019. adam: Kingma and Ba 2015. sgd: heavy-ball momentum. adafactor:
-  Shazeer and Stern 2018, without relative step sizes. lion: Chen et al. 2023. muon: Jordan et al.
-  2024, Nesterov momentum orthogonalised by five Newton-Schulz steps and scaled to the update size
-  of Adam, 0.2 sqrt(max(fan_in, fan_out)) (Liu et al. 2025, arXiv:2502.16982, equation 4). soap:
-  Vyas et al. 2024.
+  Shazeer and Stern 2018, without relative step sizes; with momentum of the update, which starts at
+  zero and is not debiased, as in optax and T5X. lion: Chen et al. 2023. muon: Jordan et al. 2024,
+  Nesterov momentum orthogonalised by five Newton-Schulz steps and scaled to the update size of
+  Adam, 0.2 sqrt(max(fan_in, fan_out)) (Liu et al. 2025, arXiv:2502.16982, equation 4). soap: Vyas
+  et al. 2024.
   """
   match name:
     case "adamw" | "adam":
@@ -205,7 +206,9 @@ def _algorithm(
       return optax.scale_by_lion(b1=config.b1, b2=config.b2)
     case "adafactor":
       return optax.chain(
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.ema(config.b1)
+        _on_matrices(optax.scale_by_factored_rms(), parameters),
+        _clip_by_layer(parameters),
+        optax.ema(config.b1, debias=False),
       )
     case "muon":
       return optax.chain(
@@ -244,21 +247,34 @@ def _check_matrix(name: str, info: ParameterInfo, algorithm: str) -> None:
 def _on_matrices(
   inner: optax.GradientTransformation, parameters: Mapping[str, ParameterInfo]
 ) -> optax.GradientTransformation:
-  """Passes `inner` each kernel as a stack of matrices [L, fan_in, fan_out], or as one matrix."""
+  """Passes `inner` each kernel as matrices [..., fan_in, fan_out], of layers and experts if there
+  are any, and other parameters as they are."""
 
   def flatten(updates):
     def to_matrix(name, u):
       info = parameters[name]
-      stack = u.shape[: info.axes.count("layers")]
-      return u.reshape(*stack, info.fan_in, info.fan_out)
+      if info.fan_in_axes is None:
+        return u
+      return u.reshape(*u.shape[: info.fan_in_axes[0]], info.fan_in, info.fan_out)
 
     return tree.map_named(to_matrix, updates)
 
-  def update(updates, state, params=None):
-    directions, state = inner.update(flatten(updates), state, params)
+  def update(updates, state, params):
+    directions, state = inner.update(flatten(updates), state, flatten(params))
     return jax.tree.map(lambda d, u: d.reshape(u.shape), directions, updates), state
 
   return optax.GradientTransformation(lambda params: inner.init(flatten(params)), update)
+
+
+def _clip_by_layer(parameters: Mapping[str, ParameterInfo]) -> optax.GradientTransformation:
+  """Scales the update of each parameter of each layer down to a root mean square of 1 (Shazeer and
+  Stern 2018, section 6). Layers of a stack are clipped apart, so that stacking changes nothing."""
+
+  def clip(name: str, u: jax.Array) -> jax.Array:
+    own_axes = tuple(range(parameters[name].axes.count("layers"), u.ndim))
+    return u / jnp.maximum(1, jnp.sqrt(jnp.square(u).mean(own_axes, keepdims=True)))
+
+  return optax.stateless(lambda updates, params: tree.map_named(clip, updates))
 
 
 def make_schedule(

@@ -163,6 +163,61 @@ def test_muon_contracts_all_the_input_axes_of_a_kernel():
     assert ((singular > 0.5) & (singular < 1.3)).all()
 
 
+KERNELS = {
+  "q": ParameterInfo((2, 128, 4, 64), ("layers", "embed", "heads", "head_dim"), (1,), "hidden"),
+  "out": ParameterInfo((2, 4, 64, 128), ("layers", "heads", "head_dim", "embed"), (1, 2), "hidden"),
+  "bias": ParameterInfo((2, 128), ("layers", "embed"), None, "bias"),
+  "embed": ParameterInfo((256, 128), ("vocab", "embed"), None, "embedding"),
+}
+
+
+def test_adafactor_is_optax_adafactor_on_the_matrices_of_each_layer():
+  values = presets.DEFAULTS | presets.OPTIMIZERS["adafactor"] | {"clip_norm": 0.0}
+  config = types.SimpleNamespace(**values)
+  ours = optim.make_optimizer(config, KERNELS, optax.constant_schedule(0.01))
+  theirs = optax.adafactor(0.01, momentum=0.9, multiply_by_parameter_scale=False)
+  views = {"q": (2, 128, 256), "out": (2, 256, 128), "bias": (2, 128), "embed": (1, 256, 128)}
+
+  def matrices(params):
+    return {name: list(params[name].reshape(shape)) for name, shape in views.items()}
+
+  rng = np.random.default_rng(0)
+  params = {name: jnp.zeros(info.shape) for name, info in KERNELS.items()}
+  expected = matrices(params)
+  state, their_state = ours.init(params), theirs.init(expected)
+  for step in range(3):
+    grads = {n: jnp.asarray(rng.normal(size=i.shape), jnp.float32) for n, i in KERNELS.items()}
+    # The gradients of the second half grow, so that the updates of the second layers are clipped.
+    grads = {n: g.at[g.shape[0] // 2 :].multiply(10.0**step) for n, g in grads.items()}
+    params, state, _ = ours.update(grads, state, params, jnp.int32(step))
+    updates, their_state = theirs.update(matrices(grads), their_state, expected)
+    expected = optax.apply_updates(expected, updates)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+      matrices(params),
+      expected,
+    )
+
+
+def test_adafactor_keeps_rows_and_columns_of_every_large_matrix():
+  config = types.SimpleNamespace(**(presets.DEFAULTS | presets.OPTIMIZERS["adafactor"]))
+  optimizer = optim.make_optimizer(config, KERNELS, optax.constant_schedule(0.01))
+  params = {name: jnp.zeros(info.shape) for name, info in KERNELS.items()}
+  kept = sum(leaf.size for leaf in jax.tree.leaves(optimizer.init(params)))
+  momentum = sum(leaf.size for leaf in params.values())
+  rows_and_columns = 2 * 2 * (128 + 256) + (128 + 256) + 2 * 128
+  assert kept - momentum < rows_and_columns + 20
+
+
+def test_soap_takes_the_experts_of_a_layer_as_matrices_of_their_own():
+  info = ParameterInfo((2, 3, 8, 4), ("layers", "experts", "embed", "mlp"), (2,), "hidden")
+  config = types.SimpleNamespace(**(presets.DEFAULTS | {"name": "soap", "weight_decay": 0.0}))
+  optimizer = optim.make_optimizer(config, {"experts": info}, optax.constant_schedule(0.01))
+  params = {"experts": jnp.asarray(np.random.default_rng(0).normal(size=info.shape), jnp.float32)}
+  leaves, _ = update(optimizer, params, params, steps=2)
+  assert not np.any(leaves["experts"] == params["experts"])
+
+
 # --- Groups ------------------------------------------------------------------------------------
 
 
