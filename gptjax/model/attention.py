@@ -208,7 +208,7 @@ def attend(
       sinks_N.astype(jnp.float32).reshape(1, *logits.shape[1:3], 1, 1), (*logits.shape[:-1], 1)
     )
     weights = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
-  weights = dropout(weights.astype(q_BTNH.dtype), dropout_rate, key)
+  weights = dropout(weights.astype(q_BTNH.dtype), dropout_rate, key, time_axes=(3, 4))
   attended = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(q_BTNH.shape)
   return checkpoint_name(attended, "attention")
 

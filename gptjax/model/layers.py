@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.extend.random import threefry2x32_p
 
 from gptjax.devices import sharding
 
@@ -177,12 +179,45 @@ def add_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
   return y.astype(x.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes elements with probability `rate` and rescales the rest. No key, no dropout."""
+def dropout(
+  x: jax.Array, rate: float, key: jax.Array | None, time_axes: Sequence[int] = (1,)
+) -> jax.Array:
+  """Zeroes elements with probability `rate` and rescales the rest. No key, no dropout.
+
+  Which ones is decided by their places in the text: `time_axes` are positions, queries before keys,
+  and a mesh that splits rows over `context` has them in another order.
+  """
   if key is None or rate == 0:
     return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  places = [jnp.arange(size, dtype=jnp.uint32) for size in x.shape]
+  order = sharding.time_order(length := x.shape[time_axes[0]])
+  for axis in () if order is None else time_axes:
+    # Keys that are no positions of the row, but adapters' own, come first.
+    own = x.shape[axis] - length
+    places[axis] = jnp.concatenate([places[axis][:own], own + order.astype(np.uint32)])
+  keep = _random_bits(key, places) >= np.uint32(rate * 2**32)
   return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def _random_bits(key: jax.Array, places: Sequence[jax.Array]) -> jax.Array:
+  """Random uint32 for every combination of places, one vector an axis: a hash of key and places.
+
+  `jax.random` hashes the indices of an array alone. Of the hash's two words the first counts the
+  leading axes and the second the last two, since all together may be more than 2^32.
+  """
+
+  def count(axes: Sequence[jax.Array]) -> jax.Array:
+    total = jnp.uint32(0)
+    for axis in axes:
+      total = jnp.add.outer(total * np.uint32(axis.size), axis)
+    return total
+
+  rows, elements = count(places[:-2]), count(places[-2:])
+  shape = (*rows.shape, *elements.shape)
+  words = jax.random.key_data(key)
+  counters = (jnp.broadcast_to(x, shape) for x in (rows[..., None, None], elements))
+  first, second = threefry2x32_p.bind(words[0], words[1], *counters)
+  return first ^ second
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

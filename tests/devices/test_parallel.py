@@ -41,7 +41,14 @@ MESHES = [
   {"fsdp": 2, "context": 4},
 ]
 MODELS = {
-  "learned": {"position.max_positions": T, "mlp.activation": "gelu_tanh"},
+  # With dropout, whose mask is to be the same for every position, whichever device has it.
+  "learned": {
+    "position.max_positions": T,
+    "mlp.activation": "gelu_tanh",
+    "dropout.embed": 0.2,
+    "dropout.attention": 0.2,
+    "dropout.residual": 0.2,
+  },
   "rope": {
     "position.kind": "rope",
     "norm.kind": "rmsnorm",
@@ -54,7 +61,8 @@ MODELS = {
     "residual.embedding": True,
   },
 }
-# On many devices one model accumulates two micro-batches; on one device neither does.
+# On many devices one model accumulates two micro-batches; on one device neither does. Micro-batches
+# have their own dropout.
 ACCUMULATION = {"learned": 1, "rope": 2}
 RING_SIZES, RING_LENGTHS = (2, 3, 4, 8), (1, 2, 5)
 
@@ -101,6 +109,7 @@ def run_job(job, config, params):
     optimizer,
     seed=0,
     grad_accumulation=job.grad_accumulation,
+    dropout=bool(config.dropout),
   )
   params = jax.tree.map(jnp.asarray, params)
   state = step_lib.TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params), None)
