@@ -17,7 +17,7 @@ PART_DEFAULTS = {
   "validation_split": "",  # tfds, hf: a split of its own to validate on, such as 'validation'
   "validation_path": "",  # files of their own to validate on
   "validation_fraction": 0.05,  # if neither is given: the share of the documents to validate on
-  "undecodable": "error",  # text, jsonl: what is not UTF-8 is an 'error'; 'skip' only warns
+  "undecodable": "error",  # what is not UTF-8 is an 'error'; 'skip' only warns (text, jsonl)
   "tfds_data_dir": "",  # '' is TFDS's own, ~/tensorflow_datasets
 }
 

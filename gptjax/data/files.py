@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
 from absl import logging
@@ -40,6 +41,7 @@ RECORD_SUFFIXES = tuple(itertools.chain(*_SUFFIXES.values()))
 _BLOCK_BYTES = 1 << 24
 # How much larger than its file a decompressed text may be; real texts are 3 to 30 times as large.
 _MAX_EXPANSION = 200
+_STRINGS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,15 +206,11 @@ def _open_binary(file: Path) -> BinaryIO:
 
 def _find_lines(file: Path) -> tuple[np.ndarray, np.ndarray]:
   """Returns the start and the length of each line, in bytes of the decompressed file."""
-  ends, size, packed = [], 0, file.stat().st_size
+  ends, size = [], 0
   try:
     with _open_binary(file) as stream:
       while block := stream.read(_BLOCK_BYTES):
-        if size > _MAX_EXPANSION * max(packed, _BLOCK_BYTES):
-          raise UserError(
-            f"{file}: expands to more than {_MAX_EXPANSION} times its {packed:,} bytes, as no text "
-            "does; if it is to be read, decompress it first."
-          )
+        _check_expansion(file, size)
         ends.append(size + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))
         size += len(block)
   except (OSError, EOFError, zstandard.ZstdError) as error:
@@ -222,6 +220,16 @@ def _find_lines(file: Path) -> tuple[np.ndarray, np.ndarray]:
     ends = np.append(ends, size)
   starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
   return starts.astype(np.int64), (ends - starts).astype(np.int64)
+
+
+def _check_expansion(file: Path, size: int) -> None:
+  """Raises UserError if `size` bytes, decompressed, are more than a file of texts can hold."""
+  packed = file.stat().st_size
+  if size > _MAX_EXPANSION * max(packed, _BLOCK_BYTES):
+    raise UserError(
+      f"{file}: expands to more than {_MAX_EXPANSION} times its {packed:,} bytes, as no text "
+      "does; if it is to be read, write it uncompressed first."
+    )
 
 
 class ParquetFiles:
@@ -251,7 +259,10 @@ class ParquetFiles:
 
   def __getitem__(self, index: int) -> str:
     group = self._group(index)
-    (record,) = self._table(group).slice(int(index - self._first[group]), 1).to_pylist()
+    try:
+      (record,) = self._table(group).slice(int(index - self._first[group]), 1).to_pylist()
+    except UnicodeDecodeError as error:
+      raise UserError(_not_text(self.name(index), _byte_reason(error))) from error
     if not self._text_key:
       return to_json(record)
     return _text(record[self._text_key], self.name(index), self._text_key, [self._text_key])
@@ -271,8 +282,23 @@ class ParquetFiles:
 
   def _read_group(self, group: int) -> pa.Table:
     number, group_in_file, _ = self._groups[group]
+    file = self._files.files[number]
     columns = [self._text_key] if self._text_key else None
-    return pq.ParquetFile(self._files.files[number]).read_row_group(group_in_file, columns=columns)
+    metadata = pq.read_metadata(file)
+    # A value that is repeated is stored once, and stays so in memory until its size is known.
+    texts = [f.name for f in metadata.schema.to_arrow_schema() if f.type in _STRINGS]
+    _check_expansion(file, metadata.row_group(group_in_file).total_byte_size)
+    with pq.ParquetFile(file, read_dictionary=texts) as reader:
+      table = reader.read_row_group(group_in_file, columns=columns)
+    _check_expansion(file, sum(map(_expanded_bytes, table.columns)))
+    return table
+
+
+def _expanded_bytes(column: pa.ChunkedArray) -> int:
+  if not pa.types.is_dictionary(column.type):
+    return column.nbytes
+  lengths = (pc.take(pc.binary_length(part.dictionary), part.indices) for part in column.chunks)
+  return sum(pc.sum(part).as_py() or 0 for part in lengths)
 
 
 class Tables:
@@ -304,7 +330,7 @@ class Tables:
 
 def _read_table(file: Path) -> list[dict[str, Any]]:
   if file.suffix == ".json":
-    records = parse_json(decode(file.read_bytes(), str(file), "error"), file)
+    records = parse_json(decode(file.read_bytes(), str(file)), file)
     if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
       raise UserError(f"{file}: JSON, but neither an array of objects nor one object a line.")
     return records
@@ -323,9 +349,10 @@ def open_by_suffix(
   kinds = {file: _kind_of(file, default) for file in found.files}
   kind = min(kinds.values(), key=[*_SUFFIXES].index)
   found = dataclasses.replace(found, files=tuple(file for file in kinds if kinds[file] == kind))
+  if kind == "jsonl":
+    return JsonLines(found, text_key, undecodable)
+  refuse_to_skip(path, undecodable)
   match kind:
-    case "jsonl":
-      return JsonLines(found, text_key, undecodable)
     case "parquet":
       return ParquetFiles(found, text_key)
   return Tables(found, text_key)
@@ -341,20 +368,39 @@ def _kind_of(file: Path, default: str) -> str:
   return kind
 
 
-def decode(data: bytes, name: str, undecodable: str) -> str:
-  """Decodes UTF-8 text; binary data is a UserError or, under 'skip', an empty document."""
+def refuse_to_skip(path: str, undecodable: str) -> None:
+  """Raises UserError for an option that files other than text and JSON lines have no use for."""
+  if undecodable == "skip":
+    raise UserError(
+      f"{path}: data.undecodable=skip is for text and jsonl; other records that are not UTF-8 are "
+      "errors. Set --config.data.undecodable=error."
+    )
+
+
+def decode(data: bytes, name: str, undecodable: str = "") -> str:
+  """Decodes UTF-8 text; binary data is a UserError or, under 'skip', an empty document.
+
+  An `undecodable` of 'error' proposes to skip; '' is for what cannot be skipped.
+  """
   try:
     if b"\0" not in data:  # Valid UTF-8, but in no text: binary formats and UTF-16 have it.
       return data.decode("utf-8").removeprefix("\ufeff")  # A byte order mark.
     reason = f"a zero byte at {data.index(0)}"
   except UnicodeDecodeError as error:
-    reason = f"byte {error.start}: {error.reason}"
+    reason = _byte_reason(error)
   if undecodable == "skip":
     _warn_skipped(name, reason)
     return ""
-  raise UserError(
-    f"{name}: not UTF-8 text ({reason}). Convert it, or set --config.data.undecodable=skip."
-  )
+  raise UserError(_not_text(name, reason, skippable=undecodable == "error"))
+
+
+def _byte_reason(error: UnicodeDecodeError) -> str:
+  return f"byte {error.start}: {error.reason}"
+
+
+def _not_text(name: str, reason: str, *, skippable: bool = False) -> str:
+  hint = ", or set --config.data.undecodable=skip" if skippable else ""
+  return f"{name}: not UTF-8 text ({reason}). Convert it{hint}."
 
 
 @functools.lru_cache(maxsize=1024)  # A document is read more than once; one warning is enough.

@@ -72,6 +72,8 @@ def _open(options: PartOptions, path: str, part: str) -> Source:
       return files.stdlib(options.undecodable)
     case "jsonl" | "parquet":
       return files.open_by_suffix(path, options.text_key, options.undecodable, options.source)
+  files.refuse_to_skip(path, options.undecodable)
+  match options.source:
     case "tfds":
       return open_tfds(path, part, options.text_key, options.tfds_data_dir)
     case "hf":
@@ -95,7 +97,7 @@ class Records:
     if not self._text_key:
       return files.to_json(record)
     text = record[self._text_key]
-    return files.decode(text, self.name(index), "error") if isinstance(text, bytes) else text
+    return files.decode(text, self.name(index)) if isinstance(text, bytes) else text
 
   def name(self, index: int) -> str:
     return f"{self._label}[{index}]"

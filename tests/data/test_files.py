@@ -243,3 +243,51 @@ def test_json_that_no_record_needs_is_refused_by_its_line(tmp_path, line, reason
   source = files.open_by_suffix(str(tmp_path), "text", "error")
   with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{reason}"):
     source[1]
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.parametrize("text_key", ["text", ""])
+def test_a_small_parquet_file_that_expands_without_end_is_refused(
+  tmp_path, monkeypatch, dictionary, text_key
+):
+  monkeypatch.setattr(files, "_BLOCK_BYTES", 1 << 16)
+  path = tmp_path / "bomb.parquet"
+  table = pa.table({"text": ["x" * (1 << 16)] * 1024})
+  pq.write_table(table, path, compression="zstd", use_dictionary=dictionary)
+  assert path.stat().st_size < 1 << 17
+  with pytest.raises(UserError, match=r"bomb\.parquet: expands to more than 200 times its"):
+    files.open_by_suffix(str(path), text_key, "error")[0]
+
+
+def test_a_repeated_text_is_read_from_parquet(tmp_path):
+  pq.write_table(pa.table({"text": ["a", "b", "a", None]}), tmp_path / "a.parquet")
+  source = files.open_by_suffix(str(tmp_path), "text", "error")
+  assert [source[index] for index in range(3)] == ["a", "b", "a"]
+  with pytest.raises(UserError, match=r"a\.parquet:4: 'text' is NoneType"):
+    source[3]
+
+
+@pytest.mark.parametrize("text_key", ["text", ""])
+def test_a_parquet_string_that_is_not_utf8_is_named_by_its_row(tmp_path, text_key):
+  text = pa.array([b"fine", b"\xff"]).cast(pa.binary()).view(pa.string())
+  pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+  source = files.open_by_suffix(str(tmp_path), text_key, "error")
+  with pytest.raises(UserError, match=r"a\.parquet:2: not UTF-8 text \(byte 0") as caught:
+    source[1]
+  assert "skip" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.json"])
+def test_skipping_is_refused_where_nothing_can_be_skipped(tmp_path, name):
+  (tmp_path / name).write_text('[{"text": "a"}]' if name == "a.json" else "text\na\n")
+  if name == "a.parquet":
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / name)
+  sentence = rf"{name}: data\.undecodable=skip is for text and jsonl.*=error"
+  with pytest.raises(UserError, match=sentence):
+    files.open_by_suffix(str(tmp_path / name), "text", "skip")
+
+
+def test_a_table_that_is_not_utf8_is_not_told_to_skip(tmp_path):
+  (tmp_path / "a.json").write_bytes(b'[{"text": "\xff"}]')
+  with pytest.raises(UserError, match=r"a\.json: not UTF-8 text .*Convert it\.$"):
+    files.open_by_suffix(str(tmp_path), "text", "error")

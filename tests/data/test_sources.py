@@ -199,3 +199,10 @@ def test_hf_without_the_library_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "datasets", None)
   with pytest.raises(UserError, match=r"pip install datasets"):
     sources.open_hf("x", "train", "text")
+
+
+@pytest.mark.parametrize("source", ["tfds", "hf"])
+def test_skipping_is_refused_by_sources_that_skip_nothing(source):
+  part = options("text", source=source, path="name", undecodable="skip")
+  with pytest.raises(UserError, match=r"name: data\.undecodable=skip is for text and jsonl"):
+    sources.open_pair(part)
