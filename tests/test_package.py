@@ -56,6 +56,13 @@ def test_one_command_names_the_others():
   assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_help_shows_the_flags_that_commands_share(name):
+  shown = call("-m", "gptjax", name, "--help").stdout
+  for flag in ("--checkpoint", "--[no]ema", "--temperature", "--system", "--max_tokens"):
+    assert f"  {flag}: " in shown, flag
+
+
 @pytest.mark.slow
 def test_one_package_is_installed_with_its_presets(tmp_path):
   # Of a copy, since building leaves files behind.

@@ -5,6 +5,7 @@ from absl import flags
 from gptjax.inference.sampling import Sampling
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # They are those of the command, whose --help shows its own alone.
 
 
 def define_sampling_flags() -> None:
