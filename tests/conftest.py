@@ -4,6 +4,12 @@ import os
 import tempfile
 import zlib
 
+# What tests and the libraries they use put among temporary files, and leave there, is in one folder
+# that is removed; but for the folders of `tmp_path`, of which pytest keeps the last few.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+_temporary = tempfile.TemporaryDirectory(prefix="gptjax-tests-")
+tempfile.tempdir = os.environ["TMPDIR"] = _temporary.name
+
 # What is compiled here runs once, on tiny arrays: the time goes into compiling it.
 XLA_FLAGS = (
   "--xla_force_host_platform_device_count=4",
@@ -35,8 +41,12 @@ else:
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Programs that tests compile are not kept in the cache of whoever runs them.
 jax.config.update("jax_enable_compilation_cache", False)
-_compiled = tempfile.TemporaryDirectory(prefix="compiled")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_temporary.name, "compiled"))
+
+
+def pytest_unconfigure():
+  """Called at the end, in workers too, which leave no time for what Python does when it exits."""
+  _temporary.cleanup()
 
 
 @pytest.fixture
