@@ -262,7 +262,7 @@ class ParquetFiles:
     try:
       (record,) = self._table(group).slice(int(index - self._first[group]), 1).to_pylist()
     except UnicodeDecodeError as error:
-      raise UserError(_not_text(self.name(index), _byte_reason(error))) from error
+      return decode(error.object, self.name(index))  # Which names the byte.
     if not self._text_key:
       return to_json(record)
     return _text(record[self._text_key], self.name(index), self._text_key, [self._text_key])
@@ -378,29 +378,19 @@ def refuse_to_skip(path: str, undecodable: str) -> None:
 
 
 def decode(data: bytes, name: str, undecodable: str = "") -> str:
-  """Decodes UTF-8 text; binary data is a UserError or, under 'skip', an empty document.
-
-  An `undecodable` of 'error' proposes to skip; '' is for what cannot be skipped.
-  """
+  """Decodes UTF-8 text; binary data is a UserError, which under 'error' proposes to skip it, or
+  under 'skip' an empty document."""
   try:
     if b"\0" not in data:  # Valid UTF-8, but in no text: binary formats and UTF-16 have it.
       return data.decode("utf-8").removeprefix("\ufeff")  # A byte order mark.
     reason = f"a zero byte at {data.index(0)}"
   except UnicodeDecodeError as error:
-    reason = _byte_reason(error)
+    reason = f"byte {error.start}: {error.reason}"
   if undecodable == "skip":
     _warn_skipped(name, reason)
     return ""
-  raise UserError(_not_text(name, reason, skippable=undecodable == "error"))
-
-
-def _byte_reason(error: UnicodeDecodeError) -> str:
-  return f"byte {error.start}: {error.reason}"
-
-
-def _not_text(name: str, reason: str, *, skippable: bool = False) -> str:
-  hint = ", or set --config.data.undecodable=skip" if skippable else ""
-  return f"{name}: not UTF-8 text ({reason}). Convert it{hint}."
+  hint = ", or set --config.data.undecodable=skip" if undecodable == "error" else ""
+  raise UserError(f"{name}: not UTF-8 text ({reason}). Convert it{hint}.")
 
 
 @functools.lru_cache(maxsize=1024)  # A document is read more than once; one warning is enough.

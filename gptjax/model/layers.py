@@ -206,16 +206,13 @@ def _random_bits(key: jax.Array, places: Sequence[jax.Array]) -> jax.Array:
   leading axes and the second the last two, since all together may be more than 2^32.
   """
 
-  def count(axes: Sequence[jax.Array]) -> jax.Array:
-    total = jnp.uint32(0)
-    for axis in axes:
-      total = jnp.add.outer(total * np.uint32(axis.size), axis)
-    return total
+  def count(total: jax.Array, axis: jax.Array) -> jax.Array:
+    return jnp.add.outer(total * np.uint32(axis.size), axis)
 
-  rows, elements = count(places[:-2]), count(places[-2:])
-  shape = (*rows.shape, *elements.shape)
+  zero, parts = jnp.uint32(0), (places[:-2], places[-2:])
+  rows, elements = (functools.reduce(count, part, zero) for part in parts)
+  counters = jnp.broadcast_arrays(rows[..., None, None], elements[(None,) * rows.ndim])
   words = jax.random.key_data(key)
-  counters = (jnp.broadcast_to(x, shape) for x in (rows[..., None, None], elements))
   first, second = threefry2x32_p.bind(words[0], words[1], *counters)
   return first ^ second
 

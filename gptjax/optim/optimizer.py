@@ -191,11 +191,10 @@ def _algorithm(
   """The direction of an algorithm's update, before learning rate and decoupled decay.
 
   adamw: Loshchilov and Hutter 2019. adam: Kingma and Ba 2015. sgd: heavy-ball momentum. adafactor:
-  Shazeer and Stern 2018, without relative step sizes; with momentum of the update, which starts at
-  zero and is not debiased, as in optax and T5X. lion: Chen et al. 2023. muon: Jordan et al. 2024,
-  Nesterov momentum orthogonalised by five Newton-Schulz steps and scaled to the update size of
-  Adam, 0.2 sqrt(max(fan_in, fan_out)) (Liu et al. 2025, arXiv:2502.16982, equation 4). soap: Vyas
-  et al. 2024.
+  Shazeer and Stern 2018, without relative step sizes; like optax and T5X without bias correction of
+  its momentum. lion: Chen et al. 2023. muon: Jordan et al. 2024, Nesterov momentum orthogonalised
+  by five Newton-Schulz steps and scaled to the update size of Adam, 0.2 sqrt(max(fan_in, fan_out))
+  (Liu et al. 2025, arXiv:2502.16982, equation 4). soap: Vyas et al. 2024.
   """
   match name:
     case "adamw" | "adam":
