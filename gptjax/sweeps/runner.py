@@ -194,8 +194,9 @@ class Worker:
     self._states: dict[str, str] = {}
     self._signals: list[int] = []
     self._suggesting = threading.Lock()
-    # A notebook's variables make rich take a pipe for a terminal.
-    live = sys.stdout.isatty()
+    # A notebook's variables make rich take a pipe for a terminal, and where `!` gives its programs
+    # one, it shows each table below the one before.
+    live = sys.stdout.isatty() and "JPY_PARENT_PID" not in os.environ
     self._console = Console(force_terminal=live, soft_wrap=True, highlight=False, markup=False)
     self._environment = {
       "JAX_COMPILATION_CACHE_DIR": str(self._workdir / "compilation_cache"),

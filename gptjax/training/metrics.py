@@ -213,18 +213,8 @@ class Writer:
       tqdm.write(text)
       sys.stdout.flush()
 
-  @contextlib.contextmanager
-  def waiting(self, what: str) -> Iterator[None]:
-    """Says on stderr that something is going on which may take minutes, and how long it took."""
-    start = time.perf_counter()
-    self._say(f"{what} ...")
-    yield
-    self._say(f"{what}: {time.perf_counter() - start:.1f} s")
-
-  def _say(self, text: str) -> None:
-    if self._active:
-      tqdm.write(text, file=sys.stderr)
-      sys.stderr.flush()
+  def waiting(self, what: str) -> contextlib.AbstractContextManager:
+    return waiting(what, quiet=not self._active)
 
   def close(self) -> None:
     """Finishes all files. The writer cannot be used afterwards."""
@@ -246,6 +236,31 @@ class Writer:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, path.read_bytes())
     self._uploaded = time.monotonic()
+
+
+@contextlib.contextmanager
+def waiting(what: str, *, quiet: bool = False) -> Iterator[None]:
+  """Says on stderr that something is going on which may take minutes, and how long it took."""
+
+  def say(text: str) -> None:
+    if not quiet:
+      tqdm.write(text, file=sys.stderr)
+      sys.stderr.flush()
+
+  start = time.perf_counter()
+  say(f"{what} ...")
+  yield
+  say(f"{what}: {time.perf_counter() - start:.1f} s")
+
+
+def is_live() -> bool:
+  """Whether stderr is a terminal or a notebook, where a bar can be drawn again in its place."""
+  return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
+
+
+def redraw_seconds() -> float:
+  """How often a bar is drawn: in a log file, every drawing stays."""
+  return 0.1 if is_live() else _PLAIN_LINE_SECONDS
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -357,8 +372,7 @@ class _Progress:
     self._shown: dict[str, float] = {}
     self._started: tuple[float, int] | None = None
     self._last_line = -math.inf
-    live = sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
-    self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if live else None
+    self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if is_live() else None
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
     shown = ("loss", "val/loss", "tokens_per_second", "mfu")

@@ -24,6 +24,7 @@ from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, LABEL_HEAD, ParameterInfo, abstract_model, describe_parameters
 from gptjax.training.adaptation import make_adaptation
 from gptjax.training.checkpoints import checksum, restore_params
+from gptjax.training.metrics import waiting
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
@@ -112,7 +113,7 @@ def load_model(
   Args:
     checkpoint: as `name_checkpoint` tells them apart.
     ema: take the moving average of the weights.
-    progress: show a bar, on stderr, while another library's files are read.
+    progress: say on stderr that a run is being loaded; show a bar for another library's files.
 
   Raises:
     UserError: there is no model or no tokenizer, a run has no checkpoint yet, the weights do not
@@ -121,7 +122,8 @@ def load_model(
   keep_compiled_programs()
   if (foreign := open_foreign(checkpoint)) is None:
     folder = epath.Path(checkpoint) / TOKENIZER
-    model, _ = load_checkpoint(checkpoint, ema=ema)
+    with waiting(f"loading {checkpoint}", quiet=not progress):
+      model, _ = load_checkpoint(checkpoint, ema=ema)
     config = config_lib.open_saved(epath.Path(checkpoint))
     model = make_adaptation(config.get("peft")).merge(model)
     if (tokenizer := open_saved(folder)) is None:

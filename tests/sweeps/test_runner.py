@@ -1,6 +1,7 @@
 """A worker and its processes, with a stand-in for the training."""
 
 import fcntl
+import io
 import json
 import os
 import sys
@@ -194,3 +195,17 @@ def test_accelerators_are_dealt_out():
   assert [slot.environment["TPU_VISIBLE_CHIPS"] for slot in tpus] == ["0", "1", "2", "3"]
   assert {slot.environment["TPU_CHIPS_PER_PROCESS_BOUNDS"] for slot in tpus} == {"1,1,1"}
   assert len({slot.environment["TPU_PROCESS_PORT"] for slot in tpus}) == 4
+
+
+def test_a_table_is_not_drawn_again_and_again_in_a_notebook(start, monkeypatch):
+  class Terminal(io.StringIO):
+    """What `!python -m gptjax.sweep` writes to in a notebook, which cannot go up a line."""
+
+    def isatty(self):
+      return True
+
+  monkeypatch.setattr(sys, "stdout", shown := Terminal())
+  monkeypatch.setenv("JPY_PARENT_PID", "1")
+  start("end", "end again")
+  assert "end again seed 0: done" in shown.getvalue()
+  assert "\x1b[" not in shown.getvalue()

@@ -87,12 +87,13 @@ def test_all_kinds_give_the_same_model_and_tokenizer(checkpoints, expected, kind
   assert load(tokenizer_of(checkpoints[kind])).encode(TEXT) == expected[1]
 
 
-def test_progress_is_on_stderr_and_can_be_silent(checkpoints, capsys):
-  load_model(checkpoints["hf"])
+@pytest.mark.parametrize(("kind", "told"), [("hf", "parameters: 100%"), ("run", "loading ")])
+def test_progress_is_on_stderr_and_can_be_silent(checkpoints, capsys, kind, told):
+  load_model(checkpoints[kind])
   printed = capsys.readouterr()
-  assert "parameters: 100%" in printed.err
+  assert told in printed.err
   assert printed.out == ""
-  load_model(checkpoints["hf"], progress=False)
+  load_model(checkpoints[kind], progress=False)
   assert capsys.readouterr().err == ""
 
 

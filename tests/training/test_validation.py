@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import time
 import types
 
 import pytest
@@ -81,3 +82,25 @@ def test_what_cannot_be_judged_is_an_error(task, changes, message):
 def test_the_line_of_a_validation_names_what_it_tells():
   told = {"step": 3, "val/loss": 0.5, "val/perplexity": 1.648, "val/f1_macro": 0.25, "loss": 1.0}
   assert validation.describe(told) == "validation loss 0.5000, perplexity 1.65, f1 macro 0.2500"
+
+
+def test_a_long_validation_takes_few_lines_of_a_log_file(monkeypatch, capsys):
+  class Sums:
+    def add(self, told):
+      time.sleep(0.01)
+
+    def finish(self, *, text_bytes):
+      return {"loss": 1.0}
+
+  monkeypatch.setattr(validation, "Sums", Sums)
+  monkeypatch.setattr(validation, "_SECONDS_TO_WAIT", 0.0)
+  monkeypatch.setattr(validation.step, "make_eval_step", lambda *_: lambda *_: ({}, None))
+  monkeypatch.setattr(validation.sharding, "to_global", lambda batch, mesh: batch)
+  task = types.SimpleNamespace(metrics=(), outputs=lambda: None)
+  dataset = types.SimpleNamespace(validation_batches=lambda: range(100), validation_bytes=1)
+  evaluate = validation.make_evaluate(
+    types.SimpleNamespace(graph=None, task=task, mesh=None), dataset
+  )
+  state = types.SimpleNamespace(params=None, ema=None)
+  assert evaluate(state, None) == {"val/loss": 1.0}
+  assert capsys.readouterr().err.count("Validating") <= 2
