@@ -29,12 +29,17 @@ from absl import flags
 from flax import nnx
 
 from gptjax import config as config_lib
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
-from gptjax.interop.convert import FORMATS, check, convert, name_source
+from gptjax.interop.convert import FORMATS, convert
 from gptjax.interop.safetensors_files import DTYPES
-from gptjax.training.pretrained import load_model
+from gptjax.interop.verify import verify
+from gptjax.model.gpt import GPT
+from gptjax.training.pretrained import is_run, load_model, name_checkpoint, open_foreign
 
 FLAGS = flags.FLAGS
+# Relative to the largest logit: float32 sums of a few thousand terms in another order.
+_TOLERANCE = 1e-3
 
 
 def _define_flags() -> None:
@@ -45,6 +50,24 @@ def _define_flags() -> None:
   flags.DEFINE_string("adapter", None, "Folder of the peft library, to merge into the model.")
   flags.DEFINE_enum("dtype", "float32", tuple(DTYPES), "Of --format=hf: that of the weights.")
   flags.DEFINE_bool("verify", False, "Hold the result against transformers.")
+
+
+def name_source(source: str) -> str:
+  """The checkpoint of that name, or where there is nothing of the name, the model of the Hub."""
+  named = name_checkpoint(source)
+  exists = not is_run(named) or Path(source).expanduser().exists()
+  return named if exists else f"hf:{source}"
+
+
+def check(model: GPT, tokenizer: Tokenizer, reference: str) -> int:
+  """Prints how near a model is to the one that `transformers` loads from hf:PATH or gguf:FILE;
+  returns 0 if they are the same model, else 1."""
+  same = True
+  for name, found in verify(model, open_foreign(reference), tokenizer.encode).items():
+    print(f"{name}: {found}")
+    same &= found.largest_difference <= _TOLERANCE * found.scale
+  print("the same model" if same else "NOT the same model")
+  return 0 if same else 1
 
 
 def main(overrides: Mapping[str, str]) -> int:

@@ -18,8 +18,8 @@ from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.family import Family
 from gptjax.interop.labels import config_fields, transformers_task
+from gptjax.interop.model_card import model_card
 from gptjax.interop.tokenizer_export import export
-from gptjax.interop.verify import verify
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, describe, describe_parameters
 from gptjax.training.adaptation import make_adaptation
@@ -32,14 +32,13 @@ from gptjax.training.pretrained import (
   labels_of,
   load_checkpoint,
   load_model,
+  load_run,
   name_checkpoint,
   open_foreign,
   read_model_config,
 )
 
 FORMATS = ("gptjax", "hf", "peft")
-# Relative to the largest logit: float32 sums of a few thousand terms in another order.
-_TOLERANCE = 1e-3
 
 
 def convert(
@@ -95,7 +94,7 @@ def _model_of(
   if to == "hf" or adapter is not None:
     task = transformers_task(labels) if labels else ""
     chosen = _find_family(source, read_model_config(source), family, task)
-  model, tokenizer = load_model(source)
+  model, tokenizer, step = load_run(source) if is_run(source) else (*load_model(source), 0)
   if adapter is not None:
     merge_folder = wings.load("gptjax.peft.huggingface:merge_folder", "--adapter")
     model = merge_folder(model, adapter, chosen)
@@ -115,8 +114,22 @@ def _model_of(
     huggingface.save(folder, model.config, params, chosen, dtype, fields)
     # A text to be labelled does not begin with a document's start tokens.
     export(folder, tokenizer, starts=tokenizer.is_own and not labels)
+    if step and adapter is None:
+      (folder / "README.md").write_text(
+        model_card(epath.Path(source), step, chosen.architecture(model.config))
+      )
 
   return write
+
+
+def unwritable(config: ModelConfig, task: str) -> str:
+  """Tells why a model trained for a task cannot be written for `transformers`; '' if it can."""
+  head = transformers_task(Labels(task, ())) if config.label_head.num_labels else ""
+  try:
+    huggingface.find_family(config, task=head)
+  except UserError as error:
+    return str(error)
+  return ""
 
 
 def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
@@ -154,21 +167,3 @@ def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | N
   with Checkpoints(folder / CHECKPOINTS, keep=1) as checkpoints:
     checkpoints.save(0, {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))})
     checkpoints.wait()
-
-
-def name_source(source: str) -> str:
-  """The checkpoint of that name, or where there is nothing of the name, the model of the Hub."""
-  named = name_checkpoint(source)
-  exists = not is_run(named) or Path(source).expanduser().exists()
-  return named if exists else f"hf:{source}"
-
-
-def check(model: GPT, tokenizer: Tokenizer, reference: str) -> int:
-  """Prints how near a model is to the one that `transformers` loads from hf:PATH or gguf:FILE;
-  returns 0 if they are the same model, else 1."""
-  same = True
-  for name, found in verify(model, open_foreign(reference), tokenizer.encode).items():
-    print(f"{name}: {found}")
-    same &= found.largest_difference <= _TOLERANCE * found.scale
-  print("the same model" if same else "NOT the same model")
-  return 0 if same else 1

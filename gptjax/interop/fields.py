@@ -78,7 +78,6 @@ class Rule:
 def same(theirs: str, ours: str, default: Any = REQUIRED, *, none: Any = None) -> Rule:
   """A value that is copied. `none` is our value for their null, or for a missing field whose
   default is null."""
-
   kind = _KINDS[ours] if none is None else _KINDS[ours] | None
 
   def read(fields, found):

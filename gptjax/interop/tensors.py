@@ -58,10 +58,7 @@ class Entry:
     return joined
 
   def split(
-    self,
-    tensor: np.ndarray,
-    parameters: Mapping[str, ParameterInfo],
-    config: ModelConfig,
+    self, tensor: np.ndarray, parameters: Mapping[str, ParameterInfo], config: ModelConfig
   ) -> list[np.ndarray]:
     """Splits their tensor into a layer (or an expert of it) of each parameter, in our shape."""
     flats = [self._flat(parameters[name]) for name in self.ours]
@@ -80,10 +77,7 @@ class Entry:
     return ours
 
   def join(
-    self,
-    layers: Sequence[np.ndarray],
-    parameters: Mapping[str, ParameterInfo],
-    config: ModelConfig,
+    self, layers: Sequence[np.ndarray], parameters: Mapping[str, ParameterInfo], config: ModelConfig
   ) -> np.ndarray:
     """The inverse of `split`."""
     flats = [
@@ -161,10 +155,7 @@ def _projection(theirs: str, ours: Sequence[str], **how) -> list[Entry]:
 
 
 def norm(theirs: str, ours: str) -> list[Entry]:
-  return [
-    Entry(f"{theirs}.weight", (f"{ours}/scale",)),
-    Entry(f"{theirs}.bias", (f"{ours}/bias",)),
-  ]
+  return [Entry(f"{theirs}.weight", (f"{ours}/scale",)), Entry(f"{theirs}.bias", (f"{ours}/bias",))]
 
 
 def linears(theirs: str, ours: str, **names: str) -> list[Entry]:

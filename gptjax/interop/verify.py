@@ -54,9 +54,7 @@ def compare(ours: np.ndarray, reference: np.ndarray) -> Agreement:
 
 
 def verify(
-  model: GPT,
-  reference: ForeignModel,
-  encode: Callable[[str], Sequence[int]],
+  model: GPT, reference: ForeignModel, encode: Callable[[str], Sequence[int]]
 ) -> Mapping[str, Agreement]:
   """Runs both models, in float32, on random tokens and on `TEXT`.
 

@@ -21,7 +21,7 @@ from gptjax.training import plots, validation
 from gptjax.training import step as step_lib
 from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.datasets import check_data, open_data
-from gptjax.training.metrics import StepLog, Writer, read_metrics
+from gptjax.training.metrics import StepLog, Writer, read_metrics, waiting
 from gptjax.training.preemption import Preemption
 from gptjax.training.pretrained import CHECKPOINTS, check_base, load_base, load_params_into
 from gptjax.training.resolve import resolve
@@ -137,8 +137,7 @@ def _train(config: Any, workdir: epath.Path) -> dict[str, float]:
             log.interrupt()
             stats = jax.device_get(observe_step(state, batch, frozen))
             writer.write(step + 1, step_lib.name_layers(stats))
-          first = step == start
-          with writer.waiting("compiling the step") if first else contextlib.nullcontext():
+          with waiting("compiling the step", quiet=step > start or jax.process_index() > 0):
             state, metrics = train_step(state, batch, frozen)  # dispatched, not awaited
           outputs.append(metrics)
         done = step + 1
@@ -248,6 +247,10 @@ def introduce(
   chip = chips.find_chip(kind)
   peak = f"{chip.name}, {chip.peak_flops / 1e12:.0f} TFLOP/s" if chip else f"unknown chip {kind!r}"
   writer.message(f"mfu counts {setup.flop_rule}, against the peak of each device: {peak}")
+  with contextlib.suppress(UserError):  # Without that wing, nothing is exported at all.
+    unwritable = wings.load("gptjax.interop.convert:unwritable", "a warning")
+    if reason := unwritable(setup.model, setup.task.name):
+      writer.message(f"`gptjax convert --format=hf` will not be able to write this: {reason}")
   for change in changes:
     when = "not as it was run, and without effect" if complete else "changed since the last start"
     writer.message(f"{when}: {change}")

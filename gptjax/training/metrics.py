@@ -24,7 +24,7 @@ from gptjax.errors import UserError
 from gptjax.small_files import parse_json, write_atomically
 
 _UPLOAD_SECONDS = 60.0
-_PLAIN_LINE_SECONDS = 15.0
+PLAIN_LINE_SECONDS = 15.0
 
 
 class Sums:
@@ -213,9 +213,6 @@ class Writer:
       tqdm.write(text)
       sys.stdout.flush()
 
-  def waiting(self, what: str) -> contextlib.AbstractContextManager:
-    return waiting(what, quiet=not self._active)
-
   def close(self) -> None:
     """Finishes all files. The writer cannot be used afterwards."""
     if not self._active:
@@ -241,26 +238,17 @@ class Writer:
 @contextlib.contextmanager
 def waiting(what: str, *, quiet: bool = False) -> Iterator[None]:
   """Says on stderr that something is going on which may take minutes, and how long it took."""
-
-  def say(text: str) -> None:
-    if not quiet:
-      tqdm.write(text, file=sys.stderr)
-      sys.stderr.flush()
-
   start = time.perf_counter()
-  say(f"{what} ...")
+  if not quiet:
+    tqdm.write(f"{what} ...", file=sys.stderr)
   yield
-  say(f"{what}: {time.perf_counter() - start:.1f} s")
+  if not quiet:
+    tqdm.write(f"{what}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 def is_live() -> bool:
   """Whether stderr is a terminal or a notebook, where a bar can be drawn again in its place."""
   return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
-
-
-def redraw_seconds() -> float:
-  """How often a bar is drawn: in a log file, every drawing stays."""
-  return 0.1 if is_live() else _PLAIN_LINE_SECONDS
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -384,7 +372,7 @@ class _Progress:
     now = time.monotonic()
     # The first step compiles, so the remaining time is estimated from its end on.
     self._started = self._started or (now, step)
-    if step < self._total and now - self._last_line < _PLAIN_LINE_SECONDS:
+    if step < self._total and now - self._last_line < PLAIN_LINE_SECONDS:
       return
     self._last_line = now
     seconds, steps = now - self._started[0], step - self._started[1]

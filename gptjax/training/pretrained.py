@@ -121,14 +121,7 @@ def load_model(
   """
   keep_compiled_programs()
   if (foreign := open_foreign(checkpoint)) is None:
-    folder = epath.Path(checkpoint) / TOKENIZER
-    with waiting(f"loading {checkpoint}", quiet=not progress):
-      model, _ = load_checkpoint(checkpoint, ema=ema)
-    config = config_lib.open_saved(epath.Path(checkpoint))
-    model = make_adaptation(config.get("peft")).merge(model)
-    if (tokenizer := open_saved(folder)) is None:
-      raise UserError(f"{folder}: no whole tokenizer, which a run keeps there.")
-    return model, tokenizer
+    return load_run(checkpoint, ema=ema, progress=progress)[:2]
   if ema:
     raise UserError(f"{checkpoint} has no moving average of its weights.")
   tokenizer = tokenizers.load(foreign.tokenizer)
@@ -136,6 +129,19 @@ def load_model(
   graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(foreign.config, nnx.Rngs(0))))
   params = foreign.load(on_one_device(foreign.parameters), progress=progress)
   return nnx.merge(graph, params), tokenizer
+
+
+def load_run(
+  run: epath.PathLike, *, ema: bool = False, progress: bool = True
+) -> tuple[GPT, Tokenizer, int]:
+  """Loads a run like `load_model`, and tells the step of its checkpoint."""
+  folder = epath.Path(run) / TOKENIZER
+  with waiting(f"loading {run}", quiet=not progress):
+    model, step = load_checkpoint(run, ema=ema)
+  model = make_adaptation(config_lib.open_saved(epath.Path(run)).get("peft")).merge(model)
+  if (tokenizer := open_saved(folder)) is None:
+    raise UserError(f"{folder}: no whole tokenizer, which a run keeps there.")
+  return model, tokenizer, step
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: str) -> None:

@@ -14,7 +14,7 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.objectives.task import Task, metrics_of
 from gptjax.training import step
 from gptjax.training.checkpoints import Checkpoints, is_better
-from gptjax.training.metrics import Sums, read_metrics, redraw_seconds
+from gptjax.training.metrics import PLAIN_LINE_SECONDS, Sums, is_live, read_metrics
 from gptjax.training.setup import Setup
 from gptjax.training.step import TrainState
 
@@ -55,7 +55,8 @@ def make_evaluate(setup: Setup, dataset: Dataset) -> Callable[[TrainState, Any],
     sums, outputs = Sums(), setup.task.outputs()
     quiet = jax.process_index() > 0
     batches = dataset.validation_batches()
-    shown = {"disable": quiet, "delay": _SECONDS_TO_WAIT, "mininterval": redraw_seconds()}
+    interval = 0.1 if is_live() else PLAIN_LINE_SECONDS  # What is drawn in a log file stays there.
+    shown = {"disable": quiet, "delay": _SECONDS_TO_WAIT, "mininterval": interval}
     for batch in tqdm(batches, "Validating", leave=False, **shown):
       told, output = run(params, sharding.to_global(batch, setup.mesh), frozen)
       sums.add(told)

@@ -1,7 +1,9 @@
 """Conversion: every bit there and back, what is refused, and that nothing half-written stays."""
 
 import base64
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -15,19 +17,22 @@ import safetensors.numpy
 import tokenizers
 from flax import nnx, traverse_util
 
+from gptjax import config as config_lib
 from gptjax import convert as convert_command
 from gptjax import tree
-from gptjax.convert import main
+from gptjax.convert import main, name_source
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.interop import convert as convert_lib
-from gptjax.interop.convert import convert, name_source
+from gptjax.interop.convert import convert
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.verify import Agreement
 from gptjax.model.gpt import describe_parameters
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.surgery import initial_adapters
 from gptjax.training.checkpoints import Checkpoints, checksum
+from gptjax.training.loop import train
+from gptjax.training.metrics import read_metrics
 from gptjax.training.pretrained import Labels, load_model
 from tests.interop.conftest import LLAMA, VOCAB_SIZE, save_folder
 
@@ -49,6 +54,64 @@ def run(original, tmp_path_factory):
   target = tmp_path_factory.mktemp("converted") / "run"
   convert(f"hf:{original[0]}", target, to="gptjax")
   return target
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """Returns a function that trains a small GPT on text for two steps: (work directory, output)."""
+
+  def make(**changes):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "a.txt").write_text("the quick brown fox\n" * 200)
+    overrides = {"data.path": str(folder / "a.txt"), "total_steps": 2, "tokenizer": "bytes"}
+    overrides |= {"batch_size": 8, "sequence_length": 32, "log.tensorboard": False} | changes
+    config = config_lib.load("pretrain.py:model=debug,data=text", overrides)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+      train(config, folder / "run")
+    return folder / "run", printed.getvalue()
+
+  return make
+
+
+def test_a_run_is_exported_with_its_model_card(trained, tmp_path):
+  run, printed = trained()
+  assert "convert --format=hf" not in printed
+  convert(str(run), tmp_path / "hf", to="hf")
+  card = (tmp_path / "hf" / "README.md").read_text()
+  assert card.startswith("---\nlibrary_name: transformers\n---\n")
+  assert "| base model | none, from random weights |" in card
+  assert "| task | next_token |" in card
+  assert f"| data | text {run.parent}/a.txt |" in card
+  assert "| steps | 2 |" in card
+  last = read_metrics(run)[-1]
+  assert last["step"] == 2
+  assert f"| val/loss | {last['val/loss']:.4f} |" in card
+  assert "gptjax generate --checkpoint=FOLDER" in card
+  named = json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"][0]
+  assert f"transformers.{named}.from_pretrained" in card
+  assert "$" not in card
+
+
+def test_what_has_no_form_there_is_told_before_training(trained):
+  _, printed = trained(**{"model.residual.values": True, "total_steps": 1})
+  told = [line for line in printed.splitlines() if "convert --format=hf" in line]
+  assert len(told) == 1
+  assert "no family of Hugging Face can be this model" in told[0]
+  assert "residual.values" in told[0]
+
+
+@pytest.mark.parametrize(
+  ("changes", "task", "reason"),
+  [
+    ({}, "next_token", ""),
+    ({"label_head.num_labels": 2, "label_head.bias": False}, "classification", ""),
+    ({"label_head.num_labels": 2, "label_head.bias": True}, "classification", "label_head.bias"),
+    ({"label_head.num_labels": 3}, "multi_label", "label_head.bias"),
+  ],
+)
+def test_what_will_not_be_written_is_known_by_config_and_task(tiny_config, changes, task, reason):
+  found = convert_lib.unwritable(tiny_config(**LLAMA | changes), task)
+  assert reason in found if reason else found == ""
 
 
 def named_params(model):
@@ -315,7 +378,7 @@ def test_the_command_fails_if_the_models_differ(
     references.append(reference.folder)
     return found
 
-  monkeypatch.setattr(convert_lib, "verify", verify)
+  monkeypatch.setattr(convert_command, "verify", verify)
   assert command(original[0], tmp_path / "run", verify=True) == status
   assert ("NOT the same model" in capsys.readouterr().out) == bool(status)
   # What was rounded is held against what was written, as strictly.

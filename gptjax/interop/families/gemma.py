@@ -20,15 +20,7 @@ from gptjax.interop.families.llama import (
   shape,
 )
 from gptjax.interop.family import always_these, pass_over_bookkeeping
-from gptjax.interop.fields import (
-  REQUIRED,
-  Rule,
-  always,
-  choice,
-  fixed,
-  ignored,
-  same,
-)
+from gptjax.interop.fields import REQUIRED, Rule, always, choice, fixed, ignored, same
 from gptjax.interop.labels import LabelHead
 from gptjax.interop.rope import read_rope, write_rope
 from gptjax.interop.tensors import norm
@@ -123,10 +115,7 @@ def _gemma3_rope() -> Rule:
     local_base = fields.take("rope_local_base_freq", 10_000.0)
     scaling = fields.take_mapping("rope_scaling") or {}
     if parameters is None:
-      parameters = {
-        FULL: {"rope_theta": base} | scaling,
-        SLIDING: {"rope_theta": local_base},
-      }
+      parameters = {FULL: {"rope_theta": base} | scaling, SLIDING: {"rope_theta": local_base}}
     both = fields.nested("rope_parameters", parameters)
     full, sliding = both.take(FULL, kind=dict), both.take(SLIDING, kind=dict)
     both.refuse_unread()

@@ -358,10 +358,7 @@ MIXTRAL = decoder(
     _one_window(None),
     rope(1_000_000.0),
   ),
-  entries=(
-    *_AROUND,
-    *_experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
-  ),
+  entries=(*_AROUND, *_experts("block_sparse_moe", gate="w1", up="w3", down="w2")),
   heads=label_heads("Mixtral", "model."),
 )
 
@@ -391,10 +388,7 @@ QWEN3_MOE = decoder(
     ignored("max_window_layers"),
     DEFAULT_ROPE,
   ),
-  entries=(
-    *_AROUND,
-    *_experts("mlp", **_SWIGLU_NAMES),
-  ),
+  entries=(*_AROUND, *_experts("mlp", **_SWIGLU_NAMES)),
   heads=label_heads("Qwen3Moe", "transformer."),
 )
 
