@@ -35,9 +35,13 @@ GOES_WITH = {
 # Every module that is left is imported, every command says how it is used, a model is trained, and
 # what needed the wing says so.
 SMOKE = textwrap.dedent("""
-  import importlib, pathlib, pkgutil, runpy, sys
+  import importlib.util, pathlib, pkgutil, runpy, sys
+
+  # An editable installation would find the wing where it was installed from.
+  sys.meta_path[:] = [one for one in sys.meta_path if "__editable__" not in repr(one)]
   import gptjax
 
+  assert importlib.util.find_spec(f"gptjax.{sys.argv[1]}") is None
   for module in pkgutil.walk_packages(gptjax.__path__, "gptjax."):
     # Programs, which run when they are imported.
     if module.name not in ("gptjax.__main__", "gptjax.evals.sandbox_probe"):
