@@ -122,23 +122,23 @@ class Setup:
   def make_train_step(self, optimizer: Optimizer) -> Callable:
     ema_decay = self.config.optim.ema_decay
     return step.make_train_step(
-      self.graph, self.task, optimizer, ema_decay=ema_decay, **self._step_options
+      self.graph, self.task, optimizer, self._step_options, ema_decay=ema_decay
     )
 
   def make_observe_step(self, optimizer: Optimizer) -> Callable:
-    return step.make_observe_step(self.graph, self.task, optimizer, **self._step_options)
+    return step.make_observe_step(self.graph, self.task, optimizer, self._step_options)
 
   @property
-  def _step_options(self) -> dict[str, Any]:
-    return {
-      "seed": self.config.seed,
-      "grad_accumulation": self.config.grad_accumulation,
-      "dropout": bool(self.model.dropout),
-      "router_balance_loss": self.config.router_balance_loss,
-      "router_z_loss": self.config.router_z_loss,
-      "reduce_dtype": self.config.mesh.reduce_dtype,
-      "compiler_options": self.compiler_options,
-    }
+  def _step_options(self) -> step.StepOptions:
+    return step.StepOptions(
+      seed=self.config.seed,
+      grad_accumulation=self.config.grad_accumulation,
+      dropout=bool(self.model.dropout),
+      router_balance_loss=self.config.router_balance_loss,
+      router_z_loss=self.config.router_z_loss,
+      reduce_dtype=self.config.mesh.reduce_dtype,
+      compiler_options=self.compiler_options,
+    )
 
   @property
   def run_length(self) -> RunLength | None:

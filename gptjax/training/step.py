@@ -134,21 +134,34 @@ def replace_params(state: TrainState, loaded: Mapping[str, Any]) -> TrainState:
   return dataclasses.replace(state, params=params, ema=ema)
 
 
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+  """How a step computes gradients, and how it is compiled.
+
+  Attributes:
+    seed: with the step's number, the source of all randomness.
+    grad_accumulation: micro-batches that a batch is cut into, one after another.
+    dropout: whether the model drops anything.
+    router_balance_loss: factor of the loss that balances the load of experts.
+    router_z_loss: factor of the z-loss of the routers' logits.
+    reduce_dtype: dtype in which gradients of matrices are added up over devices.
+    compiler_options: of XLA, by name.
+  """
+
+  seed: int
+  grad_accumulation: int = 1
+  dropout: bool = False
+  router_balance_loss: float = 0.0
+  router_z_loss: float = 0.0
+  reduce_dtype: str = "float32"
+  compiler_options: Mapping[str, Any] | None = None
+
+
 def _make_gradients(
-  graph: nnx.GraphDef,
-  task: Task,
-  *,
-  seed: int,
-  grad_accumulation: int,
-  dropout: bool,
-  router_balance_loss: float,
-  router_z_loss: float,
-  reduce_dtype: str,
-  observe: bool = False,
+  graph: nnx.GraphDef, task: Task, options: StepOptions, *, observe: bool = False
 ) -> Callable[..., tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
   """Returns (state, batch, frozen) -> (metrics, gradient, stats).
 
-  Gradients of matrices are added up over devices in `reduce_dtype`.
   `frozen` are the parameters of the model that are not in the state, and have no gradient.
 
   The metrics are the task's loss, the weight of the batch, and the routers' statistics in a mixture
@@ -167,14 +180,16 @@ def _make_gradients(
     total = sums.total / weight
     if router_stats is not None:
       balance, z = router_stats["balance_loss"].mean(), router_stats["z_loss"].mean()
-      total += share * (router_balance_loss * balance + router_z_loss * z)
+      total += share * (options.router_balance_loss * balance + options.router_z_loss * z)
     told = {f"router/{name}": x * share for name, x in (router_stats or {}).items()}
     return total, ({"loss": sums.cross_entropy / weight} | told, dict(stats or {}))
 
-  @sharding.reducing_in(reduce_dtype)
+  @sharding.reducing_in(options.reduce_dtype)
   def gradients(state: TrainState, batch: Batch, frozen: Any):
     batch = sharding.balance_time(batch)
-    key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+    key = None
+    if options.dropout:
+      key = jax.random.fold_in(jax.random.key(options.seed), state.step)
     tokens = batch.weights.sum()
     weight = jnp.maximum(tokens, 1)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
@@ -183,12 +198,12 @@ def _make_gradients(
       (_, told), grads = value_and_grad(state.params, *micro_and_key, weight, frozen)
       return jax.tree.map(jnp.add, carry, grads), told
 
-    if grad_accumulation == 1:
+    if options.grad_accumulation == 1:
       (_, (metrics, stats)), grads = value_and_grad(state.params, batch, key, weight, frozen)
     else:
-      keys = None if key is None else jax.random.split(key, grad_accumulation)
+      keys = None if key is None else jax.random.split(key, options.grad_accumulation)
       zero = jax.tree.map(jnp.zeros_like, state.params)
-      micro_batches = _micro_batches(batch, grad_accumulation)
+      micro_batches = _micro_batches(batch, options.grad_accumulation)
       grads, (metrics, stats) = jax.lax.scan(add, zero, (micro_batches, keys))
       metrics = {name: x.sum(0) for name, x in metrics.items()}
       # Micro-batches are equally large, so the mean of their mean squares is the batch's.
@@ -214,31 +229,16 @@ def make_train_step(
   graph: nnx.GraphDef,
   task: Task,
   optimizer: Optimizer,
+  options: StepOptions,
   *,
-  seed: int,
-  grad_accumulation: int = 1,
-  dropout: bool = False,
   ema_decay: float = 0.0,
-  router_balance_loss: float = 0.0,
-  router_z_loss: float = 0.0,
-  reduce_dtype: str = "float32",
-  compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns jit(state, batch, frozen=None) -> (state, metrics), which donates the state alone.
 
   Metrics and gradient come from `_make_gradients`. An update whose loss or gradient is not finite
   is not applied.
   """
-  gradients = _make_gradients(
-    graph,
-    task,
-    seed=seed,
-    grad_accumulation=grad_accumulation,
-    dropout=dropout,
-    router_balance_loss=router_balance_loss,
-    router_z_loss=router_z_loss,
-    reduce_dtype=reduce_dtype,
-  )
+  gradients = _make_gradients(graph, task, options)
 
   def train_step(state: TrainState, batch: Batch, frozen: Any = None):
     metrics, grads, _ = gradients(state, batch, frozen)
@@ -267,21 +267,11 @@ def make_train_step(
       "skipped": new_state.skipped,
     }
 
-  return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
+  return jax.jit(train_step, donate_argnums=0, compiler_options=options.compiler_options)
 
 
 def make_observe_step(
-  graph: nnx.GraphDef,
-  task: Task,
-  optimizer: Optimizer,
-  *,
-  seed: int,
-  grad_accumulation: int = 1,
-  dropout: bool = False,
-  router_balance_loss: float = 0.0,
-  router_z_loss: float = 0.0,
-  reduce_dtype: str = "float32",
-  compiler_options: Mapping[str, Any] | None = None,
+  graph: nnx.GraphDef, task: Task, optimizer: Optimizer, options: StepOptions
 ) -> Callable[..., dict[str, jax.Array]]:
   """Returns jit(state, batch, frozen=None) -> stats of the update that the step would make.
 
@@ -291,17 +281,7 @@ def make_observe_step(
   state is not donated. A call costs one more forward and backward pass, and a second copy of
   parameters and optimizer state while it lasts.
   """
-  gradients = _make_gradients(
-    graph,
-    task,
-    seed=seed,
-    grad_accumulation=grad_accumulation,
-    dropout=dropout,
-    router_balance_loss=router_balance_loss,
-    router_z_loss=router_z_loss,
-    reduce_dtype=reduce_dtype,
-    observe=True,
-  )
+  gradients = _make_gradients(graph, task, options, observe=True)
 
   def norms(kind: str, values: Any) -> dict[str, jax.Array]:
     return {
@@ -320,7 +300,7 @@ def make_observe_step(
     # Replicated, so that every host can read them.
     return {name: sharding.constrain(x, *(None,) * x.ndim) for name, x in stats.items()}
 
-  return jax.jit(observe_step, compiler_options=compiler_options)
+  return jax.jit(observe_step, compiler_options=options.compiler_options)
 
 
 def name_layers(stats: Mapping[str, Any]) -> dict[str, float]:

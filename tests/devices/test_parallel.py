@@ -103,14 +103,10 @@ def run_job(job, config, params):
   preset = {"name": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "momentum": 0.9}
   values = types.SimpleNamespace(**(presets.DEFAULTS | preset | {"rules": ((".*", {}),)}))
   optimizer = optim.make_optimizer(values, described, optax.constant_schedule(0.1))
-  step = step_lib.make_train_step(
-    model_graph(config),
-    NextToken(z_loss=0.01),
-    optimizer,
-    seed=0,
-    grad_accumulation=job.grad_accumulation,
-    dropout=bool(config.dropout),
+  options = step_lib.StepOptions(
+    seed=0, grad_accumulation=job.grad_accumulation, dropout=bool(config.dropout)
   )
+  step = step_lib.make_train_step(model_graph(config), NextToken(z_loss=0.01), optimizer, options)
   params = jax.tree.map(jnp.asarray, params)
   state = step_lib.TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params), None)
   batch = make_batch()

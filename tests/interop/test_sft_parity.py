@@ -91,7 +91,7 @@ def train_step(config, peft, params, frozen, batch):
     nnx.graphdef(abstract_model(config.replace({"execution.scan_layers": True}), peft)),
     Chat(),
     optimizer,
-    seed=0,
+    step_lib.StepOptions(seed=0),
   )
   params = jax.tree.map(jnp.array, params)
   state = step_lib.TrainState(

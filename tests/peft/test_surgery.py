@@ -214,8 +214,7 @@ def run(model_config, batch, random_params, make_adapted):
       nnx.graphdef(abstract_model(config, peft)),
       NextToken(),
       optimizer,
-      seed=0,
-      grad_accumulation=grad_accumulation,
+      step_lib.StepOptions(seed=0, grad_accumulation=grad_accumulation),
     )
     devices = jax.devices()[: int(np.prod([*(sizes or {}).values()], dtype=int))]
     mesh = sharding.make_mesh(ONE | (sizes or {}), devices)

@@ -50,10 +50,8 @@ def make_optimizer(config, name="sgd", **changes):
 
 
 def make_step(config, optimizer, *, seed=0, z_loss=0.0, **options):
-  task = NextToken(z_loss=z_loss)
-  return step_lib.make_train_step(
-    model_graph(config), task, optimizer, seed=seed, ema_decay=EMA, **options
-  )
+  task, options = NextToken(z_loss=z_loss), step_lib.StepOptions(seed=seed, **options)
+  return step_lib.make_train_step(model_graph(config), task, optimizer, options, ema_decay=EMA)
 
 
 @pytest.fixture(scope="module")
@@ -256,9 +254,8 @@ def observed(config, optimizer, start, batch):
 
 
 def observe(config, optimizer, *, grad_accumulation=1):
-  return step_lib.make_observe_step(
-    model_graph(config), NextToken(), optimizer, seed=0, grad_accumulation=grad_accumulation
-  )
+  options = step_lib.StepOptions(seed=0, grad_accumulation=grad_accumulation)
+  return step_lib.make_observe_step(model_graph(config), NextToken(), optimizer, options)
 
 
 def test_observed_norms_are_those_of_the_gradient_and_the_update(config, start, batch, observed):
