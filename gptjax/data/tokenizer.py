@@ -6,7 +6,8 @@ A spec names one:
     bpe:N                       byte-level BPE of N tokens in all, trained on the training text
     bytes+mask, bpe:N+sentinels the same with '<|mask|>', with 100 sentinels, or both
     FOLDER                      tokenizer.json; or GPT-2's encoder.json + vocab.bpe, or vocab.json +
-                                merges.txt; or tokenizer.model, spiece.model, or vocab.txt
+                                merges.txt; or tokenizer.model, spiece.model, or vocab.txt; or the
+                                copy in the work directory of a run
     FILE.tiktoken               one of OpenAI's, told apart by its name
     tokenizer.json, FILE.model  files of the Hugging Face library and of SentencePiece
     vocab.txt                   BERT's WordPiece
@@ -68,6 +69,7 @@ class Tokenizer:
   _format: formats.Format
   _settings: settings_lib.Settings
   _files: Mapping[str, bytes]
+  is_own: bool
 
   @property
   def vocab_size(self) -> int:
@@ -80,10 +82,6 @@ class Tokenizer:
   @property
   def end_of_text(self) -> int:
     return self._format.end_of_text
-
-  @property
-  def is_own(self) -> bool:
-    return self.spec.startswith(_BPE) or self.spec.split("+")[0] == "bytes"
 
   @property
   def start(self) -> tuple[int, ...]:
@@ -217,6 +215,7 @@ class Tokenizer:
     # Written last: a folder without this file is incomplete.
     meta = {
       "spec": self.spec,
+      "is_own": self.is_own,
       "kind": self._format.kind,
       "vocab_size": self.vocab_size,
       "files": sorted(self._files),
@@ -245,7 +244,8 @@ def open_saved(folder: epath.PathLike) -> Tokenizer | None:
   except (KeyError, TypeError) as error:
     raise UserError(f"{path}: not what a run writes of its tokenizer ({error}).") from error
   tokenizer = _make(spec, kind, files, vocab_size)
-  # Older versions did not write it.
+  tokenizer = dataclasses.replace(tokenizer, is_own=bool(meta.get("is_own", tokenizer.is_own)))
+  # Older versions wrote neither.
   if meta.get("fingerprint", tokenizer.fingerprint()) != tokenizer.fingerprint():
     raise UserError(
       f"{path.parent}: {' or '.join(sorted(files))} is not what the run saved there, so that ids "
@@ -266,6 +266,8 @@ def load(spec: str) -> Tokenizer:
   if path.suffix == ".gguf" and path.is_file():
     read = wings.load("gptjax.gguf.tokenizer:read", f"tokenizer {spec!r}")
     return _make(spec, *read(path))
+  if saved := open_saved(path):
+    return dataclasses.replace(saved, spec=spec)
   kind, names = formats.recognise(path)
   if kind is None:
     found = "holds no tokenizer that we read" if path.exists() else "is no file or folder"
@@ -373,4 +375,5 @@ def _make(
   if vocab_size is not None:  # A small text gives fewer merges than were asked for.
     unused = (b"",) * (vocab_size - len(made.token_bytes))
     made = dataclasses.replace(made, token_bytes=made.token_bytes + unused)
-  return Tokenizer(spec, made, settings, files)
+  is_own = spec.startswith(_BPE) or spec.split("+")[0] == "bytes"
+  return Tokenizer(spec, made, settings, files, is_own)

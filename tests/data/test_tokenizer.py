@@ -200,6 +200,16 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
     tokenizers.train_or_load("bpe:400", refuse, tmp_path)
 
 
+@pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
+def test_the_tokenizer_of_one_run_serves_another(spec, tmp_path):
+  first = tokenizers.train_or_load(spec, lambda: DOCUMENTS, tmp_path / "first")
+  folder = str(tmp_path / "first")
+  for _ in range(2):  # Started, and resumed.
+    second = tokenizers.train_or_load(folder, list, tmp_path / "second")
+    assert second.encode(TEXTS[0]) == first.encode(TEXTS[0])
+    assert (second.spec, second.is_own, second.start) == (folder, True, first.start)
+
+
 def test_a_run_does_not_go_on_with_swapped_ids(tmp_path):
   tokenizers.train_or_load("bpe:300", lambda: DOCUMENTS, tmp_path)
   path = tmp_path / "tokenizer.json"
