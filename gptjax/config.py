@@ -8,9 +8,11 @@ unit, `eval.every_steps` or `eval.every_percent`, and setting one unit replaces 
 import ast
 import contextlib
 import dataclasses
+import glob
 import importlib.util
 import inspect
 import json
+import os
 import re
 import signal
 import sys
@@ -348,6 +350,12 @@ class RunLength:
     return max(round(value * steps_of), 1)
 
 
+def describe_absent_tpu() -> None:
+  """Tells libtpu, where it is installed without a TPU, what it would print errors about."""
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+
+
 def run_app(main: Callable[..., int | None], usage: str, *, words: bool = False) -> None:
   """Runs an entry point: absl parses flags, overrides are collected, user errors are one sentence.
 
@@ -388,6 +396,8 @@ def run_app(main: Callable[..., int | None], usage: str, *, words: bool = False)
     except KeyboardInterrupt:
       sys.exit(128 + signal.SIGINT)
 
+  if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+    describe_absent_tpu()
   sys.modules["__main__"].__doc__ = usage
   flags.FLAGS.set_gnu_getopt(words)
   app.run(run, flags_parser=parse_flags)

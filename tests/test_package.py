@@ -1,5 +1,6 @@
 """What is installed: one package with its presets, and one command for all."""
 
+import glob
 import os
 import shutil
 import subprocess
@@ -54,6 +55,16 @@ def test_one_command_names_the_others():
   refused = call("-m", "gptjax", "train", "--config=pretrain.py:model=gpt2-125m", "--dry_run")
   assert "no model preset 'gpt2-125m'. Did you mean" in refused.stderr
   assert "Traceback" not in refused.stderr
+
+
+def test_a_tpu_that_is_not_there_is_not_complained_about():
+  if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+    pytest.skip("there may be a TPU here")
+  config = "--config=pretrain.py:model=debug,data=stdlib"
+  # The libtpu of this process holds the lock.
+  environment = {"JAX_PLATFORMS": "", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  done = call("-m", "gptjax.train", config, "--dry_run", **environment)
+  assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ["chat", "generate"])

@@ -12,6 +12,7 @@ from typing import Protocol
 import jax
 from jax.experimental import topologies
 
+from gptjax.config import describe_absent_tpu
 from gptjax.devices.chips import Chip, find_chip
 from gptjax.errors import UserError, did_you_mean
 
@@ -216,8 +217,7 @@ def default_shape(chips: int, dimensions: int) -> tuple[int, ...]:
 def prepare_environment() -> None:
   """Tells libtpu that there is no TPU to look for. Call it before libtpu is loaded."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+  describe_absent_tpu()
   os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
   # Several processes may compile at once, since no chip is used.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
