@@ -10,14 +10,16 @@ os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 _temporary = tempfile.TemporaryDirectory(prefix="gptjax-tests-")
 tempfile.tempdir = os.environ["TMPDIR"] = _temporary.name
 
-# What is compiled here runs once, on tiny arrays: the time goes into compiling it.
-XLA_FLAGS = (
-  "--xla_force_host_platform_device_count=4",
-  "--xla_backend_optimization_level=0",
-  "--xla_llvm_disable_expensive_passes=true",
-)
-_inherited = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = " ".join(filter(None, (_inherited, *XLA_FLAGS)))
+# What tests and the programs that they start compile runs once, on tiny arrays: the time goes into
+# compiling it. So that is done in a hurry, and once for all workers of a session: what takes longer
+# to compile than to keep is kept, but not in the cache of whoever runs the tests.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers inherit the variables.
+  _hurry = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_hurry}".lstrip()
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_temporary.name, "compiled")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+_flags = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=4"
 os.environ["NPROC"] = "16"  # As `gptjax.devices.hosts.prepare_cpu` does.
 
 import jax  # noqa: E402
@@ -31,22 +33,27 @@ from gptjax.model.config import ModelConfig  # noqa: E402
 from gptjax.model.gpt import describe_parameters, model_graph  # noqa: E402
 
 assert jax.device_count() >= 1  # Starts the backend, which reads the flags.
-# The programs that tests start are to see the machine as users do.
+# The programs that tests start are to see the devices that users do.
 del os.environ["NPROC"]
-if _inherited is None:
-  del os.environ["XLA_FLAGS"]
-else:
-  os.environ["XLA_FLAGS"] = _inherited
+os.environ["XLA_FLAGS"] = _flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Programs that tests compile are not kept in the cache of whoever runs them.
-jax.config.update("jax_enable_compilation_cache", False)
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_temporary.name, "compiled"))
 
 
 def pytest_unconfigure():
   """Called at the end, in workers too, which leave no time for what Python does when it exits."""
   _temporary.cleanup()
+
+
+@pytest.fixture(scope="session")
+def cpu_devices():
+  """Returns a function: the variables by which a program sees so many CPU devices."""
+
+  def variables(count):
+    flags = f"{_flags} --xla_force_host_platform_device_count={count}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+  return variables
 
 
 @pytest.fixture

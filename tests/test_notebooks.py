@@ -24,9 +24,9 @@ RESULTS = {
   ],
   ids=lambda path: path.stem,
 )
-def test_notebook_runs(path, monkeypatch, tmp_path):
-  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  monkeypatch.setenv("XLA_FLAGS", "")
+def test_notebook_runs(path, cpu_devices, monkeypatch, tmp_path):
+  for name, value in cpu_devices(1).items():
+    monkeypatch.setenv(name, value)
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
   notebook = nbformat.read(path, as_version=4)

@@ -30,13 +30,8 @@ BASE = {
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-  return os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+def environment(cpu_devices):
+  return os.environ | cpu_devices(1)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ SMOKE = textwrap.dedent("""
 
 
 @pytest.mark.parametrize("wing", GOES_WITH)
-def test_what_remains_without_a_wing_runs(wing, tmp_path):
+def test_what_remains_without_a_wing_runs(wing, cpu_devices, tmp_path):
   keep = shutil.ignore_patterns("__pycache__")
   for folder in ("gptjax", "configs"):
     shutil.copytree(ROOT / folder, tmp_path / folder, ignore=keep)
@@ -78,7 +78,7 @@ def test_what_remains_without_a_wing_runs(wing, tmp_path):
       f"A text of some length, number {number}.\n" * 9
     )
   (tmp_path / "smoke.py").write_text(SMOKE)
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""}
+  environment = os.environ | cpu_devices(1) | {"PYTHONPATH": str(tmp_path)}
   found = subprocess.run(
     [sys.executable, "smoke.py", wing],
     env=environment,

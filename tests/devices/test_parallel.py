@@ -185,7 +185,7 @@ RING_JOBS = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tiny_config, random_params):
+def results(tmp_path_factory, tiny_config, random_params, cpu_devices):
   """What `main` computes, by its job."""
   # All heads, feed-forward columns and vocabulary rows divide by 2, all widths by 8.
   execution = {"attention.kernel": "xla", "execution.scan_layers": False}
@@ -196,15 +196,9 @@ def results(tmp_path_factory, tiny_config, random_params):
   folder = tmp_path_factory.mktemp("parallel")
   arguments = {job: (configs[job.model], random_params(configs[job.model])) for job in jobs}
   (folder / "jobs").write_bytes(pickle.dumps(arguments))
-  flags = "device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=1"
   done = subprocess.run(
     [sys.executable, "-m", "tests.devices.test_parallel", folder / "jobs", folder / "results"],
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "NPROC": "16",
-      "XLA_FLAGS": f"--xla_force_host_platform_{flags}",
-    },
+    env=os.environ | cpu_devices(8) | {"NPROC": "16"},
     cwd=ROOT,
     capture_output=True,
     text=True,

@@ -325,13 +325,8 @@ def test_adapters_are_trained_with_a_new_head(
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_it_ends_as_if_it_had_not_been(records, tmp_path):
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+def test_killed_at_ten_random_moments_it_ends_as_if_it_had_not_been(records, cpu_devices, tmp_path):
+  environment = os.environ | cpu_devices(1)
   flags = [f"--config.{key}={value}" for key, value in overrides(records).items()]
   program = [sys.executable, "-m", "gptjax.train", *flags]
   program.append("--config=configs/finetune.py:task=classification,model=debug")

@@ -275,9 +275,9 @@ print("the same")
 
 
 @pytest.mark.slow
-def test_eight_devices_compute_what_one_does():
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+def test_eight_devices_compute_what_one_does(cpu_devices):
+  environment = os.environ | cpu_devices(8)
   found = subprocess.run(
-    [sys.executable, "-c", EIGHT], env=os.environ | flags, capture_output=True, text=True
+    [sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True
   )
   assert found.stdout.strip() == "the same", found.stderr[-2000:]

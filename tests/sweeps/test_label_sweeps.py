@@ -7,10 +7,8 @@ import random
 import re
 import sys
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from gptjax.sweeps import definition, report, results
 from gptjax.sweeps.devices import Slot
@@ -33,25 +31,6 @@ SMALL = {
   "eval.patience": 2,
   "checkpoint.keep": 1,
 }
-
-
-@pytest.fixture
-def compiled_once(tmp_path):
-  """Seeds of an arm share their programs, as the processes of a sweep do."""
-  cache = {
-    "jax_compilation_cache_dir": str(tmp_path / "compiled"),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-  }
-  before = {key: getattr(jax.config, key) for key in cache}
-  _configure(cache)
-  yield
-  _configure(before)
-
-
-def _configure(options):
-  for key, value in options.items():
-    jax.config.update(key, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -84,7 +63,7 @@ def sweep(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_arm_of_higher_accuracy_is_the_better_one(sweep, compiled_once, tmp_path, capsys):
+def test_the_arm_of_higher_accuracy_is_the_better_one(sweep, tmp_path, capsys):
   workdir = tmp_path / "run"
   workdir.mkdir()
   made = {"idle": [], "learns": []}

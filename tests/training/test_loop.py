@@ -56,14 +56,9 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> dict[str, str]:
-  """For subprocesses: one CPU device, and compiled programs that they share."""
-  return os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+def environment(cpu_devices) -> dict[str, str]:
+  """For subprocesses: one CPU device."""
+  return os.environ | cpu_devices(1)
 
 
 def small_config(corpus: Path, argument: str = "model=debug,data=text", **overrides):
@@ -146,8 +141,11 @@ class Sayings(tfds.core.GeneratorBasedBuilder):
 @pytest.mark.parametrize(
   "case",
   [
-    *("text", "accumulation", "mixture", "tfds"),
-    *(pytest.param(case, marks=pytest.mark.slow) for case in ("fim", "dropout_ema_muon")),
+    "text",
+    *(
+      pytest.param(case, marks=pytest.mark.slow)
+      for case in ("accumulation", "mixture", "tfds", "fim", "dropout_ema_muon")
+    ),
   ],
 )
 def test_killed_run_resumes_bit_for_bit(case, corpus, environment, tmp_path):
@@ -179,13 +177,12 @@ def test_killed_run_resumes_bit_for_bit(case, corpus, environment, tmp_path):
   assert {step: losses(killed)[step] for step in before} == before
 
 
-def test_resume_on_another_number_of_devices(corpus, environment, tmp_path):
+def test_resume_on_another_number_of_devices(corpus, environment, cpu_devices, tmp_path):
   one, four = tmp_path / "one", tmp_path / "four"
   overrides = {"mesh.data": 2, "mesh.fsdp": 2}
   run(environment, corpus, [four], "model=debug,data=text", {}, kill_at=27)
   run(environment, corpus, [one], "model=debug,data=text", {})
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-  run(environment | flags, corpus, [four], "model=debug,data=text", overrides)
+  run(environment | cpu_devices(4), corpus, [four], "model=debug,data=text", overrides)
   assert list(losses(four)) == list(range(1, 41))
   np.testing.assert_allclose(list(losses(four).values()), list(losses(one).values()), rtol=1e-4)
 
@@ -289,12 +286,13 @@ def test_two_processes_train_as_one(corpus, environment, tmp_path):
   assert (two / "checkpoints" / "12").is_dir()
 
 
-def test_killed_on_two_hosts_resumes_on_one(corpus, environment, tmp_path):
+@pytest.mark.slow
+def test_killed_on_two_hosts_resumes_on_one(corpus, environment, cpu_devices, tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
-  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  four = environment | cpu_devices(4)
   mesh = {"mesh.data": 2, "mesh.fsdp": 4}
   with two_processes(
-    environment | devices,
+    four,
     corpus,
     explicit_ranks([two, two]),
     program=("-c", HELD),
@@ -310,7 +308,7 @@ def test_killed_on_two_hosts_resumes_on_one(corpus, environment, tmp_path):
     for process in processes:
       process.kill()
   run(
-    environment | devices,
+    four,
     corpus,
     [two],
     "model=debug,data=text",
@@ -323,7 +321,9 @@ def test_killed_on_two_hosts_resumes_on_one(corpus, environment, tmp_path):
   np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_host_stops_all_at_the_same_step(corpus, environment, tmp_path, number):
   ranks = explicit_ranks([tmp_path, tmp_path])
   overrides = {"total_steps": 1_000_000, "checkpoint.every_steps": 0}
@@ -339,7 +339,7 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(corpus, environment, tm
   assert saved == max(losses(tmp_path))
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_loses_its_partner_ends_soon(corpus, environment, tmp_path, lost):
   ranks = explicit_ranks([tmp_path, tmp_path])
   overrides = {"total_steps": 1_000_000, "checkpoint.every_steps": 5}
