@@ -266,7 +266,8 @@ def load(spec: str) -> Tokenizer:
   if path.suffix == ".gguf" and path.is_file():
     read = wings.load("gptjax.gguf.tokenizer:read", f"tokenizer {spec!r}")
     return _make(spec, *read(path))
-  if saved := open_saved(path):
+  # Beside a model of Hugging Face's, its own files tell more.
+  if not (path / "config.json").exists() and (saved := open_saved(path)):
     return dataclasses.replace(saved, spec=spec)
   kind, names = formats.recognise(path)
   if kind is None:

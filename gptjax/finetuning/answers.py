@@ -5,48 +5,39 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
-import jax
-
 from gptjax.data import cache, chat, sources, templates
-from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenCache
 from gptjax.data.options import DataOptions, PartOptions, check_records
 from gptjax.data.sources import Source
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import UserError, check_choice, check_number
+from gptjax.errors import UserError, check_choice
 from gptjax.finetuning import conversations, prompts
 from gptjax.finetuning.chat_encoding import ChatEncoder
 from gptjax.finetuning.conversations import Conversations
 from gptjax.finetuning.prompts import PromptEncoder, Prompts
 from gptjax.finetuning.record_packing import PackedConversations
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import GPT
-from gptjax.model.stats import ActivationStats, RouterStats
-from gptjax.objectives.cross_entropy import LossSum
-from gptjax.objectives.forward import token_loss
-from gptjax.objectives.task import Task
+from gptjax.objectives.text import TokenTask
 
 OVERLONG = ("truncate", "drop")
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerTask(Task):
+class AnswerTask(TokenTask):
   """Learns to write answers. Whole records share a row without seeing each other.
 
   Attributes:
     overlong: handling of a record that is longer than a row: 'truncate' keeps the part that fits,
       if it has learnt tokens; 'drop' leaves the record out.
-    z_loss: see `TextTask`.
   """
 
   overlong: str = "truncate"
-  z_loss: float = 0.0
 
   metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
 
   def __post_init__(self):
+    super().__post_init__()
     check_choice("task.overlong", self.overlong, OVERLONG)
-    check_number("task.z_loss", self.z_loss, at_least=0)
 
   def open_records(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
     """Opens a corpus as whole records: (training, validation)."""
@@ -69,17 +60,6 @@ class AnswerTask(Task):
         f"task={self.name!r} needs model.visibility='causal' and no encoder, not "
         f"{model.visibility!r} and model.encoder_layers={model.encoder_layers}."
       )
-
-  def loss(
-    self,
-    model: GPT,
-    batch: Batch,
-    key: jax.Array | None = None,
-    *,
-    stats: ActivationStats | None = None,
-    router_stats: RouterStats | None = None,
-  ) -> LossSum:
-    return token_loss(model, batch, key, z_loss=self.z_loss, stats=stats, router_stats=router_stats)
 
 
 @dataclasses.dataclass(frozen=True)

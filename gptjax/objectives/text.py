@@ -27,22 +27,41 @@ MakeRow = Callable[[np.ndarray, np.random.Generator], Batch]
 
 
 @dataclasses.dataclass(frozen=True)
-class TextTask(Task):
-  """Predicts tokens of plain text.
+class TokenTask(Task):
+  """Predicts tokens, by the cross-entropy of each.
 
   Attributes:
     z_loss: factor of log(sum exp(logits))^2, which is minimised too but not part of the loss shown.
-    visibility: the `ModelConfig.visibility` that the task needs.
-    has_encoder: whether it needs an encoder.
   """
 
   z_loss: float = 0.0
 
-  visibility: ClassVar[str] = "causal"
-  has_encoder: ClassVar[bool] = False
-
   def __post_init__(self):
     check_number("task.z_loss", self.z_loss, at_least=0)
+
+  def loss(
+    self,
+    model: GPT,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    stats: ActivationStats | None = None,
+    router_stats: RouterStats | None = None,
+  ) -> LossSum:
+    return token_loss(model, batch, key, z_loss=self.z_loss, stats=stats, router_stats=router_stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask(TokenTask):
+  """Predicts tokens of plain text.
+
+  Attributes:
+    visibility: the `ModelConfig.visibility` that the task needs.
+    has_encoder: whether it needs an encoder.
+  """
+
+  visibility: ClassVar[str] = "causal"
+  has_encoder: ClassVar[bool] = False
 
   def rows(self, encoded: TokenCache, data: DataOptions, *, training: bool) -> Windows:
     return Windows(encoded, self.window_length(data), drop_remainder=training)
@@ -61,17 +80,6 @@ class TextTask(Task):
       raise UserError(
         f"task={self.name!r} needs model.encoder_layers of {needs}, not {model.encoder_layers}."
       )
-
-  def loss(
-    self,
-    model: GPT,
-    batch: Batch,
-    key: jax.Array | None = None,
-    *,
-    stats: ActivationStats | None = None,
-    router_stats: RouterStats | None = None,
-  ) -> LossSum:
-    return token_loss(model, batch, key, z_loss=self.z_loss, stats=stats, router_stats=router_stats)
 
 
 @dataclasses.dataclass(frozen=True)
