@@ -219,7 +219,7 @@ def test_python_of_the_documents_runs(monkeypatch, tmp_path, capsys):
     "sequence_length": 64,
     "tokenizer": "bpe:300",
     "data.source": "text",
-    "data.path": str(ROOT / "gptjax"),
+    "data.path": str(ROOT / "gptjax/optim"),
     "data.cache_dir": str(tmp_path),
     "model.num_layers": 1,
     "model.embed_dim": 48,

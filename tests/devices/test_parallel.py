@@ -178,21 +178,33 @@ def main(job_file, result_file):
 
 # --- In this process ---------------------------------------------------------------------------
 
+MESH_JOBS = [make_job(model, mesh) for mesh in MESHES for model in MODELS]
 RING_JOBS = [
   make_job("rope", {"fsdp": 8}, ring=True),
   make_job("learned", {"data": 2, "fsdp": 2, "tensor": 2}, ring=True),
 ]
+# Each model, each axis, and no more than the ring is compared with.
+FAST = [
+  make_job("rope", {"fsdp": 8}),
+  make_job("learned", {"data": 2, "fsdp": 2, "tensor": 2}),
+  make_job("learned", {"fsdp": 2, "context": 4}),
+]
+
+
+def name_job(job):
+  return f"{job.model}-{dict(job.mesh)}"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tiny_config, random_params, cpu_devices):
-  """What `main` computes, by its job."""
+def results(request, tmp_path_factory, tiny_config, random_params, cpu_devices):
+  """What `main` computes, by its job: what the tests that run ask for."""
   # All heads, feed-forward columns and vocabulary rows divide by 2, all widths by 8.
   execution = {"attention.kernel": "xla", "execution.scan_layers": False}
   configs = {name: tiny_config(**execution, **changes) for name, changes in MODELS.items()}
-  jobs = [Job(model, None, 1) for model in MODELS]
-  jobs += [make_job(model, mesh) for mesh in MESHES for model in MODELS]
-  jobs += RING_JOBS
+  mine = [item for item in request.session.items if item.module is request.module]
+  asked = {item.callspec.params["job"] for item in mine if "job" in item.callspec.params}
+  jobs = {Job(model, None, 1) for model in MODELS} | asked
+  jobs |= {dataclasses.replace(job, ring=False) for job in asked}
   folder = tmp_path_factory.mktemp("parallel")
   arguments = {job: (configs[job.model], random_params(configs[job.model])) for job in jobs}
   (folder / "jobs").write_bytes(pickle.dumps(arguments))
@@ -219,17 +231,20 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual[name], b, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_training_does_not_depend_on_the_mesh(results, mesh, model):
-  actual, expected = results[make_job(model, mesh)], results[Job(model, None, 1)]
+@pytest.mark.parametrize(
+  "job",
+  [pytest.param(job, marks=[] if job in FAST else [pytest.mark.slow]) for job in MESH_JOBS],
+  ids=name_job,
+)
+def test_training_does_not_depend_on_the_mesh(results, job):
+  actual, expected = results[job], results[Job(job.model, None, 1)]
   assert_close(actual["gradient"], expected["gradient"])
   for after, wanted in zip(actual["metrics"], expected["metrics"], strict=True):
     assert_close(after, wanted)
   assert_close(actual["params"], expected["params"])
 
 
-@pytest.mark.parametrize("job", RING_JOBS, ids=lambda job: job.model)
+@pytest.mark.parametrize("job", RING_JOBS, ids=name_job)
 def test_training_does_not_depend_on_the_ring(results, job):
   without = results[dataclasses.replace(job, ring=False)]
   actual = results[job]

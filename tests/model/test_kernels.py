@@ -105,8 +105,22 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("backward", ["one pass", "two kernels"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+  ("case", "backward"),
+  [
+    *(pytest.param(case, "one pass", id=f"{name}-one pass") for name, case in CASES.items()),
+    # The case of all features at once is fast.
+    *(
+      pytest.param(
+        case,
+        "two kernels",
+        id=f"{name}-two kernels",
+        marks=[] if name == "all" else [pytest.mark.slow],
+      )
+      for name, case in CASES.items()
+    ),
+  ],
+)
 def test_splash_is_the_attention_that_is_written_out(monkeypatch, small_blocks, case, backward):
   monkeypatch.setattr(kernels, "MAX_PARTIAL_GRADIENTS", 3 if backward == "one pass" else 2)
   options = {"window": None, "packed": False, "kv_heads": N, "cap": 0.0, "head_dim": 64} | case
@@ -312,7 +326,13 @@ def model_loss(tiny_config, random_params):
 
 
 @pytest.mark.parametrize(
-  "mesh", [{}, {"tensor": 2, "context": 2}, {"data": 2, "context": 2}], ids=str
+  "mesh",
+  [
+    {},
+    {"tensor": 2, "context": 2},
+    pytest.param({"data": 2, "context": 2}, marks=pytest.mark.slow),
+  ],
+  ids=str,
 )
 def test_a_model_learns_the_same_by_splash(model_loss, small_blocks, mesh):
   assert_close(model_loss("splash", **mesh), model_loss("xla"))

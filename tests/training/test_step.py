@@ -182,7 +182,7 @@ def test_a_mixture_minimises_the_losses_of_its_routers_and_tells_them(
   assert not [name for name in after_two_steps[1] if name.startswith("router")]
 
 
-@pytest.mark.parametrize("grad_accumulation", [2, 4])
+@pytest.mark.parametrize("grad_accumulation", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_updates_do_not_depend_on_accumulation(
   config, optimizer, start, batch, after_two_steps, grad_accumulation
 ):
@@ -198,8 +198,8 @@ def test_updates_do_not_depend_on_accumulation(
 @pytest.mark.parametrize(
   ("sizes", "grad_accumulation"),
   [
-    ({"data": 4}, 2),
-    ({"fsdp": 4}, 1),
+    pytest.param({"data": 4}, 2, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 4}, 1, marks=pytest.mark.slow),
     ({"data": 2, "fsdp": 2}, 2),
     ({"tensor": 2}, 1),
     ({"data": 2, "context": 2}, 1),
@@ -305,7 +305,10 @@ def test_the_norms_of_a_stack_are_a_layer_each(tiny_config, random_params, batch
 
 @pytest.mark.parametrize(
   ("sizes", "grad_accumulation"),
-  [({"data": 2, "fsdp": 2}, 2), ({"tensor": 2, "context": 2}, 1)],
+  [
+    ({"data": 2, "fsdp": 2}, 2),
+    pytest.param({"tensor": 2, "context": 2}, 1, marks=pytest.mark.slow),
+  ],
   ids=str,
 )
 def test_figures_do_not_depend_on_accumulation_and_mesh(
