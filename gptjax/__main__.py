@@ -11,6 +11,7 @@ words models, data, optimizers, meshes, adapters and tasks list the presets that
 import ast
 import importlib
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -26,17 +27,16 @@ _PRESETS = {
   "adapters": ("gptjax.presets.parts.peft", "PEFT"),
   "tasks": ("gptjax.objectives.task", "TASKS"),
 }
-# Modules beside the commands that are no commands.
-_NO_COMMANDS = ("config", "errors", "tree", "upgrades", "wings")
+# How a command ends, and no module beside the commands.
+_RUNS = '\nif __name__ == "__main__":\n'
 
 
 def commands() -> dict[str, str]:
   """{name: the first sentence of its help}, without importing any."""
   found = {}
   for path in sorted(_PACKAGE.glob("[a-z]*.py")):
-    if path.stem not in _NO_COMMANDS:
-      docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-      found[path.stem] = docstring.split("\n")[0]
+    if _RUNS in (code := path.read_text(encoding="utf-8")):
+      found[path.stem] = ast.get_docstring(ast.parse(code)).split("\n")[0]
   return found
 
 
@@ -47,7 +47,9 @@ def main() -> None:
   if name in known:
     sys.argv = [f"gptjax {name}", *arguments]
     runpy.run_module(f"gptjax.{name}", run_name="__main__", alter_sys=False)
-  elif name in _PRESETS:
+    return
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A list may be cut short, as by `| head`.
+  if name in _PRESETS:
     module, table = _PRESETS[name]
     print("\n".join(getattr(importlib.import_module(module), table)))
   elif name in ("--help", "-h", "help"):

@@ -206,7 +206,7 @@ def _sibling(section: Mapping[str, Any], leaf: str) -> str | None:
 
 
 def _unknown_key(config: ConfigDict, key: str) -> str:
-  return f"no config key {key!r}. {did_you_mean(key, leaves(config))}"
+  return f"no config key {key!r}. {did_you_mean(key, flatten(config))}"
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
@@ -237,30 +237,15 @@ def _parse(key: str, text: str, old: Any) -> Any:
     raise UserError(f"config.{key}={text!r}: expected {expected}.") from None
 
 
-def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-  """Yields the dotted key of every value."""
-  for key, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from leaves(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}"
-
-
 def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
 def to_text(config: ConfigDict) -> str:
   """Formats a config as lines of "key = value", for the terminal."""
-  flat = {key: _get(config, key) for key in leaves(config)}
+  flat = flatten(config)
   width = max(map(len, flat))
   return "\n".join(f"{key:<{width}} = {value!r}" for key, value in sorted(flat.items()))
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-  for name in key.split("."):
-    config = config[name]
-  return config
 
 
 def save(config: ConfigDict, workdir: epath.Path) -> None:
@@ -400,4 +385,9 @@ def run_app(main: Callable[..., int | None], usage: str, *, words: bool = False)
     describe_absent_tpu()
   sys.modules["__main__"].__doc__ = usage
   flags.FLAGS.set_gnu_getopt(words)
-  app.run(run, flags_parser=parse_flags)
+  try:
+    app.run(run, flags_parser=parse_flags)
+  except BrokenPipeError:
+    sys.exit(128 + signal.SIGPIPE)
+  finally:  # Whoever reads the output may have read enough, as `head` does.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)

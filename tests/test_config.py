@@ -318,4 +318,4 @@ def test_a_directory_without_a_run_is_named(tmp_path):
 def test_the_text_has_every_key_once():
   config = config_lib.load(PRETRAIN)
   keys = [line.split(" = ")[0].strip() for line in config_lib.to_text(config).splitlines()]
-  assert keys == sorted(config_lib.leaves(config))
+  assert keys == sorted(config_lib.flatten(config))

@@ -113,7 +113,7 @@ def reads():
 
 
 def unread(config, reads):
-  return [key for key in config_lib.leaves(config) if not reads.has(key)]
+  return [key for key in config_lib.flatten(config) if not reads.has(key)]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_an_invented_key_is_found_in_every_section(name, reads):
   config = config_lib.load(f"{CONFIGS}/pretrain.py:peft=lora")
   sections = [(), *((key,) for key in config if isinstance(config[key], ConfigDict))]
   sections += [("model", key) for key in config.model if isinstance(config.model[key], ConfigDict)]
-  known = {*config_lib.leaves(config)}
+  known = {*config_lib.flatten(config)}
   for path in sections:
     key = ".".join((*path, name))
     if key not in known:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from gptjax import config as config_lib
+from gptjax.__main__ import commands
 from gptjax.errors import UserError
+from tests.test_house import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +67,25 @@ def test_a_tpu_that_is_not_there_is_not_complained_about():
   environment = {"JAX_PLATFORMS": "", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   done = call("-m", "gptjax.train", config, "--dry_run", **environment)
   assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_commands_are_those_that_can_be_run():
+  assert [*commands()] == [*COMMANDS]
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["--help"], ["models"]])
+def test_output_that_nobody_reads_to_its_end_is_no_error(words):
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, "w") as closed:
+    program = subprocess.run(
+      [sys.executable, "-m", "gptjax", *words],
+      stdout=closed,
+      stderr=subprocess.PIPE,
+      text=True,
+      check=False,
+    )
+  assert program.stderr == ""
 
 
 @pytest.mark.parametrize("name", ["chat", "generate"])
