@@ -26,12 +26,13 @@ def main(overrides) -> None:
   if overrides:
     raise UserError("gptjax.chat takes no --config.KEY flags; a run's config comes with it.")
   args = flags.FLAGS
+  sampling = sampling_from_flags()
   model, tokenizer = load_model(args.checkpoint, ema=args.ema)
   conversation = Conversation(
     model,
     tokenizer,
     system=args.system,
-    sampling=sampling_from_flags(),
+    sampling=sampling,
     max_tokens=args.max_tokens,
     context=args.context,
     seed=args.seed,

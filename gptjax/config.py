@@ -378,6 +378,10 @@ def run_app(main: Callable[..., int | None], usage: str, *, words: bool = False)
       return main(overrides, positional) if words else main(overrides)
     except UserError as error:
       sys.exit(f"error: {error}")
+    except OSError as error:
+      if error.filename is None:
+        raise
+      sys.exit(f"error: {error.filename}: {error.strerror}.")
     except KeyboardInterrupt:
       sys.exit(128 + signal.SIGINT)
 

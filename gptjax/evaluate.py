@@ -63,6 +63,8 @@ def main(overrides) -> None:
     raise UserError("gptjax.evaluate takes no --config.KEY flags; a run's config comes with it.")
   if not FLAGS.tasks and not FLAGS.lm_eval:
     raise UserError("nothing to evaluate: give --tasks=TASK.json,... or --lm_eval=TASK,...")
+  if FLAGS.output:
+    epath.Path(FLAGS.output).mkdir(parents=True, exist_ok=True)  # If that fails, it does so early.
   prepare_cpu()
   if FLAGS.lm_eval:
     need("lm_eval")

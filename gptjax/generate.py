@@ -13,7 +13,7 @@ import sys
 from absl import flags
 
 from gptjax import config as config_lib
-from gptjax.errors import UserError
+from gptjax.errors import UserError, check_number
 from gptjax.inference.flags import define_sampling_flags, sampling_from_flags
 from gptjax.inference.generate import chat_prompts, generate
 from gptjax.training.pretrained import load_model
@@ -37,6 +37,10 @@ def main(overrides) -> None:
     raise UserError("--chat needs a --prompt; gptjax.chat asks for one after the other.")
   if FLAGS.system is not None and not FLAGS.chat:
     raise UserError("--system is for --chat.")
+  if "" in FLAGS.stop:
+    raise UserError("--stop is empty; give a text that ends a completion.")
+  check_number("--max_tokens", FLAGS.max_tokens, at_least=1)
+  sampling = sampling_from_flags()
   model, tokenizer = load_model(FLAGS.checkpoint, ema=FLAGS.ema)
   prompts = FLAGS.prompt or [""]
   stream = not FLAGS.json and len(prompts) == 1
@@ -47,7 +51,7 @@ def main(overrides) -> None:
     tokenizer,
     chat_prompts(tokenizer, prompts, FLAGS.system) if FLAGS.chat else prompts,
     max_tokens=FLAGS.max_tokens,
-    sampling=sampling_from_flags(),
+    sampling=sampling,
     stop=FLAGS.stop,
     seed=FLAGS.seed,
     on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,

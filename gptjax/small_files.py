@@ -76,6 +76,8 @@ def parse_json(content: str | bytes, source: object) -> Any:
 def read_json(path: epath.PathLike) -> Any:
   """Reads a file of JSON; UserError that names it if it cannot be read or parsed."""
   try:
+    if Path(path).is_fifo():
+      raise OSError("a pipe, not a file")  # Reading it might wait for ever.
     content = epath.Path(path).read_bytes()
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error

@@ -45,7 +45,10 @@ def name_roles(rules: Sequence[tuple[str, Any]], roles: Mapping[str, str]) -> li
     roles: {name: role}.
   """
   named = []
-  for pattern, value in rules:
+  for rule in rules:
+    if isinstance(rule, str) or len(rule) != 2:
+      raise UserError(f"rule {rule!r} is not a pair of a pattern and what it gives.")
+    pattern, value = rule
     if pattern.startswith(_ROLE):
       wanted = re.compile(pattern.removeprefix(_ROLE))
       names = [re.escape(name) for name, role in roles.items() if wanted.fullmatch(role)]

@@ -1,7 +1,10 @@
 import json
+import signal
+import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -319,3 +322,15 @@ def test_the_text_has_every_key_once():
   config = config_lib.load(PRETRAIN)
   keys = [line.split(" = ")[0].strip() for line in config_lib.to_text(config).splitlines()]
   assert keys == sorted(config_lib.flatten(config))
+
+
+# --- Commands ----------------------------------------------------------------------------------
+
+
+def test_a_file_that_the_system_refuses_is_named_without_a_traceback(monkeypatch, tmp_path):
+  monkeypatch.setattr(config_lib.app, "run", lambda run, flags_parser: run([]))
+  monkeypatch.setattr(config_lib.flags, "FLAGS", flags.FlagValues())
+  monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+  monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")
+  with pytest.raises(SystemExit, match=f"^error: {tmp_path}: Is a directory.$"):
+    config_lib.run_app(lambda overrides: tmp_path.read_text(), config_lib.__doc__)

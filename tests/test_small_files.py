@@ -92,6 +92,12 @@ def test_json_that_cannot_be_used_gets_one_sentence(tmp_path, content, reason):
     read_json(path)
 
 
+def test_a_pipe_is_refused_instead_of_waiting_for_what_may_never_come(tmp_path):
+  os.mkfifo(tmp_path / "pipe.json")
+  with pytest.raises(UserError, match=r"pipe\.json: cannot be read \(a pipe, not a file\)"):
+    read_json(tmp_path / "pipe.json")
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
   with pytest.raises(UserError, match=r"missing.json: cannot be read \(No such file"):
     read_json(tmp_path / "missing.json")

@@ -38,6 +38,12 @@ def test_an_uncovered_parameter_is_named():
     tree.match_rules(NAMES, [("kernel", 1)], "decay")
 
 
+@pytest.mark.parametrize("rules", [("x",), ("xy",), (("x", 1, 2),)])
+def test_a_rule_that_is_no_pair_is_named(rules):
+  with pytest.raises(UserError, match=r"rule .*x.* is not a pair of a pattern and what it gives"):
+    tree.name_roles(rules, {})
+
+
 def test_a_bad_pattern_is_named():
   with pytest.raises(UserError, match=r"decay: rule '\(up' is not a regular expression"):
     tree.match_rules(NAMES, [("(up", 1), (".*", 2)], "decay")

@@ -67,7 +67,7 @@ def read_options(config: Any, *, row_multiple: int = 1) -> DataOptions:
     parts, weights = {part.source: part}, {part.source: 1.0}
   for name, weight in weights.items():
     check_number(f"data.mixture.{name}.weight", weight, above=0)
-  check_number("seed", config.seed, at_least=0)
+  check_number("seed", config.seed, at_least=0, below=2**63)
   check_number("batch_size", config.batch_size, at_least=1)
   check_number("sequence_length", config.sequence_length, at_least=1)
   return DataOptions(

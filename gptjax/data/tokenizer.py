@@ -330,10 +330,10 @@ def declared_vocab_size(spec: str) -> int:
   base, specials = _parse(spec)
   number = base.removeprefix(_BPE)
   smallest = 256 + len(specials)
-  if not number.isdecimal() or int(number) < smallest:
+  if not number.isdecimal() or not smallest <= int(number) <= formats.MAX_VOCAB:
     raise UserError(
-      f"tokenizer {spec!r}: N in bpe:N must be a whole number of {smallest} or more "
-      f"(256 bytes and {len(specials)} special tokens)."
+      f"tokenizer {spec!r}: N in bpe:N must be a whole number of {smallest} or more (256 "
+      f"bytes and {len(specials)} special tokens), and at most {formats.MAX_VOCAB}."
     )
   return int(number)
 

@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.data.files import find_files
 from gptjax.data.templates import Example, Template, open_template
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, check_number, did_you_mean
 from gptjax.small_files import parse_json, read_json
 
 # Required keys of each kind.
@@ -143,6 +144,12 @@ class Task:
       raise UserError(f"{self.file}: labels: a classification has at least 2 labels.")
     if not all(isinstance(text, str) and text.strip() for text in self.labels.values()):
       raise UserError(f"{self.file}: labels: each label needs a text that is not empty.")
+    bounds = {"max_tokens": 1, "samples": 1, "temperature": 0, "timeout_seconds": 0}
+    for name, least in bounds.items():
+      check_number(f"{self.file}: {name}", getattr(self, name), at_least=least)
+    for text in self.stop:
+      if not isinstance(text, str) or not text:
+        raise UserError(f"{self.file}: stop: {text!r} is not a text that could end an answer.")
     for k in self.k:
       if not isinstance(k, int) or k < 1:
         raise UserError(f"{self.file}: k: {k!r} is not a whole number from 1.")
@@ -297,6 +304,7 @@ def read_examples(path: Path) -> list[Example]:
     UserError: the file cannot be read or has no example, or a line is not a JSON object.
   """
   examples = []
+  find_files(str(path))  # Refuses a pipe, reading which might wait for ever.
   try:
     with path.open(encoding="utf-8") as lines:
       for number, line in enumerate(lines, 1):

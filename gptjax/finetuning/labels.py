@@ -6,6 +6,7 @@ Axes: B batch, T positions, K labels, N examples.
 import abc
 import collections
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -79,12 +80,18 @@ class LabelTask(Task):
   # --- From records to examples -------------------------------------------------------------------
 
   def record_keys(self, text_key: str) -> dict[str, str]:
+    if not text_key:
+      raise UserError(f"data.text_key is empty; task={self.name!r} needs the key of its texts.")
     keys = {
       "data.text_key": text_key,
       "task.pair_key": self.pair_key,
       "task.label_key": self.label_key,
     }
-    return {option: key for option, key in keys.items() if key}
+    keys = {option: key for option, key in keys.items() if key}
+    for first, second in itertools.combinations(keys, 2):
+      if keys[first] == keys[second]:
+        raise UserError(f"{first} and {second} are both {keys[first]!r}; give each its own key.")
+    return keys
 
   def read(self, fields: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:
     *keys, label_key = fields

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -130,7 +131,9 @@ def predict(
     raise UserError(f"task={task.name!r} writes text; it has no labels to give.")
   task.blank_label([])
   check_choice("--overlong", overlong, OVERLONG)
-  check_number("--max_length", max_length, at_least=0)
+  position = model.config.position
+  room = position.max_positions - position.offset if position.kind == "learned" else math.inf
+  check_number("--max_length", max_length, at_least=0, at_most=room)
   if task.is_by_word and overlong == "head_tail":
     raise UserError(f"--overlong=head_tail: task={task.name!r} labels each word; use windows.")
   data = dataclasses.replace(data, sequence_length=max_length or data.sequence_length)

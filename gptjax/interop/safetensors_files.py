@@ -37,7 +37,7 @@ class TensorFiles(contextlib.ExitStack):
     for path in _shards(folder):
       try:
         file = self.enter_context(safetensors.safe_open(path, framework="np"))
-      except safetensors.SafetensorError as error:
+      except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
       self._files |= dict.fromkeys(file.keys(), file)
 

@@ -27,13 +27,13 @@ class Group:
 
 
 def check_fields(config: Any, prefix: str) -> None:
-  """Raises UserError, which names the key, for a number that is not finite or an unknown choice."""
+  """Raises UserError, naming the key, for an unknown choice or a negative or infinite number."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if get_origin(field.type) is Literal:
       check_choice(prefix + field.name, value, get_args(field.type))
-    elif isinstance(value, float):
-      check_number(prefix + field.name, value)
+    elif isinstance(value, int | float):
+      check_number(prefix + field.name, value, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -423,7 +423,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     try:
       if json.loads(line)["step"] <= step and line.endswith("\n"):
         kept.append(line)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
       logging.warning("%s:%d: dropped, not a line of metrics: %.40r", path, number, line)
   write_atomically(path, "".join(kept))
 

@@ -17,6 +17,7 @@ from gptjax.presets.parts import data as presets
       "data.validation_fraction is 0.0; it must be above 0 and below 1",
     ),
     ({"seed": -1}, "seed is -1; it must be at least 0"),
+    ({"seed": 2**64}, "must be at least 0 and below 9223372036854775808"),
     ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
     ({"sequence_length": 0}, "sequence_length is 0; it must be at least 1"),
   ],

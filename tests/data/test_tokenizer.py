@@ -254,6 +254,7 @@ def test_a_tokenizer_of_a_run_from_elsewhere_reads_its_own_folder_alone(tmp_path
     ("bpe:500+", "no suffix ''"),
     ("bpe:260+mask", "whole number of 261 or more"),
     ("bpe:300+sentinels", "whole number of 360 or more"),
+    ("bpe:99999999999", ", and at most "),
     ("byts", "is no file or folder. Give 'bytes'"),
     (".", "holds no tokenizer that we read"),
   ],

@@ -1,13 +1,14 @@
 import collections
 import dataclasses
 import json
+import os
 
 import pytest
 
 from gptjax.data.templates import Example
 from gptjax.errors import UserError
 from gptjax.evals import task as tasks
-from gptjax.evals.task import choose_shots, evaluated_examples, load_task
+from gptjax.evals.task import choose_shots, evaluated_examples, load_task, read_examples
 
 SENTIMENT = {
   "kind": "classification",
@@ -72,6 +73,12 @@ def test_the_tasks_of_the_docstring_can_be_read(write_task):
     ({"metrics": ["ece"], "by": "generation"}, "no metric 'ece'"),
     ({"calibrate": True, "by": "generation"}, "calibrate is of classification by likelihood"),
     ({"max_tokens": "many"}, "'max_tokens' is str"),
+    ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+    ({"samples": 0}, "samples is 0; it must be at least 1"),
+    ({"temperature": -1.0}, r"temperature is -1\.0; it must be at least 0"),
+    ({"timeout_seconds": -1}, "timeout_seconds is -1; it must be at least 0"),
+    ({"stop": [1]}, "stop: 1 is not a text"),
+    ({"stop": [""]}, "stop: '' is not a text"),
     (
       {"kind": "code", "program": "x", "check": "x", "samples": 2, "k": [3]},
       "k: 3 is not from 1 to samples=2",
@@ -89,6 +96,12 @@ def test_the_tasks_of_the_docstring_can_be_read(write_task):
 def test_a_setting_that_cannot_be_is_refused(sentiment, changes, sentence):
   with pytest.raises(UserError, match=f"task.json: .*{sentence}"):
     sentiment(**changes)
+
+
+def test_examples_in_a_pipe_are_refused_instead_of_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "pipe.jsonl")
+  with pytest.raises(UserError, match=r"pipe\.jsonl is neither a file nor a folder"):
+    read_examples(tmp_path / "pipe.jsonl")
 
 
 def test_files_that_are_missing_or_broken_are_named(sentiment, tmp_path):

@@ -7,6 +7,7 @@ from tokenizers import models, normalizers, processors
 
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
+from gptjax.objectives.task import make_task
 
 END = 256  # Of the tokenizer 'bytes', which starts with it too.
 
@@ -217,3 +218,16 @@ def test_a_tokenizer_that_adds_a_space_gets_no_second_one(encode, spacing_tokeni
 def test_a_row_too_short_for_any_text_is_an_error(encode, changes, problem):
   with pytest.raises(UserError, match=problem):
     encode([{"text": "long", "label": "a"}] * 2, labels=("a",), **changes)
+
+
+@pytest.mark.parametrize(
+  ("text_key", "problem"),
+  [
+    ("", r"data\.text_key is empty; task='classification' needs the key of its texts"),
+    ("label", r"data\.text_key and task\.label_key are both 'label'; give each its own key"),
+  ],
+)
+def test_a_text_and_its_label_have_keys_of_their_own(text_key, problem):
+  task = make_task({"name": "classification", "label_key": "label"})
+  with pytest.raises(UserError, match=problem):
+    task.record_keys(text_key)

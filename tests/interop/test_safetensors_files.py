@@ -75,6 +75,12 @@ def test_a_file_that_was_cut_short_is_named(tmp_path, size):
     TensorFiles(tmp_path)
 
 
+def test_a_folder_in_the_place_of_the_weights_is_named(tmp_path):
+  (tmp_path / "model.safetensors").mkdir()
+  with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+    TensorFiles(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path):
   save(tmp_path, "1.safetensors", a=TENSORS["a"])
   write_index(tmp_path, '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')

@@ -124,6 +124,14 @@ def test_resuming_drops_later_steps_and_the_torn_line_only(tmp_path):
   assert read_lines(tmp_path) == before[:6] + [{"step": 5, "loss": 0.5}]
 
 
+def test_a_line_that_is_nested_too_deep_is_dropped(tmp_path):
+  whole = '{"step": 1, "loss": 2.0}\n'
+  (tmp_path / "metrics.jsonl").write_text(whole + '{"step": ' + "[" * 100_000 + "\n")
+  with make_writer(tmp_path, resume_step=1):
+    pass
+  assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
 def test_a_torn_line_that_happens_to_be_json_is_dropped(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
   with make_writer(tmp_path, resume_step=2) as writer:
