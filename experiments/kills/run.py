@@ -202,11 +202,12 @@ def main() -> None:
     while kills < each:
       workdir = args.output / "killed" / f"{kind}-{done}"
       workdir.parent.mkdir(exist_ok=True)
-      while (
-        status := wait(start(load(kind, data), workdir), draw.uniform(0, 0.6 * seconds[kind]))
-      ) is None:
-        kills += 1
-      done += 1
+      own, status = 0, None
+      while status is None:
+        until = draw.uniform(0, (SHARE + MORE * own) * seconds[kind])
+        status = wait(start(load(kind, data), workdir), until)
+        own += status is None
+      kills, done = kills + own, done + 1
       if status != 0:
         different.append(f"{workdir.name}: failed with {status}")
       elif outcome(workdir) != references[kind]:
