@@ -85,13 +85,19 @@ def _define_flags() -> None:
     "config", None, "FILE or FILE:ARGUMENT; override with --config.KEY=VALUE.", required=True
   )
   flags.DEFINE_string("topology", None, "v5e-16, v5p-128, v5p:4x4x4, h100-8 ...", required=True)
-  flags.DEFINE_integer("num_slices", 1, "Slices, joined by the data centre's network.")
+  flags.DEFINE_integer(
+    "num_slices", 1, "Slices, joined by the data centre's network.", lower_bound=1
+  )
   flags.DEFINE_enum("mode", "train", ["train", "decode"], "The step to compile.")
-  flags.DEFINE_integer("batch", None, "Rows that are decoded at once, with --mode=decode.")
-  flags.DEFINE_integer("context", None, "Positions of the cache of a row, with --mode=decode.")
+  flags.DEFINE_integer(
+    "batch", None, "Rows that are decoded at once, with --mode=decode.", lower_bound=1
+  )
+  flags.DEFINE_integer(
+    "context", None, "Positions of the cache of a row, with --mode=decode.", lower_bound=1
+  )
   flags.DEFINE_bool("search", False, "Look for the fastest layout on a TPU slice.")
-  flags.DEFINE_integer("tries", 6, "Compilations a round, at most, with --search.")
-  flags.DEFINE_integer("processes", 1, "Compilations side by side, with --search.")
+  flags.DEFINE_integer("tries", 6, "Compilations a round, at most, with --search.", lower_bound=1)
+  flags.DEFINE_integer("processes", 1, "Compilations side by side, with --search.", lower_bound=1)
   flags.DEFINE_string("write", None, "Where to keep the best layout, with --search: a .json file.")
   flags.DEFINE_string("json", None, "Write the report to this file too.")
   flags.DEFINE_string("dump_hlo", None, "Write the optimised program to this file.")
@@ -107,6 +113,9 @@ def main(overrides: Mapping[str, str]) -> None:
     raise UserError("--batch and --context are of --mode=decode; a training step has its config.")
   if FLAGS.write and not FLAGS.search:
     raise UserError("--write keeps what --search finds; give both.")
+  for flag in ("write", "json", "dump_hlo"):
+    if (path := FLAGS[flag].value) and not epath.Path(path).parent.is_dir():
+      raise UserError(f"--{flag}={path}: no folder {epath.Path(path).parent}.")
   config = config_lib.load(FLAGS.config, overrides)
   target = find_target(FLAGS.topology, FLAGS.num_slices)
   if FLAGS.search:

@@ -35,6 +35,8 @@ class TensorFiles(contextlib.ExitStack):
     self._folder = folder
     self._files: dict[str, Any] = {}
     for path in _shards(folder):
+      if not path.is_file():
+        raise UserError(f"{path}: a folder or a pipe, not a file.")
       try:
         file = self.enter_context(safetensors.safe_open(path, framework="np"))
       except (OSError, safetensors.SafetensorError) as error:

@@ -78,7 +78,11 @@ def open_storage(
       heartbeat_stale_trial_callback=on_dead,
     )
   except (ValueError, ImportError, sqlalchemy.exc.SQLAlchemyError) as error:
-    raise UserError(f"--storage={name}: cannot be opened: {error}") from error
+    place, reason = (
+      f"--storage={name}" if name else workdir / "study.db",
+      str(error).splitlines()[0],
+    )
+    raise UserError(f"{place}: cannot be opened: {reason}") from error
   return optuna.storages.get_storage(database)
 
 

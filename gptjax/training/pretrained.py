@@ -79,6 +79,8 @@ def name_checkpoint(checkpoint: epath.PathLike) -> str:
     return name
   if name.endswith(".gguf"):
     return f"gguf:{name}"
+  if name.startswith(("http:", "https:")):
+    raise UserError(f"{name}: a web address; name a folder, gs://... or hf:ORG/NAME.")
   folder = epath.Path(name).expanduser()
   if not (folder / config_lib.CONFIG_FILE).exists() or (folder / CHECKPOINTS).exists():
     return name

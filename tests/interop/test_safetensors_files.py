@@ -75,9 +75,10 @@ def test_a_file_that_was_cut_short_is_named(tmp_path, size):
     TensorFiles(tmp_path)
 
 
-def test_a_folder_in_the_place_of_the_weights_is_named(tmp_path):
-  (tmp_path / "model.safetensors").mkdir()
-  with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_in_the_place_of_the_weights_is_named(tmp_path, make):
+  make(tmp_path / "model.safetensors")
+  with pytest.raises(UserError, match=r"model\.safetensors: a folder or a pipe, not a file"):
     TensorFiles(tmp_path)
 
 

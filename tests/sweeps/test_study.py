@@ -230,3 +230,6 @@ def test_a_storage_that_is_none_is_refused(tmp_path):
     Study(sweep(["key"]), tmp_path, "jurnal")
   with pytest.raises(UserError, match=r"--storage=nosuch://x: cannot be opened"):
     Study(sweep(["key"]), tmp_path, "nosuch://x")
+  (tmp_path / "study.db").write_bytes(bytes(range(256)) * 8)
+  with pytest.raises(UserError, match=r"^\S+/study\.db: cannot be opened: .*not a database$"):
+    Study(sweep(["key"]), tmp_path, "")

@@ -224,3 +224,8 @@ def test_the_plan_has_the_model_of_the_checkpoint(checkpoints, make_config):
   setup = make_setup(resolve(make_config()))
   assert setup.model.differences(read_model_config(checkpoints["hf"])) == []
   assert setup.config.tokenizer == checkpoints["hf"].removeprefix("hf:")
+
+
+def test_a_web_address_is_no_checkpoint():
+  with pytest.raises(UserError, match=r"https://a/b: a web address; name a folder"):
+    name_checkpoint("https://a/b")
