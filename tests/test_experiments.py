@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from experiments import datasets
+from experiments.bad_inputs import run as bad_inputs
+from experiments.bad_inputs.files import DAMAGES
 from experiments.finetune import run as finetune
 from experiments.finetune import tasks
 from experiments.gpu import parts as gpu_parts
@@ -134,3 +136,15 @@ def test_a_row_of_the_gpu_experiment_has_so_many_documents(documents):
   starts = batch.positions == 0
   np.testing.assert_array_equal(starts.sum(1), documents)
   np.testing.assert_array_equal(np.cumsum(starts, axis=1), batch.segment_ids)
+
+
+# --- Bad inputs --------------------------------------------------------------------------------
+
+
+def test_the_bad_inputs_can_be_given_and_their_table_is_that_of_the_results():
+  cases = bad_inputs.read_cases()
+  assert len({*map(str, cases)}) >= 300
+  assert {case.command.split()[0] for case in cases} == {"gptjax", *bad_inputs.COMMANDS}
+  assert {damage.partition("=")[2] for case in cases for damage in case.damages} == {*DAMAGES}
+  counts = json.loads((bad_inputs.HERE / "results.json").read_text())["cases"]
+  assert bad_inputs.table(counts) in (bad_inputs.HERE / "README.md").read_text()
