@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from gptjax.convert import check
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
-from gptjax.interop.convert import check, convert
+from gptjax.interop.convert import convert
 from gptjax.interop.huggingface import HuggingFaceModel
 from gptjax.interop.labels import Labels
 from gptjax.interop.verify import compare, verify
