@@ -18,7 +18,7 @@ _OF_TASKS = {
   "span": ("label_key", "pair_key"),
 }
 # Old fields of `config.model`, which had no groups, by their new place.
-_OF_GROUPS = {
+OF_GROUPS = {
   "norm": {"kind": "norm", "placement": "norm_placement", "eps": "norm_eps"}
   | {"offset": "norm_offset"},
   "residual": {"kind": "residual", "scale": "residual_scale", "values": "value_residual"}
@@ -86,9 +86,9 @@ def _group(model: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a model in their groups."""
   if any(isinstance(value, Mapping) for value in model.values()):
     return dict(model)
-  moved = {old for names in _OF_GROUPS.values() for old in names.values()}
+  moved = {old for names in OF_GROUPS.values() for old in names.values()}
   kept = {name: value for name, value in model.items() if name not in moved}
   return kept | {
     group: {new: model[old] for new, old in names.items() if old in model}
-    for group, names in _OF_GROUPS.items()
+    for group, names in OF_GROUPS.items()
   }

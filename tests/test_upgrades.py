@@ -9,7 +9,7 @@ from gptjax import config as config_lib
 from gptjax.model.config import ModelConfig
 from gptjax.objectives.task import make_task
 from gptjax.training.loop import train
-from gptjax.upgrades import upgrade
+from gptjax.upgrades import OF_GROUPS, upgrade
 from tests.training.test_loop import corpus, losses, small_config  # noqa: F401
 
 SAVED = Path(__file__).parent / "saved_configs"
@@ -60,6 +60,11 @@ def test_a_run_of_an_older_version_goes_on_as_if_it_were_todays(corpus, tmp_path
   task = saved.pop("task")
   old = {"objective": task.pop("name"), "z_loss": task.pop("z_loss"), "r_drop": 0.0}
   saved["data"] |= task | {"format": "text", "mask_rate": 0.15, "label_key": "label"}
+  model = saved.pop("model")
+  groups = {name: model.pop(name) for name in OF_GROUPS}
+  for name, fields in OF_GROUPS.items():
+    model |= {older: groups[name][field] for field, older in fields.items()}
+  saved["model"] = model
   path.write_text(json.dumps(saved | old | {"label_smoothing": 0.0}))
   config = config_lib.load(str(path), {"total_steps": 20})
   train(config, tmp_path / "halves")

@@ -288,7 +288,7 @@ class ParquetFiles:
     # A value that is repeated is stored once, and stays so in memory until its size is known.
     texts = [f.name for f in metadata.schema.to_arrow_schema() if f.type in _STRINGS]
     _check_expansion(file, metadata.row_group(group_in_file).total_byte_size)
-    with pq.ParquetFile(file, read_dictionary=texts) as reader:
+    with pq.ParquetFile(file, metadata=metadata, read_dictionary=texts) as reader:
       table = reader.read_row_group(group_in_file, columns=columns)
     _check_expansion(file, sum(map(_expanded_bytes, table.columns)))
     return table

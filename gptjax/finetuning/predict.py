@@ -132,7 +132,7 @@ def predict(
   task.blank_label([])
   check_choice("--overlong", overlong, OVERLONG)
   position = model.config.position
-  room = position.max_positions - position.offset if position.kind == "learned" else math.inf
+  room = position.room if position.kind == "learned" else math.inf
   check_number("--max_length", max_length, at_least=0, at_most=room)
   if task.is_by_word and overlong == "head_tail":
     raise UserError(f"--overlong=head_tail: task={task.name!r} labels each word; use windows.")

@@ -78,7 +78,8 @@ def generate(
     starts = [[model.config.decoder_start]] * len(prompts)
   lengths = np.array([len(start) for start in starts], np.int32)
   longest = int(lengths.max())
-  room = model.config.position.max_positions if model.config.position.kind == "learned" else None
+  position = model.config.position
+  room = position.room if position.kind == "learned" else None
   if room is not None and longest + max_tokens > room:
     raise UserError(
       f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's {room} learned "

@@ -130,13 +130,12 @@ def warn_of_cuts(lengths: Sequence[int], room: int) -> None:
 
 def context_length(model: GPT, max_length: int | None) -> int:
   """How many tokens the model reads at a time; UserError if it has fewer positions."""
-  config = model.config
-  room = config.position.max_positions
-  if config.position.kind == "learned":
-    room -= config.position.offset
-    if max_length is not None and max_length > room:
-      raise UserError(f"max_length={max_length} exceeds the model's {room} learned positions.")
-  return max_length or room
+  position = model.config.position
+  if position.kind == "learned" and (max_length or 0) > position.room:
+    raise UserError(
+      f"max_length={max_length} exceeds the model's {position.room} learned positions."
+    )
+  return max_length or position.room
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

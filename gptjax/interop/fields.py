@@ -4,6 +4,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from gptjax.errors import UserError
@@ -85,7 +86,7 @@ def same(theirs: str, ours: str, default: Any = REQUIRED, *, none: Any = None) -
     return {ours: none if value is None else value}
 
   def write(config):
-    value = config.flat[ours]
+    value = attrgetter(ours)(config)
     return {theirs: None if none is not None and value == none else value}
 
   return Rule(read, write)
@@ -102,7 +103,7 @@ def several(theirs: str, *ours: str, default: Any = REQUIRED) -> Rule:
   def read(fields, found):
     return dict.fromkeys(ours, fields.take(theirs, default, _KINDS[ours[0]]))
 
-  return Rule(read, lambda config: {theirs: config.flat[ours[0]]})
+  return Rule(read, lambda config: {theirs: attrgetter(ours[0])(config)})
 
 
 def choice(theirs: str, values: Mapping[Any, Mapping[str, Any]], default: Any = REQUIRED) -> Rule:
@@ -119,7 +120,7 @@ def choice(theirs: str, values: Mapping[Any, Mapping[str, Any]], default: Any = 
     fits = (
       value
       for value, ours in values.items()
-      if all(config.flat[name] == x for name, x in ours.items())
+      if all(attrgetter(name)(config) == x for name, x in ours.items())
     )
     # If none fits, the written value reads as another config, which the caller refuses.
     return {theirs: next(fits, next(iter(values)))}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from gptjax.errors import UserError
@@ -122,7 +123,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
   """The inverse of `read_rope`."""
   kind = "default" if config.rope.scaling == "none" else config.rope.scaling
   theirs = {"rope_theta": config.rope.base, "rope_type": kind}
-  theirs |= {name: config.flat[ours] or own for ours, name, own in _SCALINGS[kind]}
+  theirs |= {name: attrgetter(ours)(config) or own for ours, name, own in _SCALINGS[kind]}
   if config.rope.dim != config.head_dim:
     fraction = config.rope.dim / config.head_dim
     if int(config.head_dim * fraction) < config.rope.dim:  # Rounded as in reading.

@@ -70,7 +70,7 @@ def verify(
   rng = np.random.default_rng(0)
   # Ids from the offset on: RoBERTa gives padding, the id before that, no position.
   random = rng.integers(config.position.offset, config.vocab_size, _RANDOM_TOKENS)
-  room = config.position.max_positions - config.position.offset
+  room = config.position.room
   rows = {"random tokens": random[:room], "text": encode(TEXT)[:room]}
   run_reference = _load_reference(reference)
   graphdef, params = nnx.split(model)

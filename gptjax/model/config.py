@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from gptjax.config import flatten
 from gptjax.errors import UserError, check_choice, check_number, did_you_mean
@@ -165,14 +165,9 @@ class ModelConfig:
   @classmethod
   def defaults(cls) -> dict[str, Any]:
     """Every dotted key of `config.model` with its default; presets give the shape."""
-    return flatten({field.name: _plain(field.default) for field in dataclasses.fields(cls)})
-
-  @classmethod
-  def choices(cls) -> dict[str, tuple[str, ...]]:
-    """The values of each dotted key that has a few."""
-    return {
-      name: get_args(kind) for name, kind in cls.kinds().items() if get_origin(kind) is Literal
-    }
+    found = {field.name: field.default for field in dataclasses.fields(cls)}
+    own = {name: vars(value) for name, value in found.items() if isinstance(value, groups.Group)}
+    return flatten(found | own)
 
   @classmethod
   def kinds(cls) -> dict[str, Any]:
@@ -283,10 +278,6 @@ def _nest(cls: type[ModelConfig], config: Mapping[str, Any]) -> dict[str, Any]:
     name: types[name](**value) if isinstance(value, dict) else value
     for name, value in nested.items()
   }
-
-
-def _plain(value: Any) -> Any:
-  return dataclasses.asdict(value) if isinstance(value, groups.Group) else value
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

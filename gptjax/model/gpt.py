@@ -166,10 +166,9 @@ class GPT(Stack):
     if config.embed.scale != 1:
       x_BTD = x_BTD * config.embed.scale
     if self.position is not None:
-      room = config.position.max_positions - config.position.offset
-      if (length := length or tokens_BT.shape[1]) > room:
+      if (length := length or tokens_BT.shape[1]) > config.position.room:
         raise UserError(
-          f"{length} positions do not fit the {room} learned positions of the "
+          f"{length} positions do not fit the {config.position.room} learned positions of the "
           "model: shorten the text, set model.position.max_positions and train anew, or use rope."
         )
       x_BTD += self.position(positions_BT + config.position.offset)

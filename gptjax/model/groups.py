@@ -171,6 +171,11 @@ class PositionConfig(Group):
   t5_buckets: int = 32
   t5_max_distance: int = 128
 
+  @property
+  def room(self) -> int:
+    """How many positions a text may have."""
+    return self.max_positions - self.offset
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig(Group):

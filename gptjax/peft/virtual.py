@@ -9,6 +9,7 @@ key-value heads, H head width, L layers.
 """
 
 import dataclasses
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +202,7 @@ def _check(model: GPT, tokens: int):
   for field, is_refused in refused.items():
     if is_refused:
       raise UserError(
-        f"peft: virtual tokens are not known with model.{field}={config.flat[field]!r}."
+        f"peft: virtual tokens are not known with model.{field}={attrgetter(field)(config)!r}."
       )
   # Only this kernel takes an explicit mask; learned positions begin after the virtual tokens.
   model.config = config.replace(

@@ -1,3 +1,5 @@
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,7 @@ def test_every_parameter_of_every_architecture_is_sharded(tiny_config):
   choices = [
     {name: choice}
     for name in ("norm.kind", "norm.placement", "mlp.activation", "position.kind")
-    for choice in ModelConfig.choices()[name]
+    for choice in typing.get_args(ModelConfig.kinds()[name])
   ]
   for choice in [*choices, {"head.tied": False}, {"attention.qk_norm": True}, {"bias": False}]:
     parameters = describe_parameters(tiny_config(**choice))

@@ -1,5 +1,6 @@
 import copy
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, count_parameters, describe_parameters, model_graph
 from gptjax.model.stats import ActivationStats
 
-CHOICES = ModelConfig.choices()
+CHOICES = {name: typing.get_args(kind) for name, kind in ModelConfig.kinds().items()}
 POSITIONS = CHOICES["position.kind"]
 T = 8
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, T))

@@ -141,10 +141,10 @@ class Sayings(tfds.core.GeneratorBasedBuilder):
 @pytest.mark.parametrize(
   "case",
   [
-    "text",
+    *("text", "mixture"),
     *(
       pytest.param(case, marks=pytest.mark.slow)
-      for case in ("accumulation", "mixture", "tfds", "fim", "dropout_ema_muon")
+      for case in ("accumulation", "tfds", "fim", "dropout_ema_muon")
     ),
   ],
 )
@@ -286,7 +286,6 @@ def test_two_processes_train_as_one(corpus, environment, tmp_path):
   assert (two / "checkpoints" / "12").is_dir()
 
 
-@pytest.mark.slow
 def test_killed_on_two_hosts_resumes_on_one(corpus, environment, cpu_devices, tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
   four = environment | cpu_devices(4)
