@@ -123,15 +123,20 @@ def leaves_at_once() -> Iterator[None]:
 def without_partner() -> Iterator[None]:
   """Ends this process with a sentence when another process of its job is lost.
 
-  Nothing is saved then: a checkpoint that is being written would wait for the lost process.
+  Nothing is saved then: a checkpoint that is being written would wait for the lost process. A
+  process that is just waiting for the lost one to save may be aborted by jaxlib instead, which
+  says that another task died.
   """
   try:
     yield
   except (jax.errors.JaxRuntimeError, ValueError) as error:
-    lost = re.search(r"Gloo|NCCL|coordination|heartbeat|[Cc]onnection|[Ss]ocket closed", str(error))
-    if jax.process_count() == 1 or isinstance(error, UserError) or not lost:
+    # A save turns what it meets into a UserError about the folder, whatever the reason.
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    signs = r"Gloo|NCCL|coordination|heartbeat"
+    signs += r"|[Cc]onnection|[Ss]ocket closed" if cause is error else ""
+    if jax.process_count() == 1 or not re.search(signs, str(cause)):
       raise
-    reason = str(error).split("\n")[0]
+    reason = str(cause).split("\n")[0]
     print(
       f"error: process {jax.process_index()} of {jax.process_count()} has lost another, whose own "
       f"log says why ({reason}). Run again to go on from the last checkpoint.",

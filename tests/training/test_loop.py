@@ -341,7 +341,8 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(corpus, environment, tm
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_loses_its_partner_ends_soon(corpus, environment, tmp_path, lost):
   ranks = explicit_ranks([tmp_path, tmp_path])
-  overrides = {"total_steps": 1_000_000, "checkpoint.every_steps": 5}
+  # Without saves: jaxlib aborts a process that waits for a lost one in a save.
+  overrides = {"total_steps": 1_000_000, "checkpoint.every_steps": 0}
   with two_processes(environment, corpus, ranks, **overrides) as processes:
     metrics = tmp_path / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and max(losses(tmp_path), default=0) > 7, processes)
@@ -352,6 +353,45 @@ def test_a_process_that_loses_its_partner_ends_soon(corpus, environment, tmp_pat
     assert processes[0].returncode == 1
     assert "error: process 0 of 2 has lost another, whose own log says why" in printed
     assert "Traceback" not in printed
+
+
+# Process 1 is killed at the save of step 5: before it, or while process 0 waits for it there.
+KILLED_AT_SAVE = textwrap.dedent("""
+  import os, runpy, signal, sys
+  from orbax.checkpoint._src.multihost import multihost
+  from gptjax.training.checkpoints import Checkpoints
+
+  save, barrier_of = Checkpoints.save, multihost.get_barrier_sync_fn
+
+  def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+  def killed(self, step, state):
+    if step == 5 and "--process_id=1" in sys.argv:
+      if PLACE == "before":
+        die()
+      multihost.get_barrier_sync_fn = lambda **_: die
+    save(self, step, state)
+
+  Checkpoints.save = killed
+  runpy.run_module("gptjax.train", run_name="__main__", alter_sys=True)
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["before", "waiting"])
+def test_a_process_that_loses_its_partner_in_a_save_ends_soon(corpus, environment, tmp_path, place):
+  ranks = explicit_ranks([tmp_path, tmp_path])
+  overrides = {"total_steps": 1_000_000, "checkpoint.every_steps": 5}
+  program = ("-c", KILLED_AT_SAVE.replace("PLACE", repr(place)))
+  with two_processes(environment, corpus, ranks, program=program, **overrides) as processes:
+    processes[1].wait(timeout=100)
+    printed = processes[0].communicate(timeout=40)[0]
+  assert processes[1].returncode == -signal.SIGKILL
+  ours = "error: process 0 of 2 has lost another, whose own log says why" in printed
+  jaxlibs = "This most likely indicates that another task died" in printed
+  assert ours or (place == "waiting" and jaxlibs), printed
+  assert processes[0].returncode == 1 or (place == "waiting" and processes[0].returncode != 0)
 
 
 # Process 1 fails alone at the batch of step 5.
