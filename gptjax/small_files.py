@@ -75,13 +75,17 @@ def parse_json(content: str | bytes, source: object) -> Any:
 
 def read_json(path: epath.PathLike) -> Any:
   """Reads a file of JSON; UserError that names it if it cannot be read or parsed."""
+  return parse_json(read_bytes(path), path)
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+  """Reads a whole file; UserError that names it if it is a pipe or cannot be read."""
   try:
     if Path(path).is_fifo():
       raise OSError("a pipe, not a file")  # Reading it might wait for ever.
-    content = epath.Path(path).read_bytes()
+    return epath.Path(path).read_bytes()
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from error
-  return parse_json(content, path)
 
 
 def _parse_integer(digits: str) -> int:

@@ -14,7 +14,6 @@ import jinja2.ext
 import jinja2.filters
 import jinja2.nodes
 
-from gptjax.data.chat_templates import TEMPLATES
 from gptjax.data.template_sandbox import ERRORS, BoundedEnvironment
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, did_you_mean
@@ -169,31 +168,6 @@ class ChatTemplate:
         "in these messages is nothing, or not one piece of text for each."
       )
     return [(text, number % 2 == 1) for number, text in enumerate(parts) if text]
-
-
-def set_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
-  """Returns the tokenizer with the chat template `name` of `TEMPLATES`, or as it is for ''.
-
-  Raises:
-    UserError: there is no such template, the tokenizer lacks a special token of it, or has no
-      template of its own to be used.
-  """
-  if not name:
-    if tokenizer.chat_template is None:
-      raise UserError(
-        f"tokenizer {tokenizer.spec!r} has no chat template of its own. "
-        f"Set --config.task.chat_template= to one of: {', '.join(TEMPLATES)}."
-      )
-    return tokenizer
-  if name not in TEMPLATES:
-    raise UserError(f"task.chat_template: no template {name!r}. {did_you_mean(name, TEMPLATES)}")
-  template, needed = TEMPLATES[name]
-  if missing := [text for text in needed if text not in tokenizer.specials]:
-    raise UserError(
-      f"task.chat_template={name!r} needs the special token {missing[0]!r}, which tokenizer "
-      f"{tokenizer.spec!r} does not have; 'alpaca' needs none."
-    )
-  return tokenizer.with_chat_template(template)
 
 
 @functools.lru_cache

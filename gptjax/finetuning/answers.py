@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from gptjax.data import cache, chat, sources, templates
+from gptjax.data import cache, sources, templates
 from gptjax.data.cache import TokenCache
 from gptjax.data.options import DataOptions, PartOptions, check_records
 from gptjax.data.sources import Source
@@ -13,6 +13,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, check_choice
 from gptjax.finetuning import conversations, prompts
 from gptjax.finetuning.chat_encoding import ChatEncoder
+from gptjax.finetuning.chat_templates import set_template
 from gptjax.finetuning.conversations import Conversations
 from gptjax.finetuning.prompts import PromptEncoder, Prompts
 from gptjax.finetuning.record_packing import PackedConversations
@@ -67,7 +68,7 @@ class Chat(AnswerTask):
   """Learns the assistant's turns of conversations, in the formats of `finetuning.conversations`.
 
   Attributes:
-    chat_template: 'chatml', 'llama3' or 'alpaca' (gptjax/data/chat_templates.py); '' is the
+    chat_template: 'chatml', 'llama3' or 'alpaca' (gptjax/finetuning/chat_templates.py); '' is the
       tokenizer's own.
     train_on: the tokens that count in the loss: 'assistant' for its turns alone, or 'all'.
   """
@@ -88,7 +89,7 @@ class Chat(AnswerTask):
     return conversations.texts(source, indices)
 
   def settle_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
-    return chat.set_template(tokenizer, self.chat_template)
+    return set_template(tokenizer, self.chat_template)
 
   def encoder(self, tokenizer: Tokenizer) -> cache.Encoder:
     return ChatEncoder(tokenizer, self.train_on)

@@ -136,6 +136,7 @@ class LabelEncoder:
     scores_at: see `DataOptions`.
     sequence_length: tokens of a row.
     room: tokens of a row without the special ones.
+    smallest: tokens of a row that has room for one token of each text.
   """
 
   def __init__(self, tokenizer: Tokenizer, data: DataOptions, assembler: Assembler):
@@ -150,11 +151,11 @@ class LabelEncoder:
     pairs = assembler.num_texts == 2
     specials = len(self._start) + pairs * len(self._between) + 1
     self.room = data.sequence_length - specials
-    smallest = specials + 1 + pairs
-    if data.sequence_length < smallest:
+    self.smallest = specials + 1 + pairs
+    if data.sequence_length < self.smallest:
       raise UserError(
         f"sequence_length={data.sequence_length} has no room for a text beside {specials} "
-        f"special tokens. Set --config.sequence_length={smallest} or more."
+        f"special tokens. Set --config.sequence_length={self.smallest} or more."
       )
 
   def encode(self, texts: LabelledTexts, *, progress: bool = False) -> Examples:

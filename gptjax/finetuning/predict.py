@@ -133,10 +133,12 @@ def predict(
   check_choice("--overlong", overlong, OVERLONG)
   position = model.config.position
   room = position.room if position.kind == "learned" else math.inf
-  check_number("--max_length", max_length, at_least=0, at_most=room)
+  if max_length:
+    smallest = LabelEncoder(tokenizer, data, task).smallest
+    check_number("--max_length", max_length, at_least=smallest, at_most=room)
+    data = dataclasses.replace(data, sequence_length=max_length)
   if task.is_by_word and overlong == "head_tail":
     raise UserError(f"--overlong=head_tail: task={task.name!r} labels each word; use windows.")
-  data = dataclasses.replace(data, sequence_length=max_length or data.sequence_length)
   text_key = text_key or next(iter(data.parts.values())).text_key
   reader = _Unlabelled(task)
   records = LabelledTexts(files.open_by_suffix(path, "", "error"), text_key, reader).records

@@ -91,8 +91,9 @@ class Optimizer:
 
 def check_numbers(config: Any) -> None:
   """Raises UserError for a number in `config.optim` that no optimizer can use."""
-  for key in ("learning_rate", "final_fraction", "weight_decay", "eps", "clip_norm"):
+  for key in ("learning_rate", "final_fraction", "weight_decay", "clip_norm"):
     check_number(f"optim.{key}", config[key], at_least=0)
+  check_number("optim.eps", config.eps, above=0)  # A gradient of 0 is divided by it.
   for key in ("b1", "b2", "momentum", "ema_decay"):
     check_number(f"optim.{key}", config[key], at_least=0, below=1)
   check_number("optim.layer_decay", config.layer_decay, above=0)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from gptjax.devices import chips
 from gptjax.errors import UserError
-from gptjax.small_files import parse_json, write_atomically
+from gptjax.small_files import parse_json, read_bytes, write_atomically
 
 _UPLOAD_SECONDS = 60.0
 PLAIN_LINE_SECONDS = 15.0
@@ -257,7 +257,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
   path = epath.Path(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
-  found, text = [], path.read_bytes().decode(errors="replace")
+  found, text = [], read_bytes(path).decode(errors="replace")
   for number, line in enumerate(text.splitlines(keepends=True), 1):
     if line.endswith("\n"):
       found.append(parse_json(line, f"{path}:{number}"))

@@ -192,6 +192,8 @@ def _check_numbers(config: Any) -> None:
   check_number("grad_accumulation", config.grad_accumulation, at_least=1)
   for key in ("max_skipped_steps", "router_balance_loss", "router_z_loss"):
     check_number(key, config[key], at_least=0)
+  for key in ("start", "steps"):
+    check_number(f"profile.{key}", config.profile[key], at_least=0)
   check_number("sample.max_tokens", config.sample.max_tokens, at_least=1)
   check_number("sample.temperature", config.sample.temperature, at_least=0)
   check_number("sample.top_p", config.sample.top_p, above=0, at_most=1)

@@ -3,7 +3,7 @@ import datetime
 import pytest
 
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.chat import ChatTemplate, set_template
+from gptjax.data.chat import ChatTemplate
 from gptjax.errors import UserError
 
 CHATML = """{% for message in messages %}
@@ -245,36 +245,3 @@ def test_tools_reach_the_template(write_tokenizer, tmp_path):
   chat = ChatTemplate(write_tokenizer(tmp_path, "{{ tools | tojson }}"))
   assert chat.render([USER], tools=[{"name": "f"}]) == '[{"name": "f"}]'
   assert chat.render([USER]) == "null"
-
-
-def test_a_named_template_stays_with_the_tokenizer(write_tokenizer, tmp_path):
-  own = write_tokenizer(tmp_path, INSTRUCTIONS)
-  chosen = set_template(own, "chatml")
-  assert set_template(own, "") is own
-  assert chosen.fingerprint() != own.fingerprint()
-  assert chosen.specials["<|im_end|>"] in chosen.stops
-  assert (chosen.vocab_size, chosen.encode("a text")) == (own.vocab_size, own.encode("a text"))
-  chosen.save(tmp_path / "saved")
-  again = tokenizer_lib.open_saved(tmp_path / "saved")
-  assert again.chat_template == chosen.chat_template != own.chat_template
-  assert set_template(again, "chatml").fingerprint() == again.fingerprint() == chosen.fingerprint()
-
-
-def test_a_tokenizer_made_here_ends_alpaca_turns_with_its_separator(tmp_path):
-  chosen = set_template(tokenizer_lib.load("bytes"), "alpaca")
-  assert ChatTemplate(chosen).encode([USER, ANSWER], add_generation_prompt=False)[-1] == 256
-  assert chosen.stops == {256}
-
-
-@pytest.mark.parametrize(
-  ("name", "problem"),
-  [
-    ("", "tokenizer 'bytes' has no chat template of its own. Set --config.task.chat_template= to"),
-    ("chatm", "task.chat_template: no template 'chatm'. Did you mean 'chatml'"),
-    ("llama3", "task.chat_template='llama3' needs the special token '<|start_header_id|>', which"),
-  ],
-)
-def test_a_template_that_cannot_be_had_is_named(name, problem):
-  with pytest.raises(UserError) as error:
-    set_template(tokenizer_lib.load("bytes"), name)
-  assert problem in str(error.value)

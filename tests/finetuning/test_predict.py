@@ -138,6 +138,11 @@ def test_pairs(subject_of, records):
   assert told[0].texts.keys() == {"text", "other"}
 
 
+def test_a_length_without_room_for_a_text_is_refused(subject_of, records):
+  with pytest.raises(UserError, match=r"^--max_length is 1; it must be at least 2\."):
+    predictions(subject_of("classification"), records, max_length=1)
+
+
 @pytest.mark.parametrize("task", ["span", "preference"])
 def test_a_task_without_labels_for_new_texts_is_refused(subject_of, records, task):
   with pytest.raises(UserError, match=f"task='{task}' labels no new texts"):

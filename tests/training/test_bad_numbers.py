@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
     ("optim.b2", "1"),
     ("optim.momentum", "1"),
     ("optim.eps", "-1e-8"),
+    ("optim.eps", "0"),
     ("optim.clip_norm", "-1"),
     ("optim.weight_decay", "nan"),
     ("optim.final_fraction", "-1"),
@@ -45,6 +46,8 @@ ROOT = Path(__file__).parents[2]
     ("model.num_layers", "0"),
     ("model.num_layers", str(2**32)),
     ("task.fim_rate", "nan"),
+    ("profile.start", "-1"),
+    ("profile.steps", "-1"),
   ],
 )
 def test_a_number_that_no_run_can_use_is_refused_in_a_dry_run(key, value):

@@ -306,6 +306,12 @@ def test_a_damaged_line_is_named_and_one_that_is_not_whole_is_not_read(tmp_path,
     metrics.read_metrics(tmp_path)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "metrics.jsonl")
+  with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read \(a pipe"):
+    metrics.read_metrics(tmp_path)
+
+
 def test_seconds_count_every_step_and_go_on_after_a_resume(monkeypatch, tmp_path):
   now = 0.0
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)

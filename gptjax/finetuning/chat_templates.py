@@ -3,6 +3,9 @@
 Each is (Jinja text, special tokens that the tokenizer must have).
 """
 
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError, did_you_mean
+
 _NO_TOOLS = """\
 {%- for message in messages if tools or message.tool_calls or message.role == 'tool' %}
 {{- raise_exception('it has no form for tools') }}
@@ -67,3 +70,28 @@ TEMPLATES = {
   "llama3": (_NO_TOOLS + _LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
   "alpaca": (_NO_TOOLS + _ALPACA, ()),
 }
+
+
+def set_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
+  """Returns the tokenizer with the chat template `name` of `TEMPLATES`, or as it is for ''.
+
+  Raises:
+    UserError: there is no such template, the tokenizer lacks a special token of it, or has no
+      template of its own to be used.
+  """
+  if not name:
+    if tokenizer.chat_template is None:
+      raise UserError(
+        f"tokenizer {tokenizer.spec!r} has no chat template of its own. "
+        f"Set --config.task.chat_template= to one of: {', '.join(TEMPLATES)}."
+      )
+    return tokenizer
+  if name not in TEMPLATES:
+    raise UserError(f"task.chat_template: no template {name!r}. {did_you_mean(name, TEMPLATES)}")
+  template, needed = TEMPLATES[name]
+  if missing := [text for text in needed if text not in tokenizer.specials]:
+    raise UserError(
+      f"task.chat_template={name!r} needs the special token {missing[0]!r}, which tokenizer "
+      f"{tokenizer.spec!r} does not have; 'alpaca' needs none."
+    )
+  return tokenizer.with_chat_template(template)
