@@ -191,6 +191,7 @@ def test_a_signal_is_passed_on_and_the_trial_resumes(sweep, tmp_path):
   assert "nothing is left to run" in third.communicate(timeout=60)[0]
 
 
+@pytest.mark.slow
 def test_a_hopeless_trial_is_pruned_and_keeps_its_checkpoint(sweep, tmp_path):
   search = """
   SEARCH = {"trials": 2, "pruner": "halving", "sampler": "random"}

@@ -64,13 +64,19 @@ def tensor_v5p(chunked):
   return compile_small("v5p-16", fsdp=4, tensor=2)
 
 
-def test_it_fits_and_every_loop_was_understood(fsdp_v5e, tensor_v5p):
-  for _, report in (fsdp_v5e, tensor_v5p):
-    assert report.fits
-    assert 0 < report.total < report.capacity
-    assert report.unknown_loops == 0
-    assert 0 < report.mfu < 1
-    assert report.seconds > max(report.roofline["compute"], report.roofline["hbm"])
+@pytest.fixture(params=["fsdp_v5e", pytest.param("tensor_v5p", marks=pytest.mark.slow)])
+def compiled(request):
+  """The setup and the report of each of the two."""
+  return request.getfixturevalue(request.param)
+
+
+def test_it_fits_and_every_loop_was_understood(compiled):
+  _, report = compiled
+  assert report.fits
+  assert 0 < report.total < report.capacity
+  assert report.unknown_loops == 0
+  assert 0 < report.mfu < 1
+  assert report.seconds > max(report.roofline["compute"], report.roofline["hbm"])
 
 
 def test_fsdp_sends_parameters_and_gradients_only(fsdp_v5e):
@@ -109,15 +115,16 @@ def test_no_activations_are_gathered_over_fsdp(fsdp_v5e):
   assert not [shape for shape in gathers if activations in shape]
 
 
-def test_no_large_parameter_is_whole_on_a_device(fsdp_v5e, tensor_v5p):
-  for setup, _ in (fsdp_v5e, tensor_v5p):
-    with jax.set_mesh(setup.mesh):
-      state = setup.abstract_state(setup.make_optimizer(setup.run_length))
-    for leaf in jax.tree.leaves(state):
-      whole = leaf.sharding.shard_shape(leaf.shape) == leaf.shape
-      assert not whole or leaf.size <= LAYERS * MLP
+def test_no_large_parameter_is_whole_on_a_device(compiled):
+  setup, _ = compiled
+  with jax.set_mesh(setup.mesh):
+    state = setup.abstract_state(setup.make_optimizer(setup.run_length))
+  for leaf in jax.tree.leaves(state):
+    whole = leaf.sharding.shard_shape(leaf.shape) == leaf.shape
+    assert not whole or leaf.size <= LAYERS * MLP
 
 
+@pytest.mark.slow
 def test_tensor_parallel_norms_are_split_over_the_sequence(tensor_v5p):
   _, report = tensor_v5p
   # Two reduce-scatters a layer forward, and again backward, where plain tensor parallelism has
@@ -134,24 +141,24 @@ def test_tensor_parallel_norms_are_split_over_the_sequence(tensor_v5p):
   assert not [one for one in reduced if one.bytes / one.count >= activations / 4]
 
 
-def test_splash_attention_and_the_chunked_loss_are_in_the_program(fsdp_v5e, tensor_v5p):
-  for setup, report in (fsdp_v5e, tensor_v5p):
-    program = Program(report.program)
-    kernels = {kernel.name: kernel.count for kernel in program.kernels()}
-    assert sorted(kernels) == [
-      "splash_mha_dkv_segmented_no_residuals",
-      "splash_mha_fwd_segmented_residuals",
-    ]
-    assert kernels["splash_mha_dkv_segmented_no_residuals"] == LAYERS
-    with jax.set_mesh(setup.mesh):
-      vocab = VOCAB // sharding.axis_parts("vocab")
-      tokens = ROWS * LENGTH // math.prod(sharding.axis_parts(axis) for axis in ("batch", "time"))
-    largest = max(
-      shape_bytes(f"f32[{dims}]")
-      for _, instruction, _ in program.steps()
-      for dims in _logit_shapes(instruction.shape, vocab)
-    )
-    assert largest <= np.dtype(np.float32).itemsize * tokens * vocab // 2
+def test_splash_attention_and_the_chunked_loss_are_in_the_program(compiled):
+  setup, report = compiled
+  program = Program(report.program)
+  kernels = {kernel.name: kernel.count for kernel in program.kernels()}
+  assert sorted(kernels) == [
+    "splash_mha_dkv_segmented_no_residuals",
+    "splash_mha_fwd_segmented_residuals",
+  ]
+  assert kernels["splash_mha_dkv_segmented_no_residuals"] == LAYERS
+  with jax.set_mesh(setup.mesh):
+    vocab = VOCAB // sharding.axis_parts("vocab")
+    tokens = ROWS * LENGTH // math.prod(sharding.axis_parts(axis) for axis in ("batch", "time"))
+  largest = max(
+    shape_bytes(f"f32[{dims}]")
+    for _, instruction, _ in program.steps()
+    for dims in _logit_shapes(instruction.shape, vocab)
+  )
+  assert largest <= np.dtype(np.float32).itemsize * tokens * vocab // 2
 
 
 def _logit_shapes(shape, vocab):

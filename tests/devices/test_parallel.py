@@ -183,19 +183,28 @@ RING_JOBS = [
   make_job("rope", {"fsdp": 8}, ring=True),
   make_job("learned", {"data": 2, "fsdp": 2, "tensor": 2}, ring=True),
 ]
-# Each model, each axis, and no more than the ring is compared with.
+# Each axis, with one model, and no more than the ring is compared with.
 FAST = [
-  make_job("rope", {"fsdp": 8}),
   make_job("learned", {"data": 2, "fsdp": 2, "tensor": 2}),
   make_job("learned", {"fsdp": 2, "context": 4}),
 ]
+
+
+def by_speed(jobs):
+  """The jobs as parameters of a test, slow but for those of FAST and their rings."""
+  return [
+    pytest.param(
+      job, marks=[] if dataclasses.replace(job, ring=False) in FAST else pytest.mark.slow
+    )
+    for job in jobs
+  ]
 
 
 def name_job(job):
   return f"{job.model}-{dict(job.mesh)}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results(request, tmp_path_factory, tiny_config, random_params, cpu_devices):
   """What `main` computes, by its job: what the tests that run ask for."""
   # All heads, feed-forward columns and vocabulary rows divide by 2, all widths by 8.
@@ -231,11 +240,7 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual[name], b, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize(
-  "job",
-  [pytest.param(job, marks=[] if job in FAST else [pytest.mark.slow]) for job in MESH_JOBS],
-  ids=name_job,
-)
+@pytest.mark.parametrize("job", by_speed(MESH_JOBS), ids=name_job)
 def test_training_does_not_depend_on_the_mesh(results, job):
   actual, expected = results[job], results[Job(job.model, None, 1)]
   assert_close(actual["gradient"], expected["gradient"])
@@ -244,7 +249,7 @@ def test_training_does_not_depend_on_the_mesh(results, job):
   assert_close(actual["params"], expected["params"])
 
 
-@pytest.mark.parametrize("job", RING_JOBS, ids=name_job)
+@pytest.mark.parametrize("job", by_speed(RING_JOBS), ids=name_job)
 def test_training_does_not_depend_on_the_ring(results, job):
   without = results[dataclasses.replace(job, ring=False)]
   actual = results[job]

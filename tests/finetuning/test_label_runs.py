@@ -294,7 +294,8 @@ def on_device(config):
   return traverse_util.unflatten_dict(abstract, sep="/")
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("prefix", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_adapters_are_trained_with_a_new_head(
   method, records, tiny_config, random_params, tmp_path
 ):

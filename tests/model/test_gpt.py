@@ -183,7 +183,10 @@ def test_a_cache_changes_nothing(tiny_config, random_params, make_forward):
   [
     {"num_layers": 2},
     # With dropout, so that the layers have to get the same keys too.
-    {"num_layers": 4, "layer_pattern": ("full", "local"), "window": 2, "dropout.residual": 0.2},
+    pytest.param(
+      {"num_layers": 4, "layer_pattern": ("full", "local"), "window": 2, "dropout.residual": 0.2},
+      marks=pytest.mark.slow,
+    ),
     {"num_layers": 2, "residual.values": True, "residual.embedding": True},
   ],
   ids=["period1", "period2", "mixtures"],

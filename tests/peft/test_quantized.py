@@ -99,7 +99,12 @@ def test_the_table_is_of_quantiles_of_the_normal_distribution():
 @pytest.mark.parametrize(
   ("name", "base", "changes"),
   [
-    ("lora", "nf4", {"execution.scan_layers": True, "execution.remat": "full"}),
+    pytest.param(
+      "lora",
+      "nf4",
+      {"execution.scan_layers": True, "execution.remat": "full"},
+      marks=pytest.mark.slow,
+    ),
     ("dora", "int8", {}),
     ("ia3", "bfloat16", {}),
     pytest.param("lora", "nf4", EXPERTS | {"execution.scan_layers": False}, marks=pytest.mark.slow),
@@ -244,6 +249,7 @@ def adapted(quantized_run):
   return load_checkpoint(quantized_run)[0]
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_goes_on_bit_for_bit(quantized_run, adapted, make_config, tmp_path):  # noqa: F811
   losses = logged(quantized_run, "val/loss")
   assert losses[-1] < losses[0]

@@ -168,6 +168,7 @@ def test_frozen_matrices_count_two_thirds_of_the_flops_and_a_dry_run_tells_what_
   assert "trained: 896" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_one_that_trained_adapters(lora, make_config, tmp_path):
   changes = {"init_from": str(lora[0]), "total_steps": 1, "mesh.data": 1, "mesh.fsdp": 4}
   train(make_config("houlsby", **changes), tmp_path)

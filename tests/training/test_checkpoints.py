@@ -220,7 +220,7 @@ def two_checkpoints(tmp_path):
 @pytest.mark.parametrize(
   "damage",
   [
-    pytest.param(damage, marks=[] if damage in ("deleted", "flipped") else [pytest.mark.slow])
+    pytest.param(damage, marks=[] if damage == "flipped" else [pytest.mark.slow])
     for damage in DAMAGES
   ],
 )
@@ -242,7 +242,13 @@ def test_damage_to_any_file_never_restores_wrong_values(two_checkpoints, damage,
   assert 10 in steps
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+  "damage",
+  [
+    pytest.param(damage, marks=[] if damage in ("deleted", "zeroed") else [pytest.mark.slow])
+    for damage in DAMAGES
+  ],
+)
 def test_a_damaged_payload_is_skipped_with_a_warning(two_checkpoints, damage, caplog):
   directory, states = two_checkpoints
   DAMAGES[damage](payload(directory / "20"))

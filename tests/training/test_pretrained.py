@@ -167,6 +167,7 @@ def losses(workdir):
   return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_imported_model_and_goes_on(
   checkpoints, make_config, tmp_path, capsys
 ):
