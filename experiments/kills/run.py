@@ -62,7 +62,7 @@ LABELS = SHAPE | {
 # Name: (file and argument, overrides).
 KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
   "text": ("pretrain.py:model=debug,data=text", PRETRAIN),
-  "mixture": ("pretrain.py:model=debug,data=stdlib+text", PRETRAIN),
+  "mixture": ("pretrain.py:model=debug,data=jsonl+text", PRETRAIN),
   "chat": (
     "finetune.py:task=chat,model=debug",
     SHAPE | {"total_epochs": 8.0, "task.chat_template": "alpaca", "sequence_length": 256},
@@ -95,8 +95,9 @@ def write_data(folder: Path) -> None:
     {"messages": [{"role": role, "content": words(4)} for role in ("user", "assistant")]}
     for _ in range(60)
   ]
+  texts = [{"text": words(100)} for _ in range(40)]
   labelled = [{"text": words(6), "label": draw.choice("ab")} for _ in range(60)]
-  for name, records in (("chat", chats), ("labels", labelled)):
+  for name, records in (("chat", chats), ("labels", labelled), ("texts", texts)):
     (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in records))
 
 
@@ -105,6 +106,7 @@ def load(kind: str, data: Path) -> Any:
   own = {"data.cache_dir": str(data / "cache" / kind)}
   if kind == "mixture":
     own |= {"data.mixture.text.path": str(data / "text")}
+    own |= {"data.mixture.jsonl.path": str(data / "texts.jsonl")}
   elif kind in ("chat", "labels"):
     own |= {"data.path": str(data / f"{kind}.jsonl")}
   else:
