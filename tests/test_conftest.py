@@ -1,4 +1,4 @@
-"""What tests need beside the package is theirs alone."""
+"""Files that tests make beside the package go with them."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the documents tell to run is accepted: every command of READMEs, docs/ and docstrings, and
+"""Commands in the documents are accepted: every one of READMEs, docs/ and docstrings, and
 the Python of docs/."""
 
 import dataclasses

@@ -42,7 +42,7 @@ def attributes(tree):
 
 
 class Reads:
-  """What the code reads: attributes of everything, of sections, and stems of durations."""
+  """The reads of the code: attributes of everything, of sections, and stems of durations."""
 
   def __init__(self):
     trees = {path: ast.parse(path.read_text()) for path in (ROOT / "gptjax").rglob("*.py")}

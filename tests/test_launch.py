@@ -71,7 +71,7 @@ def overrides(path: Path) -> dict[str, str]:
 
 
 def num_devices(path: Path) -> int:
-  """Of the hardware that a recipe asks for."""
+  """The number of devices of the hardware that a recipe asks for."""
   text = path.read_text()
   if path.suffix == ".sbatch":
     return math.prod(int(n) for n in re.findall(r"--(?:nodes|gpus-per-node)=(\d+)", text))

@@ -1,4 +1,4 @@
-"""What is installed: one package with its presets, and one command for all."""
+"""The installation: one package with its presets, and one command for all."""
 
 import glob
 import os

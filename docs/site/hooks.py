@@ -70,7 +70,7 @@ def _title(report: str) -> str:
 
 
 def _linked_files(pages: list[Path]) -> Iterator[Path]:
-  """What pages link to, beside each other and the package."""
+  """Files that pages link to, beside each other and the package."""
   for page in pages:
     for _, target in _LINK.findall(page.read_text()):
       path = (page.parent / target).resolve()

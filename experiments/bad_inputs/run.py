@@ -165,7 +165,7 @@ def start(command: str, folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What became of a command; a status of None is a hang."""
+  """The result of a command; a status of None is a hang."""
 
   status: int | None
   said: str

@@ -37,7 +37,7 @@ def guessed_only(
 
 
 def counts(batches: Iterable[Batch], vocab_size: int) -> np.ndarray:
-  """How often each token is a target, by its weight: float64 [V]."""
+  """Counts how often each token is a target, by its weight: float64 [V]."""
   total = np.zeros(vocab_size)
   for batch in batches:
     total += np.bincount(batch.targets.ravel(), batch.weights.ravel(), vocab_size)

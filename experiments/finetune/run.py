@@ -73,7 +73,7 @@ def training_command(task: Task, method: str, seed: int, workdir: Path) -> list[
 
 
 def both_languages(*names: str) -> dict[str, Any]:
-  """Where their examples are as one file for training and one to validate on."""
+  """The paths of their examples as one file for training and one to validate on."""
   folder = Path(FLAGS.runs) / "+".join(names)
   folder.mkdir(parents=True, exist_ok=True)
   for split in ("train", "validation"):

@@ -82,7 +82,7 @@ def step_ratios() -> dict[str, str]:
 
 
 def value_of(run: dict[str, Any], metric: str) -> float:
-  """On the test set; of what is validated alone, at the best validation after the start."""
+  """The value on the test set; of validation alone, at its best after the start."""
   if metric in run.get("test", {}):
     return run["test"][metric]["value"]
   return min(line[metric] for line in run["validations"] if line["step"])
@@ -124,7 +124,7 @@ def baselines_table(data: str) -> list[str]:
 
 
 def place(run: dict[str, Any]) -> tuple[int, int, int]:
-  """In the order of tasks.py."""
+  """The place in the order of tasks.py."""
   methods = methods_of(TASKS[run["task"]])
   return [*TASKS].index(run["task"]), methods.index(run["method"]), run["seed"]
 
@@ -135,7 +135,7 @@ def methods_of(task: Task) -> list[str]:
 
 
 def quote(argument: str) -> str:
-  """For a shell, in which $DATA and $RUNS still are what they are."""
+  """Quotes for a shell, in which $DATA and $RUNS still are what they are."""
   return f'"{argument}"' if re.search(r"[^\w$=:,./-]", argument) else argument
 
 

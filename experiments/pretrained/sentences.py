@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def rank(x_BD: np.ndarray) -> Sequence[list[int]]:
-  """For each query the candidates, the most similar first."""
+  """Ranks the candidates for each query, the most similar first."""
   queries, candidates = x_BD[: len(QUERIES)], x_BD[len(QUERIES) :]
   return np.argsort(-(queries @ candidates.T), axis=-1).tolist()
 

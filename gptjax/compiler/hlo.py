@@ -163,7 +163,7 @@ class Program:
 
   @functools.cached_property
   def runs(self) -> Mapping[str, int]:
-    """How often each computation runs in one execution of the program; fused ones included."""
+    """Runs of each computation in one execution of the program; fused ones included."""
     runs: dict[str, int] = defaultdict(int)
 
     def visit(name: str, times: int) -> None:

@@ -200,7 +200,7 @@ def span_corruption_lengths(
 
 
 def _count(length: int, mask_rate: float, mean_span: float) -> tuple[int, int]:
-  """How many of `length` tokens are corrupted, at least one is not, and in how many spans."""
+  """Numbers of corrupted tokens of `length`, of which one at least is not, and of spans."""
   noise = min(max(1, _round(length * mask_rate)), length - 1)
   return noise, min(max(1, _round(noise / mean_span)), noise, length - noise + 1)
 

@@ -120,7 +120,7 @@ class Subject:
 
   @property
   def context_length(self) -> int:
-    """How many tokens the model reads at a time."""
+    """The number of tokens that the model reads at a time."""
     return scoring.context_length(self.model, self.max_length)
 
   @property

@@ -421,7 +421,7 @@ class ClassTask(NamedLabelTask):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-  """What is right for an example, what is predicted, and the probabilities of the labels where
+  """The right label of an example, the predicted one, and the probabilities of the labels where
   there are any: [K], or of each word [W, K]."""
 
   gold: Any

@@ -36,7 +36,7 @@ _HEAD = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """What a model says of a record.
+  """The label that a model gives a record.
 
   Attributes:
     texts: {key: text, or words} of the record.

@@ -115,5 +115,5 @@ class Tagging(ClassTask):
     return [self.labels[tag] for tag in answer]
 
   def say_probabilities(self, answer: Answer) -> list[float]:
-    """That of each word's tag."""
+    """The probability of each word's tag."""
     return answer.probabilities.max(-1).tolist()

@@ -129,7 +129,7 @@ def warn_of_cuts(lengths: Sequence[int], room: int) -> None:
 
 
 def context_length(model: GPT, max_length: int | None) -> int:
-  """How many tokens the model reads at a time; UserError if it has fewer positions."""
+  """The number of tokens that the model reads at a time; UserError if it has fewer positions."""
   position = model.config.position
   if position.kind == "learned" and (max_length or 0) > position.room:
     raise UserError(

@@ -101,7 +101,7 @@ class Entry:
     return self.transposed and parameters[self.ours[0]].fan_in_axes is not None
 
   def _stacks(self, info: ParameterInfo) -> int:
-    """How many leading axes of a parameter (layers, experts) are split over tensors."""
+    """The number of leading axes (layers, experts) of a parameter that are split over tensors."""
     return (info.axes[0] == "layers") + ("{e}" in self.theirs)
 
   def _own_shape(self, info: ParameterInfo) -> tuple[int, ...]:

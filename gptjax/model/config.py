@@ -240,14 +240,14 @@ class ModelConfig:
 
   @property
   def width_ratio(self) -> float:
-    """How many times wider the model is than its base; 1 in the standard parametrization."""
+    """The width over that of the base; 1 in the standard parametrization."""
     if self.transfer.parametrization == "standard":
       return 1.0
     return self.embed_dim / self.transfer.base_embed_dim
 
   @property
   def depth_ratio(self) -> float:
-    """How many times deeper the model is than its base; 1 unless in CompleteP."""
+    """The depth over that of the base; 1 unless in CompleteP."""
     if self.transfer.parametrization != "completep":
       return 1.0
     return self.num_layers / self.transfer.base_num_layers

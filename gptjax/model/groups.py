@@ -173,7 +173,7 @@ class PositionConfig(Group):
 
   @property
   def room(self) -> int:
-    """How many positions a text may have."""
+    """The number of positions that a text may have."""
     return self.max_positions - self.offset
 
 

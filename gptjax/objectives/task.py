@@ -167,7 +167,7 @@ class Task(abc.ABC):
 
   @property
   def num_labels(self) -> int:
-    """How many scores the model's head gives a token; 0 is a language model."""
+    """The number of scores that the model's head gives a token; 0 is a language model."""
     return 0
 
   def check_model(self, model: ModelConfig) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def bits_per_byte(training: Iterable[str], validation: Sequence[str]) -> dict[str, float]:
-  """What each of them reaches on the validation documents, by its name."""
+  """Measures each of them on the validation documents, by its name."""
   return {
     "gzip -9": gzip_bits_per_byte(validation),
     "byte 5-gram": ngram_bits_per_byte(training, validation, order=5),

@@ -243,7 +243,7 @@ def rows(table: Table) -> list[dict[str, Any]]:
 def first_crossing(
   x: np.ndarray, values: np.ndarray, target: float, *, lower_is_better: bool
 ) -> float | None:
-  """Where values first come to the target, linear between points; None if they do not."""
+  """Finds where values first come to the target, linear between points; None if they do not."""
   if not lower_is_better:
     values, target = -values, -target
   below = np.flatnonzero(values <= target)

@@ -1,4 +1,4 @@
-"""What a decoding step holds and reads, by hand, and the step itself from the TPU's compiler."""
+"""The memory and traffic of a decoding step, by hand, and the step from the TPU's compiler."""
 
 import importlib.util
 

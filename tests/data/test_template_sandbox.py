@@ -1,4 +1,4 @@
-"""What templates from outside may compute, and that those in use compute it."""
+"""Templates from outside compute within limits, and those in use are not hindered."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What is computed does not depend on how many devices compute it, or how they share the work.
+"""Results do not depend on how many devices compute them, or how they share the work.
 
 Eight simulated devices are in a process of their own: those of this process are four.
 """
@@ -97,7 +97,7 @@ def make_batch():
 
 
 def run_job(job, config, params):
-  """What the steps report, the gradient of the first, and the last parameters."""
+  """The reports of the steps, the gradient of the first, and the last parameters."""
   described = describe_parameters(config)
   # Plain SGD, whose updates are the gradient; its momentum after a step is that gradient.
   preset = {"name": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "momentum": 0.9}
@@ -206,7 +206,7 @@ def name_job(job):
 
 @pytest.fixture(scope="session")
 def results(request, tmp_path_factory, tiny_config, random_params, cpu_devices):
-  """What `main` computes, by its job: what the tests that run ask for."""
+  """The results of `main` by their jobs, those that the tests that run ask for."""
   # All heads, feed-forward columns and vocabulary rows divide by 2, all widths by 8.
   execution = {"attention.kernel": "xla", "execution.scan_layers": False}
   configs = {name: tiny_config(**execution, **changes) for name, changes in MODELS.items()}

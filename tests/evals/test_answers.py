@@ -1,4 +1,4 @@
-"""What is made of a model's answers, which a script gives here."""
+"""Answers of a model, which a script gives here, are extracted and judged."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What is said of the labels: how often there are some, and how well each is told."""
+"""Reports of labels: how often each occurs, and how well it is predicted."""
 
 import numpy as np
 import pytest

@@ -157,7 +157,7 @@ def test_a_file_without_an_output_ties_it(llama, tmp_path):
 
 
 def llama3_factors(width, base, factor, original):
-  """What llama.cpp's converter divides frequencies by, of Llama 3.1's published code."""
+  """The divisors of frequencies in llama.cpp's converter, by Llama 3.1's published code."""
   factors = []
   for frequency in base ** (-np.arange(0, width, 2) / width):
     turns = original * frequency / (2 * np.pi)

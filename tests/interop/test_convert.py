@@ -338,7 +338,7 @@ def test_checkpoints_are_named_by_what_they_are(run, original):
 
 
 class Flags(types.SimpleNamespace):
-  """What absl parses of a command line."""
+  """The flags of a command line, as absl parses them."""
 
   def __getitem__(self, name):
     return types.SimpleNamespace(value=vars(self)[name])

@@ -115,7 +115,7 @@ def tokens():
 
 
 def our_logits(config, params):
-  """Of each token, [T, K]."""
+  """The logits of each token, [T, K]."""
   graph = model_graph(config)
 
   @jax.jit
@@ -127,7 +127,7 @@ def our_logits(config, params):
 
 
 def their_logits(torch, model):
-  """Of each token, [T, K], or of the text, [K]."""
+  """The logits of each token, [T, K], or of the text, [K]."""
   with torch.no_grad():
     out = model(input_ids=torch.tensor(tokens()).long())
   if "start_logits" in out:
@@ -144,8 +144,8 @@ def assert_same(ours, theirs, config):
 
 
 def open_there(transformers, folder):
-  """What `transformers` finds behind the class that config.json names, without a weight too many
-  or too few."""
+  """Opens the class of `transformers` that config.json names, without a weight too many or too
+  few."""
   (name,) = json.loads((folder / "config.json").read_text())["architectures"]
   task = name.rpartition("For")[2]
   auto = getattr(transformers, f"AutoModelFor{task}")

@@ -1,4 +1,4 @@
-"""How near two models are, and that what we write is the same model in `transformers`."""
+"""Two models are compared, and what we write is the same model in `transformers`."""
 
 import dataclasses
 import sys

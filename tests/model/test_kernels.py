@@ -205,7 +205,7 @@ def test_cudnn_of_packed_rows_makes_no_mask(hopper, kv_heads, window):
 def attend_documents(
   q, k, v, q_seqlen=None, kv_seqlen=None, q_offsets=None, kv_offsets=None, **options
 ):
-  """What `dot_product_attention` of JAX's cuDNN module says it computes, document by document.
+  """Attention as the documentation of JAX's cuDNN module describes it, document by document.
 
   Outside of all documents the result is undefined: here it is not a number.
   """

@@ -56,7 +56,7 @@ def expected_of(tokens, **options):
 
 
 def actual_of(tokens, axes=UNTIED, **options):
-  """As `expected_of`, by the code under test; the gradient of the kernel is [D, V] too."""
+  """The same as `expected_of`, by the code under test; the gradient of the kernel is [D, V] too."""
   x_BTD, kernel_DV, targets_BT, weights_BT = tokens
   kernel = kernel_DV.T if axes == TIED else kernel_DV
   loss = differentiate(lambda *arguments: losses.cross_entropy(*arguments, axes=axes, **options))

@@ -1,4 +1,4 @@
-"""What a parameter is, is said where it is made, and read by all that treat parameters apart."""
+"""The role of a parameter is declared where it is made, and whoever needs it reads it there."""
 
 import types
 

@@ -133,7 +133,7 @@ def bases(make_reference, load_params, tmp_path_factory):  # noqa: F811
 
 
 def their_logits(torch, model):
-  """What their model makes of `TOKENS`, an encoder-decoder of the same tokens twice."""
+  """The logits that their model gives `TOKENS`, an encoder-decoder of the same tokens twice."""
   tokens = torch.tensor(TOKENS, dtype=torch.long)
   inputs = {"input_ids": tokens}
   if model.config.is_encoder_decoder:

@@ -1,4 +1,4 @@
-"""What we write for the `peft` library adapts those projections there that it adapts here."""
+"""Adapters that we write adapt the same projections in the `peft` library."""
 
 import json
 import warnings

@@ -92,7 +92,7 @@ def test_a_checkpoint_holds_adapters_alone(lora):
 
 @pytest.mark.slow
 def test_a_budget_of_ranks_is_kept_and_it_goes_on_bit_for_bit(make_config, tmp_path):
-  """What AdaLoRA knows of importance is a part of the state."""
+  """AdaLoRA's estimates of importance are a part of the state."""
   phases = {f"peft.budget_{name}_steps": 1 for name in ("initial", "final", "every")}
   few = {"peft.targets": ("query", "value"), "peft.rank": 4, "peft.target_rank": 2}
   config = make_config("adalora", **phases, **few)

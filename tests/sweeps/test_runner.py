@@ -199,7 +199,7 @@ def test_accelerators_are_dealt_out():
 
 def test_a_table_is_not_drawn_again_and_again_in_a_notebook(start, monkeypatch):
   class Terminal(io.StringIO):
-    """What `!python -m gptjax.sweep` writes to in a notebook, which cannot go up a line."""
+    """The output of `!python -m gptjax.sweep` in a notebook, which cannot go up a line."""
 
     def isatty(self):
       return True

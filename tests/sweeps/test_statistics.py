@@ -24,7 +24,7 @@ def judge(*samples, paired=False, lower_is_better=True):
 
 
 def at_most(rate, sweeps=SWEEPS):
-  """What a rate stays below in all but one of 1,000 simulations."""
+  """The bound that a rate stays below in all but one of 1,000 simulations."""
   return stats.binom.ppf(0.999, sweeps, rate) / sweeps
 
 
@@ -42,7 +42,7 @@ EQUAL = [
 
 
 def rates(draw, seeds, sigmas):
-  """Of sweeps with a winner, and of sweeps with any difference, the arms being equal."""
+  """The rates of sweeps with a winner and of sweeps with any difference, the arms being equal."""
   wins = differ = 0
   for _ in range(SWEEPS):
     found = judge(*(sigma * draw(n) for sigma, n in zip(sigmas, seeds, strict=True)))

@@ -19,7 +19,7 @@ KEYS = tuple(f"key-{number}" for number in range(6))
 
 
 def sweep(keys, search=None, metric="val/loss"):
-  """As much of a sweep as its study asks for."""
+  """A sweep with no more than its study asks for."""
   base = config.load(f"{ROOT}/configs/pretrain.py:model=debug", {"eval.every_steps": 1})
   return types.SimpleNamespace(trials=dict.fromkeys(keys), search=search, metric=metric, base=base)
 

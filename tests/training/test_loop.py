@@ -57,7 +57,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(cpu_devices) -> dict[str, str]:
-  """For subprocesses: one CPU device."""
+  """The variables of subprocesses, which see one CPU device."""
   return os.environ | cpu_devices(1)
 
 
