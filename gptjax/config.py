@@ -306,22 +306,25 @@ class RunLength:
       raise UserError("total_steps: a run needs at least one step.")
     return dataclasses.replace(length, total_steps=total)
 
-  def steps(self, section: Mapping[str, Any], stem: str) -> int:
-    """Steps of the duration `stem` of a section; 0 means never.
+  def steps(self, config: Mapping[str, Any], name: str) -> int:
+    """Steps of a duration such as 'total' or 'optim.warmup'; 0 means never.
 
     Raises:
       UserError: not exactly one key of the duration is there, or it is negative.
     """
-    found = [key for key in section if (m := DURATION.fullmatch(key)) and m["stem"] == stem]
+    section, _, stem = name.rpartition(".")
+    values = config[section] if section else config
+    found = [key for key in values if (m := DURATION.fullmatch(key)) and m["stem"] == stem]
     if len(found) != 1:
       raise UserError(
-        f"config needs exactly one of {stem}_steps, {stem}_tokens, {stem}_epochs, {stem}_percent; "
+        f"config needs exactly one of {name}_steps, {name}_tokens, {name}_epochs, {name}_percent; "
         f"it has {', '.join(found) or 'none'}."
       )
-    unit, value = DURATION.fullmatch(found[0])["unit"], section[found[0]]
-    check_number(f"config.{found[0]}", value)
+    unit, value = DURATION.fullmatch(found[0])["unit"], values[found[0]]
+    key = f"config.{name}_{unit}"
+    check_number(key, value)
     if value < 0:
-      raise UserError(f"config.{found[0]}={value} is negative; 0 means never.")
+      raise UserError(f"{key}={value} is negative; 0 means never.")
     if value == 0:
       return 0
     steps_of = {
@@ -331,7 +334,7 @@ class RunLength:
       "percent": None if self.total_steps is None else self.total_steps / 100,
     }[unit]
     if steps_of is None:
-      raise UserError(f"config.{found[0]}: the length of {unit} is not known here; give steps.")
+      raise UserError(f"{key}: the length of {unit} is not known here; give steps.")
     return max(round(value * steps_of), 1)
 
 

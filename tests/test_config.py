@@ -223,22 +223,27 @@ def length(total_steps=None, steps_per_epoch=50.0):
   ],
 )
 def test_a_duration_in_every_unit(section, steps):
+  assert length(total_steps=200).steps({"eval": section}, "eval.every") == steps
   assert length(total_steps=200).steps(section, "every") == steps
 
 
 @pytest.mark.parametrize(
   ("section", "run", "sentence"),
   [
-    ({}, {}, r"exactly one of every_steps, every_tokens, every_epochs, every_percent; it has none"),
+    ({}, {}, r"exactly one of eval\.every_steps, .*, eval\.every_percent; it has none"),
     ({"every_steps": 1, "every_tokens": 2}, {}, r"it has every_steps, every_tokens"),
-    ({"every_steps": -1}, {}, r"config\.every_steps=-1 is negative; 0 means never"),
-    ({"every_percent": 5.0}, {}, r"config\.every_percent: the length of percent is not known"),
+    ({"every_steps": -1}, {}, r"config\.eval\.every_steps=-1 is negative; 0 means never"),
+    (
+      {"every_percent": 5.0},
+      {},
+      r"config\.eval\.every_percent: the length of percent is not known",
+    ),
     ({"every_epochs": 1}, {"steps_per_epoch": None}, r"every_epochs: the length of epochs is not"),
   ],
 )
 def test_a_duration_that_says_nothing_is_refused(section, run, sentence):
   with pytest.raises(UserError, match=sentence):
-    length(**run).steps(section, "every")
+    length(**run).steps({"eval": section}, "eval.every")
 
 
 @pytest.mark.parametrize(

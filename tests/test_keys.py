@@ -42,7 +42,7 @@ def attributes(tree):
 
 
 class Reads:
-  """The reads of the code: attributes of everything, of sections, and stems of durations."""
+  """The reads of the code: attributes of everything and of sections, and durations."""
 
   def __init__(self):
     trees = {path: ast.parse(path.read_text()) for path in (ROOT / "gptjax").rglob("*.py")}
@@ -62,7 +62,7 @@ class Reads:
           if isinstance(node, ast.FunctionDef) and function in (None, node.name):
             own = {name for value, name in attributes(node) if value == "config"}
             self.pairs |= {(f"config.{section}", name) for name in own}
-    self.stems = {
+    self.durations = {
       node.args[1].value
       for path in TAKES_ALL
       for node in ast.walk(trees[path])
@@ -103,7 +103,7 @@ class Reads:
       return name in {f"options.{platform}" for platform in PLATFORMS}
     duration = DURATION.fullmatch(name)
     return (f"config.{section}", name) in self.pairs or (
-      duration is not None and duration["stem"] in self.stems
+      duration is not None and f"{section}.{duration['stem']}" in self.durations
     )
 
 

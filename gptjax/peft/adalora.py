@@ -134,7 +134,7 @@ def allocate_ranks(
   shapes = [parameters[f"{path}/singular_values"].shape for path in _paths(parameters)]
   initial, last_step, every = 0, 1, 0
   if run is not None:
-    initial, final, every = (run.steps(config, name) for name in DURATIONS)
+    initial, final, every = (run.steps({"peft": config}, f"peft.{name}") for name in DURATIONS)
     last_step = run.total_steps - final
     if initial >= last_step:
       raise UserError(

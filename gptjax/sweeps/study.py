@@ -260,10 +260,10 @@ def make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
   """
   if sweep.search is None or sweep.search.pruner == "none":
     return optuna.pruners.NopPruner()
-  validations, length = sweep.base.eval, length_without_data(sweep.base)
+  length = length_without_data(sweep.base)
   first: Any = "auto"  # Only the data tells how many steps an epoch has.
-  if length and "every_epochs" not in validations:
-    first = length.steps(validations, "every")
+  if length and "every_epochs" not in sweep.base.eval:
+    first = length.steps(sweep.base, "eval.every")
   if not first:
     raise UserError("SEARCH['pruner']='halving' needs validations: set eval.every_steps.")
   return optuna.pruners.SuccessiveHalvingPruner(min_resource=first)

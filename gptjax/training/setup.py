@@ -76,19 +76,19 @@ class Setup:
 
   def make_optimizer(self, length: RunLength | None) -> Optimizer:
     """The optimizer of `config.optim`; without a length its learning rate is 0."""
-    config, unfreeze_steps = self.config.optim, 0
+    unfreeze_steps = 0
     if length is None:
       schedule = optax.constant_schedule(0.0)
     else:
-      unfreeze_steps = length.steps(config, "unfreeze_every")
+      unfreeze_steps = length.steps(self.config, "optim.unfreeze_every")
       schedule = make_schedule(
-        config,
+        self.config.optim,
         total_steps=length.total_steps,
-        warmup_steps=length.steps(config, "warmup"),
-        decay_steps=length.steps(config, "decay"),
+        warmup_steps=length.steps(self.config, "optim.warmup"),
+        decay_steps=length.steps(self.config, "optim.decay"),
       )
     optimizer = make_optimizer(
-      config, self.trained, schedule, self.model.width_ratio, unfreeze_steps
+      self.config.optim, self.trained, schedule, self.model.width_ratio, unfreeze_steps
     )
     return self.adaptation.wrap(optimizer, self.trained, length)
 
