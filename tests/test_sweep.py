@@ -171,6 +171,7 @@ def test_a_trial_whose_process_was_killed_resumes_bit_for_bit(sweep, environment
   assert compared.stdout == "Equal in all 215 numbers, to step 2000.\n"
 
 
+@pytest.mark.slow
 def test_a_signal_is_passed_on_and_the_trial_resumes(sweep, tmp_path):
   arms = "def sweep(): return cross({'a': {}})"
   first = sweep(arms, total_steps=3000)

@@ -63,7 +63,7 @@ SMOKE = textwrap.dedent("""
 @pytest.mark.parametrize(
   "wing",
   [
-    pytest.param(wing, marks=[] if wing in ("inference", "interop", "scores") else pytest.mark.slow)
+    pytest.param(wing, marks=[] if wing in ("inference", "interop") else pytest.mark.slow)
     for wing in GOES_WITH
   ],
 )

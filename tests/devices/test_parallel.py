@@ -204,7 +204,7 @@ def name_job(job):
   return f"{job.model}-{dict(job.mesh)}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def results(request, tmp_path_factory, tiny_config, random_params, cpu_devices):
   """The results of `main` by their jobs, those that the tests that run ask for."""
   # All heads, feed-forward columns and vocabulary rows divide by 2, all widths by 8.

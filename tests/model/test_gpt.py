@@ -209,10 +209,10 @@ def without_remat(tiny_config, random_params):
   ("remat", "scan_layers"),
   [
     ("full", False),
-    ("save_attention", False),
     ("save_attention", True),
-    ("save_qkv", False),
-    ("dots", False),
+    pytest.param("save_attention", False, marks=pytest.mark.slow),
+    pytest.param("save_qkv", False, marks=pytest.mark.slow),
+    pytest.param("dots", False, marks=pytest.mark.slow),
     ("offload", True),
   ],
 )
@@ -631,7 +631,7 @@ def test_other_positions_run_on_any_length(tiny_config, random_params, make_forw
 # --- Decoding with a cache ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("position", POSITIONS)
 def test_cached_decoding_is_the_uncached_forward_pass(
   tiny_config, random_params, position, kv_heads

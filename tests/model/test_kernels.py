@@ -105,20 +105,21 @@ CASES = {
 }
 
 
+ALSO_FAST = [("causal", "one pass"), ("grouped", "one pass"), ("narrow-window", "one pass")]
+
+
 @pytest.mark.parametrize(
   ("case", "backward"),
   [
-    *(pytest.param(case, "one pass", id=f"{name}-one pass") for name, case in CASES.items()),
-    # The case of all features at once is fast.
-    *(
-      pytest.param(
-        case,
-        "two kernels",
-        id=f"{name}-two kernels",
-        marks=[] if name == "all" else [pytest.mark.slow],
-      )
-      for name, case in CASES.items()
-    ),
+    pytest.param(
+      case,
+      backward,
+      id=f"{name}-{backward}",
+      # The case of all features at once is fast.
+      marks=[] if name == "all" or (name, backward) in ALSO_FAST else [pytest.mark.slow],
+    )
+    for backward in ("one pass", "two kernels")
+    for name, case in CASES.items()
   ],
 )
 def test_splash_is_the_attention_that_is_written_out(monkeypatch, small_blocks, case, backward):

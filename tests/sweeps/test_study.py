@@ -24,7 +24,10 @@ def sweep(keys, search=None, metric="val/loss"):
   return types.SimpleNamespace(trials=dict.fromkeys(keys), search=search, metric=metric, base=base)
 
 
-@pytest.fixture(params=["", "journal"], ids=["sqlite", "journal"])
+JOURNAL = pytest.param("journal", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["", JOURNAL], ids=["sqlite", "journal"])
 def join(request, tmp_path):
   """Returns a function that joins the study as one more worker."""
 
@@ -71,7 +74,7 @@ while claim := study.claim():
 """
 
 
-@pytest.mark.parametrize("storage", ["", "journal"])
+@pytest.mark.parametrize("storage", ["", JOURNAL])
 def test_processes_that_start_at_once_share_the_keys(storage, tmp_path):
   arguments = [sys.executable, "-c", WORKER, storage, str(tmp_path), str(time.time() + 3)]
   workers = [
@@ -98,7 +101,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("storage", ["", "journal"])
+@pytest.mark.parametrize("storage", ["", JOURNAL])
 def test_the_trial_of_a_process_that_died_goes_to_another_as_it_was(storage, tmp_path):
   arguments = [sys.executable, "-c", DYING, storage, str(tmp_path)]
   dead = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)

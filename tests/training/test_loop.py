@@ -538,6 +538,7 @@ def test_learns_and_reports(corpus, tmp_path, capsys, drawn):
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(lines)
 
 
+@pytest.mark.slow
 def test_figures_of_the_layers_are_written_when_due_and_change_nothing(
   corpus, tmp_path, monkeypatch
 ):
@@ -561,7 +562,7 @@ def test_figures_of_the_layers_are_written_when_due_and_change_nothing(
 
 
 def test_starts_from_the_weights_of_another_run(corpus, tmp_path, capsys):
-  train(small_config(corpus), tmp_path / "first")
+  train(small_config(corpus, total_steps=4), tmp_path / "first")
   overrides = {"init_from": str(tmp_path / "first"), "total_steps": 1, "optim.learning_rate": 1e-9}
   train(small_config(corpus, **overrides), tmp_path / "second")
   assert "parameters matched" in capsys.readouterr().out
