@@ -12,7 +12,8 @@ FILE = "tests/finetuning/test_records.py"
 LEAVES_A_FOLDER = f"{FILE}::test_a_set_of_tfds_opens_by_its_names_of_labels"
 
 
-@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_nothing_is_left_among_temporary_files(tmp_path, workers):
   (tmp_path / "temporary").mkdir()
   done = subprocess.run(

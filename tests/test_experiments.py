@@ -29,7 +29,14 @@ SWEEPS = [
 ]
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+  "path",
+  [
+    pytest.param(path, marks=[] if path.parent.name == "learning_efficiency" else pytest.mark.slow)
+    for path in SWEEPS
+  ],
+  ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_sweep_can_be_started(path, monkeypatch, tmp_path):
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(datasets, "fetch", lambda name: tmp_path)

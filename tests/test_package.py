@@ -123,18 +123,32 @@ def test_one_package_is_installed_with_its_presets(tmp_path):
   ("command", "problem"),
   [
     ("generate --checkpoint=x --top_p=2", "top_p is 2.0; it must be above 0 and at most 1."),
-    ("generate --checkpoint=x --stop=", "--stop is empty; give a text that ends a completion."),
-    ("generate --checkpoint=x --max_tokens=0", "--max_tokens is 0; it must be at least 1."),
-    ("chat --checkpoint=x --temperature=-1", "temperature is -1.0; it must be at least 0."),
     ("evaluate --checkpoint=x --tasks=y --output=README.md", "README.md: File exists."),
-    ("compile --config=x --topology=y --json=nosuch/x", "--json=nosuch/x: no folder nosuch."),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ("generate --checkpoint=x --stop=", "--stop is empty; give a text that ends a completion."),
+        ("generate --checkpoint=x --max_tokens=0", "--max_tokens is 0; it must be at least 1."),
+        ("chat --checkpoint=x --temperature=-1", "temperature is -1.0; it must be at least 0."),
+        ("compile --config=x --topology=y --json=nosuch/x", "--json=nosuch/x: no folder nosuch."),
+      )
+    ),
   ],
 )
 def test_flags_are_checked_before_a_model_is_looked_for(command, problem):
   assert call("-m", "gptjax", *command.split()).stderr == f"error: {problem}\n"
 
 
-@pytest.mark.parametrize("flag", ["tries", "processes", "num_slices", "batch", "context"])
+@pytest.mark.parametrize(
+  "flag",
+  [
+    "tries",
+    *(
+      pytest.param(flag, marks=pytest.mark.slow)
+      for flag in ("processes", "num_slices", "batch", "context")
+    ),
+  ],
+)
 def test_compile_refuses_a_count_of_nothing(flag):
   refused = call("-m", "gptjax.compile", "--config=x", "--topology=y", f"--{flag}=0")
   assert refused.stderr.startswith(f"error: flag --{flag}=0: 0 is not a positive integer")

@@ -80,11 +80,16 @@ TAGGED = {"tokens": ["Ada", "left"], "tags": ["B-PER", "O"]}
   ("argument", "record", "text", "label"),
   [
     ("task=classification", {"text": "so so", "label": "bad"}, "so so⟦<|endoftext|>⟧", '= "bad"'),
-    ("task=multi_label", {"text": "so", "label": ["a", "b"]}, "so⟦<|end", '= ["a", "b"]'),
-    ("task=regression", {"text": "so", "label": 2.5}, "so⟦<|end", "= 2.5"),
     ("task=tagging", TAGGED, "Ad⟦a⟧ lef⟦t⟧", '= ["B-PER", "O"]'),
-    ("task=text", {"text": "some text"}, "⟦some text<|endoftext|>⟧", ""),
     ("task=prompt", {"q": "1+1", "a": "2"}, "1+1⟦2<|endoftext|>⟧", ""),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ("task=multi_label", {"text": "so", "label": ["a", "b"]}, "so⟦<|end", '= ["a", "b"]'),
+        ("task=regression", {"text": "so", "label": 2.5}, "so⟦<|end", "= 2.5"),
+        ("task=text", {"text": "some text"}, "⟦some text<|endoftext|>⟧", ""),
+      )
+    ),
   ],
 )
 def test_rows_of_each_task_are_shown(argument, record, text, label, tmp_path):

@@ -238,6 +238,7 @@ def test_a_dry_run_adds_the_trials_up(sweep, tmp_path):
   assert not (tmp_path / "run/study.db").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_one_sentence(sweep, environment):
   def call(*arguments):
     return subprocess.run(

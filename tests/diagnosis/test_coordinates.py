@@ -30,6 +30,7 @@ def slopes(make_config, tmp_path_factory):
   return measure
 
 
+@pytest.mark.slow
 def test_activations_move_as_far_at_any_width_under_mup(slopes, capsys, drawn):
   found, workdir = slopes("mup")
   # The logits start as a sum of random terms over the width, which shrinks with its root.

@@ -69,6 +69,7 @@ def test_writing_token_by_token_gives_what_a_whole_pass_gives(model):
   np.testing.assert_allclose(write(model), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_cross_attention_adds_is_told(model):
   stats = ActivationStats()
   model.hidden(TARGET, encoded=model.encode(SOURCE), stats=stats)

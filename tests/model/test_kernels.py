@@ -339,6 +339,7 @@ def test_a_model_learns_the_same_by_splash(model_loss, small_blocks, mesh):
   assert_close(model_loss("splash", **mesh), model_loss("xla"))
 
 
+@pytest.mark.slow
 def test_what_remat_keeps_of_splash_is_not_computed_again(tiny_config):
   def exponentials(remat):
     # Of these layers only attention has any.

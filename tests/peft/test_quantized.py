@@ -263,6 +263,7 @@ def test_a_run_learns_and_goes_on_bit_for_bit(quantized_run, adapted, make_confi
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_with_its_adapters_merged_into_the_dequantised_kernels(
   quantized_run, adapted
 ):

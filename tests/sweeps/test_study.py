@@ -74,7 +74,8 @@ while claim := study.claim():
 """
 
 
-@pytest.mark.parametrize("storage", ["", JOURNAL])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["", "journal"])
 def test_processes_that_start_at_once_share_the_keys(storage, tmp_path):
   arguments = [sys.executable, "-c", WORKER, storage, str(tmp_path), str(time.time() + 3)]
   workers = [

@@ -454,6 +454,7 @@ def test_an_error_of_one_process_ends_all_soon(corpus, environment, tmp_path):
   assert "Traceback" not in "".join(printed)
 
 
+@pytest.mark.slow
 def test_hosts_that_share_no_work_directory_are_refused(corpus, environment, tmp_path):
   workdirs = [tmp_path / "here", tmp_path / "there"]
   with two_processes(environment, corpus, explicit_ranks(workdirs)) as processes:
@@ -477,7 +478,9 @@ def test_hosts_that_read_other_data_are_refused(corpus, environment, tmp_path):
     assert "the hosts read different data" in text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_leaves_with_its_status(corpus, environment, tmp_path, number):
   job = [
     f"{ROOT}/configs/pretrain.py:model=debug,data=text",
@@ -596,6 +599,7 @@ def test_a_run_does_not_go_on_with_other_files(corpus, tmp_path):
   assert list(losses(workdir)) == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_made_before_data_had_fingerprints_goes_on(corpus, tmp_path):
   train(small_config(corpus, total_steps=2), tmp_path / "run")
   (tmp_path / "run/data.json").unlink()
@@ -744,10 +748,23 @@ def test_command_line(corpus, environment, tmp_path):
   assert "no config key 'model.num_layer'. Did you mean 'model.num_layers'" in unknown.stderr
   assert "Traceback" not in unknown.stderr
   assert "--workdir is missing" in call().stderr
-  assert "--coordinator and --num_processes are missing" in call("--process_id=0").stderr
-  preset = call("--config=configs/pretrain.py:model=gpt2-125m")
-  assert "no model preset 'gpt2-125m'. Did you mean" in preset.stderr
-  assert "--workdir" in call("--help").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("flag", "sentence"),
+  [
+    ("--process_id=0", "--coordinator and --num_processes are missing"),
+    ("--config=configs/pretrain.py:model=gpt2-125m", "no model preset 'gpt2-125m'. Did you mean"),
+    ("--help", "--workdir"),
+  ],
+)
+def test_the_command_line_answers_a_flag(environment, flag, sentence):
+  command = [sys.executable, "-m", "gptjax.train", "--config=configs/pretrain.py", flag]
+  found = subprocess.run(
+    command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert sentence in found.stdout + found.stderr
 
 
 def test_a_run_that_is_stopped_early_has_a_checkpoint_of_its_last_step(corpus, tmp_path):

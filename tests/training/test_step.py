@@ -131,6 +131,7 @@ def test_the_z_loss_is_minimised_and_not_reported(config, optimizer, start, batc
   assert np.abs(table - plain_table).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_mixture_minimises_the_losses_of_its_routers_and_tells_them(
   tiny_config, random_params, batch, after_two_steps
 ):
