@@ -212,6 +212,7 @@ def test_a_hopeless_trial_is_pruned_and_keeps_its_checkpoint(sweep, tmp_path):
   assert json.loads((tmp_path / "run/sweep.json").read_text())["search"]["pruner"] == "halving"
 
 
+@pytest.mark.slow
 def test_a_dry_run_adds_the_trials_up(sweep, tmp_path):
   arms = """
   def sweep():

@@ -62,10 +62,7 @@ SMOKE = textwrap.dedent("""
 
 @pytest.mark.parametrize(
   "wing",
-  [
-    pytest.param(wing, marks=[] if wing in ("inference", "interop") else pytest.mark.slow)
-    for wing in GOES_WITH
-  ],
+  [pytest.param(wing, marks=[] if wing == "inference" else pytest.mark.slow) for wing in GOES_WITH],
 )
 def test_what_remains_without_a_wing_runs(wing, cpu_devices, tmp_path):
   keep = shutil.ignore_patterns("__pycache__")

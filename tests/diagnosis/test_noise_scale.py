@@ -44,6 +44,7 @@ def test_a_gradient_without_noise_has_no_interval():
   assert (found.low, found.high) == (0.0, np.inf)
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_on_the_batches_that_come_next(trained, make_config, capsys):
   found = noise_scale.report(trained, 6)
   model, step = load_checkpoint(trained)

@@ -424,6 +424,7 @@ def make_adapter_run(original, tmp_path_factory):
   return make
 
 
+@pytest.mark.slow
 def test_adapters_of_a_run_go_out_and_come_back_merged(
   command, make_adapter_run, original, tmp_path, capsys
 ):

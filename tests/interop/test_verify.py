@@ -35,7 +35,10 @@ def test_figures_of_agreement_are_those_of_their_definitions():
   )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+  "preset",
+  [pytest.param(name, marks=[pytest.mark.slow] * (name == "llama2-7b")) for name in PRESETS],
+)
 def test_a_run_of_a_preset_is_the_same_model_in_transformers(
   preset, random_params, reference, tmp_path, capsys
 ):

@@ -125,6 +125,7 @@ def test_logits_are_those_of_the_plain_model_with_the_dequantised_kernels(
   assert np.abs(kernel - own).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_what_was_merged_is_taken_out_of_the_dequantised_kernels(make_adapted):
   config = preset("lora", "nf4")
   adapted = make_adapted(config)
