@@ -249,7 +249,8 @@ from gptjax.model.stats import RouterStats
 from gptjax.model.gpt import GPT
 
 shape = {"vocab_size": 32, "num_layers": 2, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24}
-config = ModelConfig(**shape, num_experts=8, experts_per_token=2, activation="swiglu", init_std=0.3)
+shape |= {"experts.count": 8, "experts.per_token": 2, "mlp.activation": "swiglu", "init.std": 0.3}
+config = ModelConfig.from_config(shape)
 graph, params = nnx.split(GPT(config, nnx.Rngs(0)))
 tokens = np.random.default_rng(0).integers(0, 32, (8, 16)).astype(np.int32)
 ones = np.ones_like(tokens)
