@@ -244,11 +244,13 @@ MESH = {"sizes": {"fsdp": 2, "tensor": 2}, "grad_accumulation": 2}
 @pytest.mark.parametrize(
   ("method", "how"),
   [
+    ("dora", MESH | {"execution.remat": "full"}),
     pytest.param("prompt", {"sizes": {"data": 2, "context": 2}}, marks=pytest.mark.slow),
     *(
       pytest.param(method, how, marks=pytest.mark.slow)
       for method in STEPS
       for how in (MESH | {"execution.remat": "full"}, MESH | {"execution.scan_layers": False})
+      if (method, how.get("execution.remat")) != ("dora", "full")
     ),
   ],
   ids=str,
