@@ -7,7 +7,7 @@ G query heads of one key-value head, H head width.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,40 @@ class Mask:
   visible_BTS: jax.Array | None = None
   rotates: bool = dataclasses.field(default=True, metadata={"static": True})
   query_positions_BT: jax.Array | None = None
+
+
+class LayerCache(Protocol):
+  """Keys and values of one layer for the tokens of earlier calls, whatever the way they are kept.
+
+  length: positions of a row that there is room for, S.
+  """
+
+  @property
+  def length(self) -> int: ...
+
+  def write(
+    self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
+  ) -> tuple[Self, "KeysAndValues"]:
+    """Returns the cache with new keys and values in it, and all of a row's, by position."""
+    ...
+
+
+class KeysAndValues(NamedTuple):
+  """Keys and values of one layer, each [B, S, K, H]; as a cache, position p lives in slot p."""
+
+  keys_BSKH: jax.Array
+  values_BSKH: jax.Array
+
+  @property
+  def length(self) -> int:
+    return self.keys_BSKH.shape[1]
+
+  def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array):
+    rows = jnp.arange(k_BTKH.shape[0])[:, None]
+    keys_BSKH = self.keys_BSKH.at[rows, positions_BT].set(k_BTKH, mode="drop")
+    values_BSKH = self.values_BSKH.at[rows, positions_BT].set(v_BTKH, mode="drop")
+    written = KeysAndValues(keys_BSKH, values_BSKH)
+    return written, written
 
 
 def make_mask(
@@ -347,15 +381,14 @@ class Attention(nnx.Module):
     bias_BNTS: jax.Array | None = None,
     *,
     first_values_BTKH: jax.Array | None = None,
-    cache: tuple[jax.Array, jax.Array] | None = None,
+    cache: LayerCache | None = None,
     key: jax.Array | None = None,
     stats: ActivationStats | None = None,
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+  ) -> tuple[jax.Array, LayerCache | None]:
     """Returns the output and the cache with this call's keys and values written into it.
 
-    A cache is (keys, values), each [B, S, K, H]; position p lives in slot p. Without one, x gives
-    all the keys and S = T. `first_values_BTKH` are the first layer's values, for `value_residual`.
-    Without a cache, `stats` receives `largest_logit`.
+    Without a cache, x gives all the keys and S = T. `first_values_BTKH` are the first layer's
+    values, for `value_residual`. Without a cache, `stats` receives `largest_logit`.
     """
     config = self.config
     x_BTD = constrain(x_BTD, "batch", "time", None)
@@ -368,10 +401,9 @@ class Attention(nnx.Module):
     if self.value_mix is not None:
       v_BSKH = self.value_mix(v_BSKH, first_values_BTKH)
     if cache is not None:
-      rows = jnp.arange(x_BTD.shape[0])[:, None]
-      k_BSKH = cache[0].at[rows, positions_BT].set(k_BSKH, mode="drop")
-      v_BSKH = cache[1].at[rows, positions_BT].set(v_BSKH, mode="drop")
-      cache = (k_BSKH, v_BSKH)
+      heads = (q_BTNH, k_BSKH, v_BSKH)
+      attended, cache = self._attend_cached(*heads, positions_BT, mask, bias_BNTS, cache)
+      return self.out(attended), cache
     if stats is not None:
       stats["largest_logit"] = largest_logit(
         q_BTNH,
@@ -382,22 +414,24 @@ class Attention(nnx.Module):
         bias_BNTS=bias_BNTS,
         cap=config.attention.soft_cap,
       )
-    return self._attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key), cache
+    attended = self._attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key)
+    return checkpoint_name(self.out(attended), "attention_out"), None
 
-  def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def keys_and_values(self, x_BSD: jax.Array) -> KeysAndValues:
     """Keys and values of an input, each [B, S, K, H], without positions."""
-    return _normed(self.key(x_BSD), self.key_norm), self.value(x_BSD)
+    return KeysAndValues(_normed(self.key(x_BSD), self.key_norm), self.value(x_BSD))
 
   def cross(
     self,
     x_BTD: jax.Array,
-    keys_and_values: tuple[jax.Array, jax.Array],
+    keys_and_values: KeysAndValues,
     mask: Mask,
     key: jax.Array | None = None,
   ) -> jax.Array:
     """Attends to the keys and values of another input, made by `keys_and_values`."""
     q_BTNH = self._queries(constrain(x_BTD, "batch", "time", None))
-    return self._attend(q_BTNH, *keys_and_values, mask, None, key)
+    attended = self._attend(q_BTNH, *keys_and_values, mask, None, key)
+    return checkpoint_name(self.out(attended), "attention_out")
 
   def _queries(self, x_BTD: jax.Array) -> jax.Array:
     return _normed(self.query(x_BTD), self.query_norm)
@@ -406,8 +440,15 @@ class Attention(nnx.Module):
   def _scale(self) -> float:
     return self.config.attention.scale or 1 / math.sqrt(self.config.head_dim)
 
+  def _attend_cached(
+    self, q_BTNH, k_BTKH, v_BTKH, positions_BT, mask, bias_BNTS, cache: LayerCache
+  ) -> tuple[jax.Array, LayerCache]:
+    """Attends to the cache, with the new keys and values in it. Returns [B, T, N, H] and both."""
+    cache, (k_BSKH, v_BSKH) = cache.write(k_BTKH, v_BTKH, positions_BT)
+    return self._attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, None), cache
+
   def _attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, key) -> jax.Array:
-    attended = attend(
+    return attend(
       q_BTNH,
       k_BSKH,
       v_BSKH,
@@ -419,7 +460,6 @@ class Attention(nnx.Module):
       dropout_rate=self.config.dropout.attention,
       key=key,
     )
-    return checkpoint_name(self.out(attended), "attention_out")
 
 
 def _normed(x_BTNH: jax.Array, norm: RMSNorm | None) -> jax.Array:

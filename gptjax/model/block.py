@@ -9,15 +9,12 @@ import jax
 from flax import nnx
 
 from gptjax.devices.sharding import constrain
-from gptjax.model.attention import Attention, Mask
+from gptjax.model.attention import Attention, KeysAndValues, LayerCache, Mask
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import FeedForward
 from gptjax.model.layers import LayerNorm, Mix, RMSNorm, dropout
 from gptjax.model.moe import MixtureOfExperts
 from gptjax.model.stats import ActivationStats, RouterStats
-
-# Keys and values, each [B, S, K, H].
-KeysAndValues = tuple[jax.Array, jax.Array]
 
 # Placements with a norm of the branch's output.
 _OF_BRANCH = ("after", "both")
@@ -63,11 +60,11 @@ class Block(nnx.Module):
     cross: KeysAndValues | None = None,
     cross_mask: Mask | None = None,
     valid_BT: jax.Array | None = None,
-    cache: KeysAndValues | None = None,
+    cache: LayerCache | None = None,
     key: jax.Array | None = None,
     stats: ActivationStats | None = None,
     router_stats: RouterStats | None = None,
-  ) -> tuple[jax.Array, KeysAndValues | None]:
+  ) -> tuple[jax.Array, LayerCache | None]:
     """Returns the output and the written cache, as `Attention` does.
 
     `cross` are the keys and values that `Block.cross_attention` makes of the encoder's output.

@@ -118,7 +118,7 @@ class GPT(Stack):
     if cache is not None and config.visibility == "bidirectional":
       raise UserError("model.visibility='bidirectional': the model cannot write token by token.")
     keys = (None, None) if key is None else jax.random.split(key)
-    length = None if cache is None else cache[0][0].shape[1]
+    length = None if cache is None else cache[0].length
     x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, keys[0], length)
     if positions_BT is None:
       positions_BT = _count(tokens_BT)

@@ -97,15 +97,12 @@ class Linear(nnx.Module):
     return y if self.bias is None else add_vector(y, self.bias[...])
 
   def product(self, x: jax.Array) -> jax.Array:
-    """Returns x @ kernel, without the bias."""
-
-    def multiply(x: jax.Array) -> jax.Array:
-      kernel = self.kernel[...].astype(self.dtype)
-      return contract(x, kernel, self.contracted_axes, self.axes)
-
-    # For the backward pass the quantised kernel is kept, not the dequantised one.
-    multiply = multiply if isinstance(self.kernel, nnx.Param) else jax.checkpoint(multiply)
-    return multiply(x.astype(self.dtype))
+    """Returns x @ kernel, without the bias. A kernel in another form than a parameter multiplies
+    by a method `product(x, contracted_axes, axes)` of its own."""
+    x = x.astype(self.dtype)
+    if isinstance(self.kernel, nnx.Param):
+      return contract(x, self.kernel[...].astype(self.dtype), self.contracted_axes, self.axes)
+    return self.kernel.product(x, self.contracted_axes, self.axes)
 
 
 class Embedding(nnx.Module):

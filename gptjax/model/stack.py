@@ -13,14 +13,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.devices import sharding
-from gptjax.model.attention import Mask, choose_kernel, make_mask, same_segment
-from gptjax.model.block import Block, KeysAndValues, make_norm
+from gptjax.model.attention import (
+  KeysAndValues,
+  LayerCache,
+  Mask,
+  choose_kernel,
+  make_mask,
+  same_segment,
+)
+from gptjax.model.block import Block, make_norm
 from gptjax.model.config import ModelConfig
 from gptjax.model.positions import AttentionBias
 from gptjax.model.stats import ActivationStats, RouterStats
 
-# One pair per layer.
-Cache = list[KeysAndValues]
+# One per layer.
+Cache = list[LayerCache]
 
 # Names that a layer gives its activations (`checkpoint_name`), in the order of the forward pass:
 # queries, keys and values; the attended values and the normaliser of their softmax; the output
@@ -53,7 +60,7 @@ class Encoded:
 
   hidden_BSD: jax.Array
   segment_ids_BS: jax.Array | None = None
-  keys_and_values: Cache | None = None
+  keys_and_values: list[KeysAndValues] | None = None
 
 
 class Stack(nnx.Module):
@@ -85,7 +92,7 @@ class Stack(nnx.Module):
     B, T, _ = x_BTD.shape
     key_positions_BS = positions_BT
     if cache is not None:
-      length = cache[0][0].shape[1]
+      length = cache[0].length
       key_positions_BS = jnp.broadcast_to(jnp.arange(length), (B, length))
     kernel = choose_kernel(config, T, cached=cache is not None, training=key is not None)
     masks = {
@@ -132,7 +139,7 @@ class Stack(nnx.Module):
     config = self.config
     shape = (batch_size, length, config.num_kv_heads, config.head_dim)
     zeros = jnp.zeros(shape, config.dtype)
-    return [(zeros, zeros) for _ in range(config.num_layers)]
+    return [KeysAndValues(zeros, zeros) for _ in range(config.num_layers)]
 
   def unstack(self) -> None:
     """Splits the stack into layers once, so that a decoding loop need not slice it at each step."""

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, ParameterInfo, describe
+from gptjax.model.layers import contract
 
 # Quantiles of the normal distribution, with a 0, scaled to [-1, 1] (appendix E).
 NF4 = (
@@ -81,6 +82,12 @@ class QuantizedKernel(nnx.Module):
     if (blocks := scales.shape[self.last_contracted]) > 1:
       scales = jnp.repeat(scales, self.shape[self.last_contracted] // blocks, self.last_contracted)
     return (values.reshape(self.shape) * scales)[index]
+
+  def product(self, x: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
+    """Multiplies as `contract` does. For the backward pass the quantised kernel is kept, not the
+    dequantised one."""
+    multiply = jax.checkpoint(lambda x: contract(x, self[...].astype(x.dtype), count, axes))
+    return multiply(x)
 
 
 def quantize(kernel: jax.Array, base: str, contracted: Sequence[int]) -> dict[str, jax.Array]:
