@@ -36,6 +36,8 @@ def main(overrides) -> None:
     max_tokens=args.max_tokens,
     context=args.context,
     seed=args.seed,
+    weights=args.weights,
+    draft=args.draft,
   )
   print("Ctrl-C stops an answer, Ctrl-D ends, /help lists the commands.")
   converse(conversation)

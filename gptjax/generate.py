@@ -54,6 +54,8 @@ def main(overrides) -> None:
     sampling=sampling,
     stop=FLAGS.stop,
     seed=FLAGS.seed,
+    weights=FLAGS.weights,
+    draft=FLAGS.draft,
     on_text=(lambda _, text: print(text, end="", flush=True)) if stream else None,
   )
   if stream:

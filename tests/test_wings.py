@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[1]
 # The wings, and what goes with each: the wings that stand on it, commands and presets.
 GOES_WITH = {
   "compiler": {"commands": ["compile"]},
+  "cpu": {},
   "diagnosis": {"commands": ["diagnose"]},
   "evals": {"commands": ["evaluate"]},
   "finetuning": {"commands": ["predict"], "presets": ["finetune.py"]},
   "inference": {
-    "wings": ["compiler", "evals"],
-    "commands": ["chat", "compile", "evaluate", "generate"],
+    "wings": ["evals"],
+    "commands": ["chat", "evaluate", "generate"],
   },
   "gguf": {},
   "interop": {"wings": ["gguf", "peft"], "commands": ["convert"]},

@@ -23,13 +23,14 @@ import numpy as np
 from flax import nnx
 
 from gptjax import config as config_lib
+from gptjax.data import tokenizer as tokenizers
 from gptjax.data.batch import Batch
 from gptjax.devices import chips, sharding
 from gptjax.errors import UserError
-from gptjax.inference.decode import decode, prefill
+from gptjax.inference.engine import Engine
+from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
 from gptjax.model.attention import choose_kernel
-from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT
 from gptjax.training.checkpoints import checksum
 from gptjax.training.metrics import read_metrics
@@ -170,30 +171,29 @@ def measure_decoding(smoke: bool) -> dict[str, Any]:
   """Tokens that GPT-2 124M writes in a second in bfloat16, after the prompt has been read."""
   overrides = {"model.vocab_size": 50_304, "model.dtype": "bfloat16", "sequence_length": 1024}
   config = make("gpt2-124m", overrides | (SMOKE if smoke else {}), jax.devices()[0]).model
-  graph, params = nnx.split(GPT(config, nnx.Rngs(0)))
   prompt, written = (8, 16) if smoke else (PROMPT, WRITTEN)
+  engine = Engine(GPT(config, nnx.Rngs(0)), tokenizers.load("bytes"), length=prompt + written + 1)
   found = {}
   for rows in (1, 8):
-    seconds = [time_decoding(graph, params, rows, prompt, written, config) for _ in range(4)]
+    seconds = [time_decoding(engine, rows, prompt, written) for _ in range(4)]
     rate = rows * written / float(np.median(seconds[1:]))
     found[str(rows)] = {"tokens_per_second": rate}
     print(f"decoding, batch {rows}: {rate:,.0f} tokens/s", flush=True)
   return found
 
 
-def time_decoding(graph, params, rows: int, prompt: int, written: int, config: ModelConfig):
-  rng = np.random.default_rng(0)
-  tokens = rng.integers(0, config.vocab_size, (rows, prompt + written)).astype(np.int32)
-  lengths = np.full(rows, prompt, np.int32)
-  keys = jax.random.split(jax.random.key(0), rows)
-  state = jax.block_until_ready(prefill(graph, params, tokens, lengths, keys, prompt_length=prompt))
-  never = np.array([-1], np.int32)
-  start = time.perf_counter()
-  limits = lengths + written
-  jax.block_until_ready(
-    decode(graph, params, state, limits, never, steps=written, sampling=Sampling(temperature=0.0))
-  )
-  return time.perf_counter() - start
+def time_decoding(engine: Engine, rows: int, prompt: int, written: int) -> float:
+  """Seconds for `written` tokens of each row after its first one."""
+  texts = np.random.default_rng().integers(0, 256, (rows, prompt)).tolist()
+  sampling = Sampling(temperature=0)
+  answers = [engine.submit(Request(text, written + 1, sampling, ignore_end=True)) for text in texts]
+  while not all(len(answer.tokens) > prompt for answer in answers):
+    engine.step()
+  start, before = time.perf_counter(), engine.counts.written_tokens
+  while not engine.idle:
+    engine.step()
+  share = (engine.counts.written_tokens - before) / (rows * written)
+  return (time.perf_counter() - start) / share
 
 
 # --- Kill and resume ---------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Estimates the cost of a decoding step, which adds a token to each row of a batch."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -15,15 +16,25 @@ from gptjax.compiler.report import Report, Work, compile_report
 from gptjax.compiler.topology import Target
 from gptjax.devices import sharding
 from gptjax.errors import UserError
-from gptjax.inference.decode import Decoding, append
-from gptjax.inference.sampling import Sampling
+from gptjax.model.attention import KeysAndValues
 from gptjax.model.gpt import GPT, ParameterInfo
+from gptjax.model.stack import Cache
 from gptjax.training.dry_run import tree_bytes
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import Setup, make_setup
 
 FLOP_RULE = "2 N + 4 L H Q K per token, K = keys that the last position of the context sees"
-GREEDY = Sampling(temperature=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """State between two steps: the newest token of each row, int32 [B], how many are before it, int32
+  [B], and the cache."""
+
+  tokens: jax.Array
+  lengths: jax.Array
+  cache: Cache
 
 
 def make_decoding_plan(
@@ -65,10 +76,8 @@ def compile_decoding(setup: Setup, target: Target) -> Report:
   Parameters and cache are in `model.dtype`. The layers are separate, as after `GPT.unstack`, since
   slicing them out of the stack would copy every parameter for every token.
   """
-  batch, context = setup.config.batch_size, setup.config.sequence_length
   graph, params = abstract_parameters(setup)
   decoding = abstract_decoding(setup)
-  limits_B = jnp.full(batch, context)
 
   @functools.partial(
     jax.jit,
@@ -77,10 +86,18 @@ def compile_decoding(setup: Setup, target: Target) -> Report:
     compiler_options=setup.compiler_options,
   )
   def step(params: Any, decoding: Decoding) -> Decoding:
-    model = nnx.merge(graph, params)
-    return append(model, decoding, limits_B, jnp.int32(-1), sampling=GREEDY)
+    return append(nnx.merge(graph, params), decoding)
 
   return compile_report(setup, target, step, (params, decoding), _work(setup, params, decoding))
+
+
+def append(model: GPT, state: Decoding) -> Decoding:
+  """Reads the newest token of each row, and takes the likeliest to follow it."""
+  x_B1D, cache = model.hidden(
+    state.tokens[:, None], positions_BT=state.lengths[:, None], cache=state.cache
+  )
+  tokens_B = model.logits(x_B1D)[:, 0].argmax(-1).astype(jnp.int32)
+  return Decoding(tokens_B, state.lengths + 1, cache)
 
 
 def abstract_parameters(setup: Setup) -> tuple[nnx.GraphDef, Any]:
@@ -118,28 +135,15 @@ def _unstacked(setup: Setup, path: tuple[Any, ...]) -> ParameterInfo:
 
 def abstract_decoding(setup: Setup) -> Decoding:
   """The state between two steps, as `jax.ShapeDtypeStruct`s with shardings: rows are split like a
-  batch, the cache also by heads, the logits by vocabulary."""
+  batch, the cache also by heads."""
   B, S = setup.config.batch_size, setup.config.sequence_length
 
   def build() -> Decoding:
-    return Decoding(
-      tokens=jnp.zeros((B, S), jnp.int32),
-      lengths=jnp.zeros(B, jnp.int32),
-      logits=jnp.zeros((B, setup.model.vocab_size), jnp.float32),
-      finished=jnp.zeros(B, bool),
-      keys=jax.vmap(jax.random.key)(jnp.zeros(B, jnp.uint32)),
-      cache=GPT(setup.model, nnx.Rngs(0)).empty_cache(B, S),
-    )
+    zeros = jnp.zeros(B, jnp.int32)
+    return Decoding(zeros, zeros, GPT(setup.model, nnx.Rngs(0)).empty_cache(B, S))
 
-  pair = (("batch", None, "kv_heads", None),) * 2
-  axes = Decoding(
-    tokens=("batch", None),
-    lengths=("batch",),
-    logits=("batch", "vocab"),
-    finished=("batch",),
-    keys=("batch",),
-    cache=[pair] * setup.model.num_layers,
-  )
+  pair = KeysAndValues(*(("batch", None, "kv_heads", None),) * 2)
+  axes = Decoding(("batch",), ("batch",), [pair] * setup.model.num_layers)
 
   def place(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
     where = NamedSharding(setup.mesh, sharding.partition_spec(axes))
@@ -157,7 +161,7 @@ def _work(setup: Setup, params: Any, decoding: Decoding) -> Work:
   layers see: all of it, or a window.
   """
   model, mesh = setup.model, setup.mesh
-  batch, context = decoding.tokens.shape
+  batch, context = setup.config.batch_size, setup.config.sequence_length
   windows = model.windows * (model.num_layers // len(model.windows))
   keys = sum(context if window is None else min(window, context) for window in windows)
   _, cache = tree_bytes(decoding.cache)

@@ -173,7 +173,10 @@ class Tokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of a whole document; bytes that are not UTF-8 become U+FFFD."""
-    text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+    return self.trim(self.decode_bytes(ids).decode("utf-8", errors="replace"))
+
+  def trim(self, text: str) -> str:
+    """Returns a whole document without the spaces that its encoding adds around it."""
     text = text.removeprefix(" ") if self._format.adds_space else text
     return text.removesuffix(" ") if self._format.ends_with_space else text
 

@@ -1,6 +1,7 @@
 """The model under evaluation: likelihoods and completions, in batches."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -9,8 +10,8 @@ from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.inference import score as scoring
-from gptjax.inference.generate import generate
-from gptjax.inference.lengths import rows_of_batch
+from gptjax.inference.engine import Engine
+from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.score import Score
 from gptjax.model.gpt import GPT
@@ -96,27 +97,19 @@ class Subject:
     ]
     scoring.warn_of_cuts([len(row) for row in rows], room)
     seeds = [0] * len(rows) if seeds is None else seeds
-    answers = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    requests = [
+      Request(row[-room:], max_tokens, sampling, seed, stop)
+      for row, seed in zip(rows, seeds, strict=True)
+    ]
+    answers = [self._engine.submit(request) for request in requests]
     with tqdm(total=len(rows), desc="writing", unit="row", disable=not self.progress) as bar:
-      size = rows_of_batch(len(order), self.batch_size)
-      for first in range(0, len(order), size):
-        batch = order[first : first + size]
-        # A last batch of another size would need another compilation.
-        padded = batch + batch[:1] * (size - len(batch))
-        completions = generate(
-          self.model,
-          self.tokenizer,
-          [rows[index][-room:] for index in padded],
-          max_tokens=max_tokens,
-          sampling=sampling,
-          stop=stop,
-          seed=[seeds[index] for index in padded],
-        )
-        for index, completion in zip(batch, completions, strict=False):
-          answers[index] = completion.completion
-        bar.update(len(batch))
-    return answers
+      while not self._engine.idle:
+        bar.update(sum(bool(update.answer.finish_reason) for update in self._engine.step()))
+    return [answer.text for answer in answers]
+
+  @functools.cached_property
+  def _engine(self) -> Engine:
+    return Engine(self.model, self.tokenizer, rows=self.batch_size, length=self.context_length)
 
   @property
   def context_length(self) -> int:

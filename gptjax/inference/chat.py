@@ -7,15 +7,14 @@ from collections.abc import Callable
 from gptjax.data.chat import ChatTemplate, Message
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, did_you_mean
-from gptjax.inference.generate import generate
+from gptjax.inference.engine import Engine
+from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT
 
 with contextlib.suppress(ImportError):
   import readline  # noqa: F401 (gives `input` a line editor, if the system has one)
 
-# Each turn is longer than the last, and compiling for a new length takes longer than reading it.
-_PADDING = 256
 COMMANDS = {
   "/reset": "forget the conversation",
   "/temperature": "X: choose more freely (1), or always the most likely token (0)",
@@ -48,6 +47,8 @@ class Conversation:
     max_tokens: int = 512,
     context: int = 0,
     seed: int = 0,
+    weights: str | None = None,
+    draft: str | None = None,
   ):
     """Starts an empty conversation.
 
@@ -59,15 +60,17 @@ class Conversation:
       max_tokens: the most tokens of an answer, which never exceeds half of the context.
       context: tokens of a conversation that the model sees; 0 is its `max_positions`.
       seed: seed of the random choices.
+      weights, draft: as for `Engine`.
 
     Raises:
       UserError: the tokenizer has no chat template.
     """
-    self.model, self.tokenizer = model, tokenizer
     self.template = ChatTemplate(tokenizer)
     self.system, self.sampling, self.seed = system, sampling, seed
     self.context = context or model.config.position.max_positions
     self.max_tokens = min(max_tokens, self.context // 2)
+    options = {"length": self.context, "weights": weights, "draft": draft}
+    self.engine = Engine(model, tokenizer, rows=1, **options)
     self.turns: list[list[Message]] = []
 
   def prompt(self, turns: list[list[Message]]) -> list[int]:
@@ -95,30 +98,18 @@ class Conversation:
           f"a message that makes {len(prompt)} tokens with the system's has no room in the model's "
           f"context of {self.context}, of which {self.max_tokens} are for the answer."
         )
-    pieces = []
-
-    def write(_, piece: str) -> None:
-      pieces.append(piece)
-      on_text(piece)
-
+    request = Request(prompt, self.max_tokens, self.sampling, self.seed)
+    answer = self.engine.submit(request)
     try:
-      generate(
-        self.model,
-        self.tokenizer,
-        [prompt],
-        max_tokens=self.max_tokens,
-        sampling=self.sampling,
-        seed=self.seed,
-        on_text=write,
-        pad_to_multiple_of=_PADDING,
-      )
-      stopped = False
+      while not answer.finish_reason:
+        for update in self.engine.step():
+          if update.text:
+            on_text(update.text)
     except KeyboardInterrupt:
-      stopped = True
-    answer = "".join(pieces)
-    turns[-1].append({"role": "assistant", "content": answer})
+      self.engine.cancel(answer)
+    turns[-1].append({"role": "assistant", "content": answer.text})
     self.turns, self.seed = turns[dropped:], (self.seed + 1) % 2**32
-    return Answer(answer, dropped, stopped)
+    return Answer(answer.text, dropped, answer.finish_reason == "cancelled")
 
   def command(self, line: str) -> str:
     """Carries out a line that starts with '/', except /quit, and returns a message about it."""

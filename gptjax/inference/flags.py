@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from gptjax.inference.form import WEIGHTS
 from gptjax.inference.sampling import Sampling
 
 FLAGS = flags.FLAGS
@@ -15,6 +16,14 @@ def define_sampling_flags() -> None:
     None,
     "A run, a folder of Hugging Face's, hf:ORG/NAME or FILE.gguf.",
     required=True,
+  )
+  flags.DEFINE_enum(
+    "weights", None, WEIGHTS, "In what the weights are kept; by default the model's dtype."
+  )
+  flags.DEFINE_string(
+    "draft",
+    None,
+    "What guesses the next tokens, to write faster the same: 'lookup', 'layers:N' or a checkpoint.",
   )
   flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
   flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")

@@ -4,21 +4,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-
 from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
-from gptjax.inference.decode import decode, prefill
+from gptjax.inference.engine import Engine, check_writes
 from gptjax.inference.lengths import round_up
+from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
+from gptjax.inference.speculation import Drafter
 from gptjax.model.gpt import GPT
-
-# Tokens after which the host looks at the text again, for stop strings and streaming.
-CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +35,15 @@ def generate(
   sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
   stop: Sequence[str] = (),
   seed: int | Sequence[int] = 0,
+  adapters: Sequence[int | None] | None = None,
   on_text: Callable[[int, str], None] | None = None,
-  pad_to_multiple_of: int = 32,
+  rows: int = 32,
+  weights: str | None = None,
+  draft: str | Drafter | None = None,
 ) -> list[Completion]:
   """Continues each prompt; a completion does not depend on the rest of the batch.
+
+  An `Engine` that is kept answers again without preparing the model again.
 
   Args:
     model: any GPT that is not bidirectional; its parameters may be sharded. If there is an encoder,
@@ -56,9 +55,10 @@ def generate(
     stop: strings that end a completion, themselves left out.
     seed: seed of the random choices, one for all prompts or one for each; a prompt and a seed
       decide the completion.
+    adapters: the adapter of each prompt, in a model that has several; None is none.
     on_text: called with (prompt index, new text) as text becomes certain.
-    pad_to_multiple_of: the longest prompt is padded to a multiple of this, a whole row to one of
-      four times this, so that few shapes are compiled.
+    rows: prompts that are continued at the same time, at most.
+    weights, draft: as for `Engine`.
 
   Raises:
     UserError: there are no prompts, one has no ids, one and `max_tokens` do not fit the learned
@@ -66,18 +66,14 @@ def generate(
   """
   if not prompts or max_tokens < 1:
     raise UserError("generate needs at least one prompt and max_tokens of at least 1.")
-  if tokenizer.vocab_size > model.config.vocab_size:
-    raise UserError(
-      f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}."
-    )
+  check_writes(model, tokenizer)
+  seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+  chosen = [None] * len(prompts) if adapters is None else list(adapters)
+  for name, values in (("seed", seeds), ("adapters", chosen)):
+    if len(values) != len(prompts):
+      raise UserError(f"{name}: {len(values)} for {len(prompts)} prompts; give one for each.")
   starts = [_ids(tokenizer, prompt) for prompt in prompts]
-  source = None
-  if model.encoder is not None:
-    # The encoder's text ends like a document; the decoder starts a new one.
-    source = _pad([[*start, tokenizer.end_of_text] for start in starts], pad_to_multiple_of)
-    starts = [[model.config.decoder_start]] * len(prompts)
-  lengths = np.array([len(start) for start in starts], np.int32)
-  longest = int(lengths.max())
+  longest = 1 if model.encoder is not None else max(map(len, starts))
   position = model.config.position
   room = position.room if position.kind == "learned" else None
   if room is not None and longest + max_tokens > room:
@@ -85,47 +81,28 @@ def generate(
       f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's {room} learned "
       "positions."
     )
-  prompt_length = round_up(longest, pad_to_multiple_of, room)
-  total_length = round_up(longest + max_tokens, 4 * pad_to_multiple_of, room)
-  tokens = np.full((len(starts), total_length), tokenizer.end_of_text, np.int32)
-  for row, start in enumerate(starts):
-    tokens[row, : len(start)] = start
-
-  graphdef, params = nnx.split(model)
-  seeds = [seed] * len(starts) if isinstance(seed, int) else list(seed)
-  if len(seeds) != len(starts) or not all(0 <= one < 2**32 for one in seeds):
-    raise UserError(f"seed={seed}: give one number from 0 to 2**32 - 1, or one for each prompt.")
-  keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-  decoding = prefill(
-    graphdef, params, tokens, lengths, keys, prompt_length=prompt_length, source=source
-  )
-  writers = [_Writer(tokenizer, stop) for _ in starts]
-  while True:
-    decoding = decode(
-      graphdef,
-      params,
-      decoding,
-      lengths + max_tokens,
-      np.array(sorted(tokenizer.stops), np.int32),
-      steps=min(CHUNK, max_tokens),
-      sampling=sampling,
-      vocab_size=tokenizer.vocab_size,
+  # Few shapes, as each is compiled.
+  length = round_up(longest + max_tokens, 128, room)
+  rows = min(rows, len(prompts))
+  engine = Engine(model, tokenizer, rows=rows, length=length, weights=weights, draft=draft)
+  answers = [
+    engine.submit(Request(start, max_tokens, sampling, one, stop, adapter=adapter))
+    for start, one, adapter in zip(starts, seeds, chosen, strict=True)
+  ]
+  numbers = {id(answer): i for i, answer in enumerate(answers)}
+  while not engine.idle:
+    for update in engine.step():
+      if update.text and on_text is not None:
+        on_text(numbers[id(update.answer)], update.text)
+  return [
+    Completion(
+      prompt if isinstance(prompt, str) else tokenizer.decode(prompt),
+      answer.text,
+      answer.completion,
+      answer.finish_reason,
     )
-    rows, ends, finished = jax.device_get((decoding.tokens, decoding.lengths, decoding.finished))
-    for i, writer in enumerate(writers):
-      text = writer.update(rows[i, lengths[i] : ends[i]].tolist(), bool(finished[i]))
-      if text and on_text is not None:
-        on_text(i, text)
-    if all(writer.finish_reason for writer in writers):
-      return [
-        Completion(
-          prompt if isinstance(prompt, str) else tokenizer.decode(prompt),
-          writer.text,
-          writer.tokens,
-          writer.finish_reason,
-        )
-        for prompt, writer in zip(prompts, writers, strict=True)
-      ]
+    for prompt, answer in zip(prompts, answers, strict=True)
+  ]
 
 
 def _ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
@@ -134,56 +111,6 @@ def _ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
   if not len(prompt):
     raise UserError("a prompt given as ids needs at least one.")
   return list(prompt)
-
-
-def _pad(rows: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pads rows to int32 [B, S], S rounded up; also returns their lengths [B]."""
-  lengths = np.array([len(row) for row in rows], np.int32)
-  padded = np.zeros((len(rows), round_up(int(lengths.max()), multiple)), np.int32)
-  for i, row in enumerate(rows):
-    padded[i, : len(row)] = row
-  return padded, lengths
-
-
-class _Writer:
-  """Turns the growing tokens of one row into text, up to a stop string."""
-
-  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-    self.tokenizer = tokenizer
-    self.stop = [string for string in stop if string]
-    self.text = ""
-    self.tokens: list[int] = []
-    self.finish_reason = ""
-
-  def update(self, tokens: list[int], finished: bool) -> str:
-    """Takes all tokens so far, and returns the text that became certain since the last call."""
-    if self.finish_reason:
-      return ""
-    ended = finished and tokens[-1] in self.tokenizer.stops
-    self.tokens = tokens[:-1] if ended else tokens
-    text = self.tokenizer.decode(self.tokens)
-    cuts = [position for string in self.stop if (position := text.find(string)) >= 0]
-    if cuts:
-      text, self.finish_reason = text[: min(cuts)], "stop"
-      # The rest of the chunk is discarded.
-      while self.tokens and self.tokenizer.decode(self.tokens[:-1]).startswith(text):
-        self.tokens = self.tokens[:-1]
-    elif finished:
-      self.finish_reason = "stop" if ended else "length"
-    else:
-      text = self._certain(text)
-    new, self.text = text[len(self.text) :], text
-    return new
-
-  def _certain(self, text: str) -> str:
-    """The text without an end that may be half a character or the start of a stop string."""
-    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    for string in self.stop:
-      for size in range(min(len(string) - 1, len(text)), 0, -1):
-        if text.endswith(string[:size]):
-          text = text[:-size]
-          break
-    return text
 
 
 def continue_prompts(model: GPT, tokenizer: Tokenizer, config: Mapping[str, Any]) -> list[str]:

@@ -1,22 +1,37 @@
-"""Sampling of the next token from logits. Axes: B batch, T positions, V vocabulary."""
+"""The choice of the next token from logits, each row by settings of its own.
 
+Settings are arrays, so that a request with others compiles nothing. Axes: R rows, V vocabulary, C
+candidates.
+"""
+
+import collections
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gptjax.devices.sharding import constrain
 from gptjax.errors import check_number
 
 EXCLUDED = -jnp.inf
+# How often each function of the engine was compiled in this process.
+compilations: collections.Counter[str] = collections.Counter()
+# Likeliest tokens that are told at a position, at most.
+MAX_CANDIDATES = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Settings of sampling; the filters apply in this order.
+  """Settings of sampling; they apply in this order.
 
   Attributes:
     repetition_penalty: divides positive logits and multiplies negative logits of tokens that are
       already in the row (Keskar et al. 2019, section 4.1). 1 is off.
+    presence_penalty: subtracted from the logits of tokens that the completion has.
+    frequency_penalty: subtracted once for each time that the completion has the token.
     temperature: divides the logits; 0 takes the likeliest token.
     top_k: keeps the k likeliest tokens (Fan et al. 2018). 0 is off.
     top_p: keeps the fewest tokens whose probabilities reach p (Holtzman et al. 2020). 1 is off.
@@ -29,6 +44,8 @@ class Sampling:
   top_p: float = 1.0
   min_p: float = 0.0
   repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
 
   def __post_init__(self):
     check_number("temperature", self.temperature, at_least=0)
@@ -36,42 +53,168 @@ class Sampling:
     check_number("top_p", self.top_p, above=0, at_most=1)
     check_number("min_p", self.min_p, at_least=0, at_most=1)
     check_number("repetition_penalty", self.repetition_penalty, above=0)
+    check_number("presence_penalty", self.presence_penalty)
+    check_number("frequency_penalty", self.frequency_penalty)
+
+  @property
+  def looks_back(self) -> bool:
+    """Whether the logits depend on the tokens before."""
+    return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
-def penalise_repetition(
-  logits_BV: jax.Array, tokens_BT: jax.Array, valid_BT: jax.Array, penalty: float
-) -> jax.Array:
-  """Makes the valid tokens of each row less likely."""
-  rows = jnp.arange(logits_BV.shape[0])[:, None]
-  seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows, tokens_BT].max(valid_BT)
-  penalised = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-  return jnp.where(seen_BV, penalised, logits_BV)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """`Sampling` of each row, float32 [R] (top_k int32), and what a row's randomness comes from: its
+  seed, uint32 [R], and how many tokens are before the choice, int32 [R]."""
+
+  temperature: np.ndarray
+  top_k: np.ndarray
+  top_p: np.ndarray
+  min_p: np.ndarray
+  repetition_penalty: np.ndarray
+  seeds: np.ndarray
+  lengths: np.ndarray
+
+  @classmethod
+  def of(
+    cls, samplings: Sequence[Sampling], seeds: Sequence[int], lengths: Sequence[int]
+  ) -> "Settings":
+    def column(name: str, dtype: type = np.float32) -> np.ndarray:
+      return np.array([getattr(sampling, name) for sampling in samplings], dtype)
+
+    return cls(
+      temperature=column("temperature"),
+      top_k=column("top_k", np.int32),
+      top_p=column("top_p"),
+      min_p=column("min_p"),
+      repetition_penalty=column("repetition_penalty"),
+      seeds=np.array(seeds, np.uint32),
+      lengths=np.array(lengths, np.int32),
+    )
 
 
-def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adjustment:
+  """Changes of the logits: what is added, float32 [R, V], and the tokens that are in the row, bool
+  [R, V], for the repetition penalty."""
+
+  added: np.ndarray
+  seen: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """The token of each row, int32 [R], the logarithm of its probability before all settings,
+  float32 [R], and both for the likeliest tokens, [R, C]."""
+
+  tokens: jax.Array
+  log_probs: jax.Array
+  candidates: jax.Array
+  candidate_log_probs: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("vocab_size", "candidates"))
+def choose(
+  logits_RV: jax.Array,
+  settings: Settings,
+  adjustment: Adjustment | None = None,
+  *,
+  vocab_size: int,
+  candidates: int = 0,
+) -> Choice:
+  """Draws one token a row, below `vocab_size`: an embedding may have more rows than the tokenizer
+  has tokens."""
+  compilations["choose"] += 1
+  logits_RV = logits_RV[:, :vocab_size]
+
+  def of_row(row):
+    logits_V, settings, adjustment = row
+    log_probs_V = jax.nn.log_softmax(logits_V)
+    token = _draw(logits_V, settings, adjustment)
+    best, indices = jax.lax.top_k(log_probs_V, candidates)
+    return Choice(token, log_probs_V[token], indices, best)
+
+  # Row after row, so that the sums of a row are made in one order however many there are, and a
+  # row that takes the likeliest token need not sort the others.
+  chosen = jax.lax.map(of_row, (logits_RV, settings, adjustment))
+  # Replicated, as every host of a mesh reads these.
+  return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), chosen)
+
+
+def _draw(logits_V: jax.Array, settings: Settings, adjustment: Adjustment | None) -> jax.Array:
+  if adjustment is not None:
+    penalty = settings.repetition_penalty
+    penalised_V = jnp.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
+    logits_V = jnp.where(adjustment.seen, penalised_V, logits_V) + adjustment.added
+
+  def draw() -> jax.Array:
+    # From the row's own seed and length: the same alone as in any batch.
+    key = jax.random.fold_in(jax.random.key(settings.seeds), settings.lengths)
+    return jax.random.categorical(key, filter_logits(logits_V, settings))
+
+  is_greedy = settings.temperature == 0
+  return jax.lax.cond(is_greedy, lambda: logits_V.argmax(), draw).astype(jnp.int32)
+
+
+def filter_logits(logits_V: jax.Array, settings: Settings) -> jax.Array:
   """Applies temperature, top-k, top-p and min-p; excluded tokens become -inf.
 
-  The likeliest token is always kept. `sampling.temperature` must not be 0.
+  The likeliest token is always kept, and of tokens that are as likely all or none. The temperature
+  must not be 0.
   """
-  logits_BV = logits_BV / sampling.temperature
-  if sampling.top_k and sampling.top_k < logits_BV.shape[-1]:
-    kth = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-    logits_BV = jnp.where(logits_BV < kth, EXCLUDED, logits_BV)
-  if sampling.top_p < 1:
-    descending = -jnp.sort(-logits_BV, axis=-1)
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = jnp.where(before < sampling.top_p, descending, jnp.inf)
-    logits_BV = jnp.where(logits_BV < kept.min(-1, keepdims=True), EXCLUDED, logits_BV)
-  if sampling.min_p > 0:
-    floor = logits_BV.max(-1, keepdims=True) + jnp.log(sampling.min_p)
-    logits_BV = jnp.where(logits_BV < floor, EXCLUDED, logits_BV)
-  return logits_BV
+  logits_V = logits_V / settings.temperature
+
+  def top_k(logits_V: jax.Array) -> jax.Array:
+    return _keep_above(logits_V, lambda above_V: above_V.sum() < settings.top_k)
+
+  def top_p(logits_V: jax.Array) -> jax.Array:
+    probabilities_V = jax.nn.softmax(logits_V)
+    return _keep_above(
+      logits_V, lambda above_V: jnp.where(above_V, probabilities_V, 0).sum() < settings.top_p
+    )
+
+  def same(logits_V: jax.Array) -> jax.Array:
+    return logits_V
+
+  logits_V = jax.lax.cond(settings.top_k > 0, top_k, same, logits_V)
+  logits_V = jax.lax.cond(settings.top_p < 1, top_p, same, logits_V)
+  floor = logits_V.max() + jnp.log(settings.min_p)
+  return jnp.where(logits_V < floor, EXCLUDED, logits_V)
 
 
-def choose(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-  """Draws one token a row, int32 [B], each row with its own key."""
-  if sampling.temperature == 0:
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  filtered = filter_logits(logits_BV, sampling)
-  return jax.vmap(jax.random.categorical)(keys_B, filtered).astype(jnp.int32)
+def _keep_above(logits_V: jax.Array, has_room) -> jax.Array:
+  """Keeps each logit for whose larger ones, bool [V], `has_room` is true.
+
+  The smallest such value is found bit by bit, which is faster than sorting the vocabulary.
+  """
+  bits_V = jax.lax.bitcast_convert_type(logits_V, jnp.int32)
+  # Integers in the order of the floats.
+  order_V = jnp.where(bits_V < 0, bits_V ^ jnp.int32(0x7FFFFFFF), bits_V)
+
+  def halve(_, bounds):
+    low, high = bounds  # has_room(order_V > high), but not (order_V > low).
+    middle = (low >> 1) + (high >> 1) + (low & high & 1)
+    fits = has_room(order_V > middle)
+    return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+
+  _, smallest = jax.lax.fori_loop(0, 33, halve, (jnp.int32(-(2**31)), order_V.max()))
+  return jnp.where(order_V < smallest, EXCLUDED, logits_V)
+
+
+@functools.partial(jax.jit, static_argnames=("vocab_size", "candidates"))
+def score_tokens(
+  logits_RV: jax.Array, tokens_R: np.ndarray, *, vocab_size: int, candidates: int = 0
+) -> Choice:
+  """Tells of given tokens what `choose` tells of those that it draws."""
+
+  def of_row(row):
+    logits_V, token = row
+    log_probs_V = jax.nn.log_softmax(logits_V)
+    best, indices = jax.lax.top_k(log_probs_V, candidates)
+    return Choice(token, log_probs_V[token], indices, best)
+
+  scored = jax.lax.map(of_row, (logits_RV[:, :vocab_size], tokens_R))
+  return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), scored)

@@ -214,6 +214,13 @@ def _random_bits(key: jax.Array, places: Sequence[jax.Array]) -> jax.Array:
   return first ^ second
 
 
+def adopt(module: nnx.Module, base: nnx.Module) -> None:
+  """Gives a module all attributes of another: the parameters themselves, not copies."""
+  for name, value in vars(base).items():
+    if not name.startswith("_"):
+      setattr(module, name, value)
+
+
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
   """cap * tanh(x / cap): bounded by +-cap, the identity near zero. A cap of 0 is none."""
   return cap * jnp.tanh(x / cap) if cap else x

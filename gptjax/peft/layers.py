@@ -11,18 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.model.feedforward import FeedForward
-from gptjax.model.layers import Linear, add_vector, contract
+from gptjax.model.layers import Linear, add_vector, adopt, contract
 
 
 class Adapter(nnx.Param):
   """A parameter that is trained while the others are frozen."""
-
-
-def adopt(module: nnx.Module, base: nnx.Module) -> None:
-  """Gives a module all attributes of another: the parameters themselves, not copies."""
-  for name, value in vars(base).items():
-    if not name.startswith("_"):
-      setattr(module, name, value)
 
 
 def split_shape(base: Linear) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -2,8 +2,7 @@
 et al. 2023, arXiv:2310.18547, and S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 
     model = put_several_on(model, [(config, adapters), (other_config, other_adapters)])
-    choose(model, [0, 1, None])
-    generate(model, tokenizer, [prompt, other_prompt, third_prompt])
+    generate(model, tokenizer, [prompt, other_prompt, third_prompt], adapters=[0, 1, None])
 
 Axes: A adapters, B rows of a batch, T positions, I inputs, O outputs, R the largest rank; a stack
 has a leading axis L.
@@ -55,6 +54,16 @@ class SeveralLoRALinear(AdaptedLinear):
     x_BTI = x.reshape(B, -1, a_BIR.shape[1]).astype(self.dtype)
     change_BTO = (x_BTI @ a_BIR * scales_B[:, None, None]) @ b_BRO
     return y + change_BTO.reshape(y.shape)
+
+  @property
+  def adapters(self) -> int:
+    """How many adapters there are."""
+    return self.scales.shape[-1]
+
+  def choose(self, ids_B: jax.Array) -> None:
+    """Assigns adapters to the rows of the next batches, -1 for none."""
+    stack = self.scales.shape[:-1]
+    self.ids.set_value(jnp.broadcast_to(ids_B, (*stack, *ids_B.shape)))
 
   def merged(self):
     raise UserError("several adapters are not to be merged: put the one on a model by `put_on`.")
@@ -125,11 +134,10 @@ def choose(model: GPT, adapter_ids: Sequence[int | None]) -> None:
     UserError: there is no such adapter.
   """
   modules = [m for _, m in nnx.iter_modules(model) if isinstance(m, SeveralLoRALinear)]
-  count = modules[0].scales.shape[-1] if modules else 0
+  count = modules[0].adapters if modules else 0
   for row, i in enumerate(adapter_ids):
     if i is not None and not 0 <= i < count:
       raise UserError(f"row {row}: no adapter {i}; the model has {count}, counted from 0.")
   ids_B = jnp.array([-1 if i is None else i for i in adapter_ids], jnp.int32)
   for module in modules:
-    stack = module.scales.shape[:-1]
-    module.ids.set_value(jnp.broadcast_to(ids_B, (*stack, *ids_B.shape)))
+    module.choose(ids_B)

@@ -19,8 +19,9 @@ from gptjax.devices.sharding import constrain
 from gptjax.errors import UserError
 from gptjax.model.attention import Attention, Mask, visible
 from gptjax.model.gpt import GPT
+from gptjax.model.layers import adopt
 from gptjax.model.positions import rope_frequencies, rotate
-from gptjax.peft.layers import Adapter, adopt
+from gptjax.peft.layers import Adapter
 
 
 class PrefixAttention(Attention):

@@ -10,11 +10,10 @@ from flax import nnx, traverse_util
 
 from gptjax import config as config_lib
 from gptjax.compiler import decoding
-from gptjax.compiler.decoding import GREEDY, compile_decoding, make_decoding_plan
+from gptjax.compiler.decoding import Decoding, append, compile_decoding, make_decoding_plan
 from gptjax.compiler.report import to_text
 from gptjax.compiler.topology import find_slice
 from gptjax.errors import UserError
-from gptjax.inference.decode import append, decode, prefill
 from gptjax.model.gpt import GPT
 
 SHAPE = {
@@ -85,24 +84,20 @@ def test_arrays_lie_as_the_rules_say():
   assert shards == {(BATCH // 2, CONTEXT, 1, 64)}
 
 
-def test_a_step_with_the_layers_apart_is_a_step_of_generation():
+def test_a_step_with_the_layers_apart_takes_what_the_model_finds_likeliest():
   setup = make_plan(jax.devices()[:1], {"data": 1}, **{"model.dtype": "float32"})
   model = GPT(setup.model, nnx.Rngs(0))
-  stacked, params = nnx.split(model)
-  tokens, lengths = np.array([[5, 3, 9, 0, 0], [7, 1, 0, 0, 0]]), np.array([3, 2])
-  keys = jax.random.split(jax.random.key(0), 2)
-  state = prefill(stacked, params, tokens, lengths, keys, prompt_length=3)
+  tokens, lengths = np.array([[5, 3, 9, 4], [7, 1, 6, 2]]), np.array([3, 2])
+  expected = jax.jit(model)(tokens)
+  _, cache = jax.jit(lambda model: model.hidden(tokens, cache=model.empty_cache(2, 8)))(model)
   model.unstack()
   apart, abstract = decoding.abstract_parameters(setup)
   own = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, abstract)
-  limits, never = np.array([5, 5]), jnp.int32(-1)
-  step = jax.jit(lambda p, s: append(nnx.merge(apart, p), s, limits, never, sampling=GREEDY))
-  got = step(own, state)
-  expected = decode(stacked, params, state, limits, never, steps=1, sampling=GREEDY)
-  np.testing.assert_array_equal(got.tokens, expected.tokens)
-  np.testing.assert_array_equal(got.lengths, [4, 3])
-  np.testing.assert_allclose(got.logits, expected.logits, atol=1e-5)
+  step = jax.jit(lambda params, state: append(nnx.merge(apart, params), state))
+  got = step(own, Decoding(tokens[[0, 1], lengths], lengths, cache))
+  np.testing.assert_array_equal(got.tokens, expected[[0, 1], lengths].argmax(-1))
+  np.testing.assert_array_equal(got.lengths, lengths + 1)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +157,7 @@ def test_the_compiled_step_holds_what_was_counted(compiled):
   report, _ = compiled
   held = report.work.held
   rest = report.hbm["arguments"] - held["parameters"] - held["kv_cache"]
-  # Tokens and logits of the rows, and padding of small vectors to whole tiles.
+  # Tokens of the rows, and padding of small vectors to whole tiles.
   assert 0 <= rest < 100_000
   # The cache is written in place: only what a device returns beside it is new.
   assert report.hbm["output"] < 10_000

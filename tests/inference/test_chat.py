@@ -19,7 +19,7 @@ from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.inference import flags as sampling_flags
 from gptjax.inference.chat import Conversation
-from gptjax.inference.generate import CHUNK, chat_prompts
+from gptjax.inference.generate import chat_prompts
 from gptjax.inference.sampling import Sampling
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import model_graph
@@ -98,7 +98,7 @@ def test_an_answer_knows_what_was_said_before(make):
   conversation = make()
   first, pieces = ask(conversation, "hello")
   assert first.text == said(10)
-  assert len(pieces) == -(-(len(first.text) + 1) // CHUNK)
+  assert len(pieces) == len(first.text)  # as it was written
   second, _ = ask(conversation, "again")
   assert second.text == said((3 + 5) + (3 + len(first.text)) + (3 + 5) + 2)
   conversation.command("/reset")
@@ -143,8 +143,8 @@ def test_what_was_said_before_ctrl_c_is_remembered(make):
 
   answer = conversation.ask("hello", interrupt)
   assert answer.stopped
-  assert answer.text == said(10)[:CHUNK]
-  assert ask(conversation, "go on")[0].text == said((3 + 5) + (3 + CHUNK) + (3 + 5) + 2)
+  assert answer.text == said(10)[:1]
+  assert ask(conversation, "go on")[0].text == said((3 + 5) + (3 + 1) + (3 + 5) + 2)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +200,14 @@ PROGRAM = textwrap.dedent("""
   from gptjax.inference import chat
   from gptjax import config
 
-  original = chat.generate
+  step = chat.Engine.step
 
-  def generate(*args, on_text, **options):
-    def slowly(*piece):
-      on_text(*piece)
-      time.sleep(0.1)
-    return original(*args, on_text=slowly, **options)
+  def slowly(engine):
+    updates = step(engine)
+    time.sleep(0.02)
+    return updates
 
-  chat.generate = generate
+  chat.Engine.step = slowly
   command._define_flags()
   config.run_app(command.main, "")
 """)
@@ -287,7 +286,7 @@ def generate_main(run, monkeypatch, capsys):
   defaults = {
     "checkpoint": str(run), "ema": False, "prompt": [], "chat": False, "system": None, "stop": [],
     "max_tokens": 100, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-    "repetition_penalty": 1.0, "seed": 0, "json": False,
+    "repetition_penalty": 1.0, "seed": 0, "json": False, "weights": None, "draft": None,
   }  # fmt: skip
 
   def main(**changes):

@@ -5,7 +5,7 @@ from flax import nnx
 
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
-from gptjax.inference.generate import CHUNK, generate
+from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import model_graph
@@ -81,7 +81,7 @@ def test_the_end_of_text_is_a_stop(reciting):
   assert len(pieces[0]) > 2  # it came bit by bit
 
 
-@pytest.mark.parametrize("max_tokens", [1, CHUNK - 1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("max_tokens", [1, 2, 17])
 def test_the_limit_is_a_length(reciting, max_tokens):
   (completion,), _ = recite(reciting(SCRIPT), max_tokens=max_tokens)
   assert completion.completion == SCRIPT[:max_tokens]
@@ -96,8 +96,8 @@ def test_an_end_exactly_at_the_limit_is_a_stop(reciting):
   assert (completion.completion, completion.finish_reason) == (SCRIPT[:20], "length")
 
 
-@pytest.mark.parametrize("start", [0, 3, *range(CHUNK - 5, CHUNK + 2), 2 * CHUNK - 2])
-def test_a_stop_string_ends_the_text_wherever_chunks_end(reciting, start):
+@pytest.mark.parametrize("start", [0, 1, 30])
+def test_a_stop_string_ends_the_text(reciting, start):
   stop = SCRIPT[start : start + 5]
   assert SCRIPT.find(stop) == start
   (completion,), _ = recite(reciting(SCRIPT), stop=["never", stop])
@@ -126,10 +126,8 @@ def test_a_stop_string_in_the_prompt_does_not_stop(reciting):
   assert completion.completion == SCRIPT[3:]
 
 
-@pytest.mark.parametrize("shift", range(5))
-def test_a_streamed_piece_never_ends_in_half_a_character(reciting, shift):
-  # Whatever the shift, the border of a chunk falls into some character.
-  script = "x" * shift + "é世界👩‍👩‍👧 und Grüße, 从明天起做一个幸福的人"
+def test_a_streamed_piece_never_ends_in_half_a_character(reciting):
+  script = "xé世界👩‍👩‍👧 und Grüße, 从明天起做一个幸福的人"
   (completion,), pieces = recite(reciting(script))
   assert completion.completion == script
   assert len(pieces[0]) > 2
@@ -244,7 +242,7 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_starts_anew(tiny_config, ra
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_prompt_gives_the_same_alone_as_in_a_batch(random_model, sampling):
-  options = {"max_tokens": CHUNK + 4, "sampling": sampling}
+  options = {"max_tokens": 20, "sampling": sampling}
   together, _ = recite(random_model, PROMPTS, seed=[7, 8, 9], **options)
   assert all(len(set(completion.tokens)) > 4 for completion in together)  # not mere repetition
   for prompt, seed, completion in zip(PROMPTS, (7, 8, 9), together, strict=True):
@@ -252,7 +250,7 @@ def test_a_prompt_gives_the_same_alone_as_in_a_batch(random_model, sampling):
 
 
 def test_the_seed_decides_and_prompts_do_not_share_luck(random_model):
-  options = {"max_tokens": CHUNK + 4, "sampling": SAMPLED}
+  options = {"max_tokens": 20, "sampling": SAMPLED}
   three, _ = recite(random_model, ["a"] * 3, seed=[1, 2, 1], **options)
   assert three[0] == three[2]
   assert three[0].tokens != three[1].tokens

@@ -4,14 +4,32 @@ import numpy as np
 import pytest
 
 from gptjax.errors import UserError
-from gptjax.inference.sampling import Sampling, choose, filter_logits, penalise_repetition
+from gptjax.inference.sampling import (
+  Adjustment,
+  Sampling,
+  Settings,
+  choose,
+  filter_logits,
+  score_tokens,
+)
 
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1], np.float32)  # falling: 1, 3, 2, 4, 0
-LOGITS = jnp.log(PROBABILITIES)[None] + 3
+LOGITS = jnp.log(PROBABILITIES) + 3
+
+
+def filtered(logits=LOGITS, **sampling):
+  settings = jax.tree.map(lambda column: column[0], Settings.of([Sampling(**sampling)], [0], [0]))
+  return filter_logits(logits, settings)
 
 
 def kept(**sampling):
-  return set(np.where(np.isfinite(filter_logits(LOGITS, Sampling(**sampling))[0]))[0].tolist())
+  return set(np.where(np.isfinite(filtered(**sampling)))[0].tolist())
+
+
+def draw(rows, sampling=Sampling(), seeds=None, adjustment=None, candidates=0):  # noqa: B008
+  seeds = range(len(rows)) if seeds is None else seeds
+  settings = Settings.of([sampling] * len(rows), seeds, [7] * len(rows))
+  return choose(rows, settings, adjustment, vocab_size=5, candidates=candidates)
 
 
 @pytest.mark.parametrize(
@@ -43,47 +61,85 @@ def test_what_the_filters_keep(sampling, tokens):
 
 
 def test_what_is_kept_keeps_its_proportions():
-  filtered = filter_logits(LOGITS, Sampling(top_k=2, temperature=0.5))
+  probabilities = jax.nn.softmax(filtered(top_k=2, temperature=0.5))
   expected = np.where(np.isin(np.arange(5), [1, 3]), PROBABILITIES**2, 0)
-  np.testing.assert_allclose(jax.nn.softmax(filtered)[0], expected / expected.sum(), rtol=1e-4)
+  np.testing.assert_allclose(probabilities, expected / expected.sum(), rtol=1e-4)
 
 
-def test_rows_are_filtered_each_for_itself():
-  both = jnp.concatenate([LOGITS, -LOGITS])
-  filtered = filter_logits(both, Sampling(top_k=1))
-  np.testing.assert_array_equal(np.isfinite(filtered).argmax(-1), [1, 0])
+def test_of_equally_likely_tokens_all_are_kept():
+  logits = jnp.array([1.0, 0.0, 1.0, -1.0, 0.0])
+  np.testing.assert_array_equal(np.isfinite(filtered(logits, top_k=3)), [1, 1, 1, 0, 1])
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 50}, {"top_p": 0.7}], ids=str)
+def test_the_bisection_keeps_what_sorting_would(sampling):
+  logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, 1000), jnp.float32)
+  falling = np.sort(np.asarray(jax.nn.softmax(logits)))[::-1]
+  count = sampling.get("top_k") or int((np.cumsum(falling) - falling < sampling["top_p"]).sum())
+  assert 1 < count < 1000
+  expected = np.asarray(logits) >= np.sort(logits)[-count]
+  np.testing.assert_array_equal(np.isfinite(filtered(logits, **sampling)), expected)
+
+
+def test_rows_have_settings_of_their_own():
+  rows = jnp.stack([LOGITS, -LOGITS, LOGITS])
+  samplings = [Sampling(top_k=1), Sampling(temperature=0), Sampling(min_p=0.8)]
+  settings = Settings.of(samplings, [1, 2, 3], [0, 0, 0])
+  np.testing.assert_array_equal(choose(rows, settings, vocab_size=5).tokens, [1, 0, 1])
 
 
 def test_temperature_0_takes_the_likeliest():
-  keys = jax.random.split(jax.random.key(0), 20)
-  tokens = choose(jnp.tile(LOGITS, (20, 1)), keys, Sampling(temperature=0))
+  tokens = draw(jnp.tile(LOGITS, (20, 1)), Sampling(temperature=0)).tokens
   assert (tokens == 1).all()
   assert tokens.dtype == jnp.int32
 
 
 def test_tokens_come_as_often_as_they_are_likely():
   n = 20_000
-  keys = jax.random.split(jax.random.key(0), n)
-  tokens = choose(jnp.tile(LOGITS, (n, 1)), keys, Sampling())
+  tokens = draw(jnp.tile(LOGITS, (n, 1))).tokens
   frequencies = np.bincount(tokens, minlength=5) / n
   # Five standard deviations.
   np.testing.assert_allclose(frequencies, PROBABILITIES, atol=5 * np.sqrt(0.25 / n))
 
 
-def test_a_row_is_decided_by_its_own_key():
-  keys = jax.random.split(jax.random.key(0), 8)
-  together = choose(jnp.tile(LOGITS, (8, 1)), keys, Sampling())
-  alone = [choose(LOGITS, keys[i : i + 1], Sampling())[0] for i in range(8)]
+def test_a_row_is_decided_by_its_own_seed():
+  together = draw(jnp.tile(LOGITS, (8, 1))).tokens
+  alone = [draw(LOGITS[None], seeds=[i]).tokens[0] for i in range(8)]
   np.testing.assert_array_equal(together, alone)
   assert len(set(np.asarray(together).tolist())) > 1
 
 
+def test_log_probabilities_are_the_models_whatever_the_settings():
+  adjustment = Adjustment(np.full((1, 5), -1.0, np.float32), np.ones((1, 5), bool))
+  choice = draw(LOGITS[None], Sampling(0.1, 2), adjustment=adjustment, candidates=3)
+  token = int(choice.tokens[0])
+  np.testing.assert_allclose(choice.log_probs[0], np.log(PROBABILITIES[token]), rtol=1e-5)
+  np.testing.assert_array_equal(choice.candidates[0], [1, 3, 2])
+  np.testing.assert_allclose(choice.candidate_log_probs[0], np.log([0.4, 0.3, 0.15]), rtol=1e-5)
+  scored = score_tokens(LOGITS[None], np.array([4]), vocab_size=5, candidates=1)
+  np.testing.assert_allclose(scored.log_probs, np.log([0.1]), rtol=1e-5)
+  np.testing.assert_array_equal(scored.candidates, [[1]])
+
+
 def test_repetition_is_penalised_by_the_formula_of_ctrl():
-  logits = jnp.array([[2.0, -2.0, 2.0, -2.0, 0.0]])
-  tokens = jnp.array([[0, 1, 0, 2]])
-  valid = jnp.array([[True, True, True, False]])  # 2 is padding
-  penalised = penalise_repetition(logits, tokens, valid, 1.25)
-  np.testing.assert_allclose(penalised, [[2 / 1.25, -2 * 1.25, 2, -2, 0]])
+  # 3 / 1.25 is less than 2.5; -1 * 1.25 is less than -1.1.
+  seen = np.array([[True, False, False, False, False]])
+  adjustment = Adjustment(np.zeros((1, 5), np.float32), seen)
+  for logits, expected in (([3.0, 2.5, 0, 0, 0], 1), ([-1.0, -1.1, -9, -9, -9], 1)):
+    rows = jnp.array([logits])
+    penalised = draw(rows, Sampling(temperature=0, repetition_penalty=1.25), adjustment=adjustment)
+    assert int(penalised.tokens[0]) == expected
+    lighter = draw(rows, Sampling(temperature=0, repetition_penalty=1.05), adjustment=adjustment)
+    assert int(lighter.tokens[0]) == 0
+
+
+def test_what_is_added_to_logits_can_exclude_a_token():
+  added = np.zeros((1, 5), np.float32)
+  added[0, 1] = -np.inf
+  adjustment = Adjustment(added, np.zeros((1, 5), bool))
+  assert int(draw(LOGITS[None], Sampling(temperature=0), adjustment=adjustment).tokens[0]) == 3
+  tokens = [int(draw(LOGITS[None], seeds=[i], adjustment=adjustment).tokens[0]) for i in range(30)]
+  assert 1 not in tokens
 
 
 @pytest.mark.parametrize(
@@ -97,6 +153,8 @@ def test_repetition_is_penalised_by_the_formula_of_ctrl():
     ("min_p", -0.1),
     ("min_p", 1.5),
     ("repetition_penalty", 0.0),
+    ("presence_penalty", float("inf")),
+    ("frequency_penalty", float("nan")),
   ],
 )
 def test_a_bad_value_is_refused_by_its_name(name, value):

@@ -75,20 +75,20 @@ def test_each_row_is_written_by_its_adapter(make_model, model_config, trained):
   adapters = [(peft, trained(peft, config)) for peft in CONFIGS["float32"]]
   prompts = ["one", "three", "two", "a longer one"]
 
-  def write(model, prompts):
-    sampling = Sampling(temperature=0)
-    return [c.tokens for c in generate(model, BYTES, prompts, max_tokens=8, sampling=sampling)]
+  def write(model, prompts, adapters=None):
+    options = {"max_tokens": 8, "sampling": Sampling(temperature=0), "adapters": adapters}
+    return [completion.tokens for completion in generate(model, BYTES, prompts, **options)]
 
   several = put_several_on(make_model(config), adapters)
-  choose(several, ROWS)
-  actual = write(several, prompts)
+  actual = write(several, prompts, ROWS)
   models = [merge(put_on(make_model(config), *adapter)) for adapter in adapters]
   alone = [write(model, prompts) for model in (*models, make_model(config))]
   assert actual == [alone[2 if i is None else i][row] for row, i in enumerate(ROWS)]
   assert alone[0][0] != alone[1][0] != alone[2][0]
-  # Others are chosen without anything being put on again.
-  choose(several, [None, 1, 0, None])
-  assert write(several, prompts) == [alone[2][0], alone[1][1], alone[0][2], alone[2][3]]
+  others = write(several, prompts, [None, 1, 0, None])
+  assert others == [alone[2][0], alone[1][1], alone[0][2], alone[2][3]]
+  with pytest.raises(UserError, match=r"no adapter 2; the model has 2, counted from 0"):
+    write(several, prompts, [0, 1, 2, 0])
 
 
 def test_what_cannot_be_chosen_is_named(make_model, trained, logits):

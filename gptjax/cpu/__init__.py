@@ -1,0 +1,1 @@
+"""Kernels for decoding on a CPU, compiled by numba and called by XLA."""

@@ -1,0 +1,194 @@
+"""The inference form of a model, made once: separate layers, and weights as decoding reads them.
+
+On one CPU, products and attention go to kernels of this package, whose sums have one order whatever
+the batch; elsewhere they stay XLA's.
+
+Axes: N query heads, D width, F outputs of a product, V vocabulary, X distances of positions.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.errors import UserError, check_choice
+from gptjax.inference.pages import PagedCache
+from gptjax.model.attention import Attention, KeysAndValues
+from gptjax.model.config import ModelConfig
+from gptjax.model.gpt import GPT
+from gptjax.model.layers import Embedding, Linear, adopt
+
+try:
+  from gptjax.cpu import kernels
+except ModuleNotFoundError:  # A wing that can be deleted.
+  kernels = None
+
+WEIGHTS = ("float32", "bfloat16", "int8")
+
+
+def inference_form(
+  model: GPT, *, weights: str | None = None, length: int
+) -> tuple[nnx.GraphDef, Any]:
+  """Splits the stack of layers and rounds the weights; the model itself stays as it is.
+
+  Decoding would otherwise copy every weight for every token.
+
+  Args:
+    model: its parameters are on one device, or sharded.
+    weights: in what the matrices are kept, one of `WEIGHTS`; None is the compute dtype.
+    length: positions of a row, at most.
+
+  Returns:
+    The static part and the arrays of the form.
+
+  Raises:
+    UserError: there is no such format, or there are no kernels for int8.
+  """
+  weights = weights or model.config.dtype
+  check_choice("weights", weights, WEIGHTS)
+  graphdef, params = nnx.split(model)
+  arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+  devices = {device for array in arrays for device in array.devices()}
+  own = len(devices) <= 1 and kernels is not None and kernels.available()
+  if weights == "int8" and not own:
+    raise UserError("weights='int8' needs one CPU and the kernels for it (pip install numba).")
+
+  def make(params) -> GPT:
+    model = nnx.merge(graphdef, params)
+    model.unstack()
+    if own:
+      _use_kernels(model, weights, length)
+    else:
+      _round(model, weights)
+    return model
+
+  arrays = jax.jit(lambda params: nnx.state(make(params)))(params)
+  return nnx.graphdef(nnx.eval_shape(functools.partial(make, params))), arrays
+
+
+def _round(model: GPT, dtype: str) -> None:
+  """Keeps the matrices in a dtype, so that a step need not convert them."""
+  for _, module in nnx.iter_modules(model):
+    for name in ("kernel", "embedding"):
+      parameter = getattr(module, name, None)
+      if isinstance(parameter, nnx.Param) and getattr(parameter, "role", None) != "router":
+        told = parameter.get_metadata()
+        setattr(module, name, type(parameter)(parameter[...].astype(dtype), **told))
+
+
+def _use_kernels(model: GPT, weights: str, length: int) -> None:
+  """Replaces what decoding spends its time on. Activations are then float32, whatever the dtype of
+  the weights: a CPU is no faster with others."""
+  bias_NX = _bias_by_distance(model, length)
+  # An encoder runs once a text, its layers stacked.
+  modules = [found for found in nnx.iter_modules(model) if found[0][:1] != ("encoder",)]
+  for path, module in modules:
+    if isinstance(getattr(module, "config", None), ModelConfig):
+      module.config = module.config.replace({"dtype": "float32"})
+    if isinstance(module, Linear):
+      module.dtype = "float32"
+      if isinstance(module.kernel, nnx.Param):
+        # A rounding error of the router could change its choice of experts.
+        is_router = module.kernel.role == "router"
+        module.kernel = PackedKernel(module, "float32" if is_router else weights)
+    elif type(module) is Attention:
+      parent = functools.reduce(_child, path[:-1], model)
+      setattr(parent, path[-1], PagedAttention(module, bias_NX))
+  if model.head is None:
+    model.embed = PackedEmbedding(model.embed, weights)
+
+
+def _child(module: Any, name: str | int) -> Any:
+  return module[name] if isinstance(name, int) else getattr(module, name)
+
+
+def _bias_by_distance(model: GPT, length: int) -> jax.Array | None:
+  """The bias of attention logits by how far back a key is, float32 [N, X]; None without one."""
+  positions = jnp.arange(length)[None]
+  bias_1N1X = model.attention_bias(positions[:, -1:], positions[:, ::-1])
+  return None if bias_1N1X is None else bias_1N1X[0, :, 0]
+
+
+class PackedKernel(nnx.Module):
+  """A projection's kernel, one row of memory for each output.
+
+  matrix_FD: [F, D] in the format of the weights. scales_F: float32, for int8; else None.
+  """
+
+  def __init__(self, base: Linear, weights: str):
+    inputs = base.kernel.shape[: base.contracted_axes]
+    self.out_shape = tuple(base.kernel.shape[base.contracted_axes :])
+    self.matrix_FD, self.scales_F = _pack(
+      base.kernel[...].reshape(math.prod(inputs), -1).T, weights
+    )
+
+  def product(self, x: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
+    """Multiplies as `layers.contract` does."""
+    del axes  # One device holds all.
+    leading = x.shape[: x.ndim - count]
+    y_MF = _multiply(x.reshape(math.prod(leading), -1), self.matrix_FD, self.scales_F)
+    return y_MF.reshape(*leading, *self.out_shape)
+
+
+class PackedEmbedding(Embedding):
+  """A table that is both looked up and multiplied with: the embedding of a tied head.
+
+  matrix_VD: [V, D] in the format of the weights. scales_V: float32, for int8; else None.
+  """
+
+  def __init__(self, base: Embedding, weights: str):
+    self.matrix_VD, self.scales_V = _pack(base.embedding[...], weights)
+
+  def __call__(self, indices: jax.Array) -> jax.Array:
+    rows = jnp.take(self.matrix_VD[...], indices, axis=0, mode="clip").astype(jnp.float32)
+    if self.scales_V is None:
+      return rows
+    return rows * jnp.take(self.scales_V[...], indices, mode="clip")[..., None]
+
+  def scores(self, x: jax.Array) -> jax.Array:
+    y_MV = _multiply(x.reshape(-1, x.shape[-1]), self.matrix_VD, self.scales_V)
+    return y_MV.reshape(*x.shape[:-1], -1)
+
+
+class PagedAttention(Attention):
+  """Attention that reads a paged cache where it lies."""
+
+  def __init__(self, base: Attention, bias_NX: jax.Array | None):
+    adopt(self, base)
+    self.bias_NX = None if bias_NX is None else nnx.Variable(bias_NX)
+
+  def _attend_cached(
+    self, q_BTNH, k_BTKH, v_BTKH, positions_BT, mask, bias_BNTS, cache: PagedCache
+  ) -> tuple[jax.Array, PagedCache]:
+    attended_BTNH, *pool = kernels.attend(
+      q_BTNH,
+      k_BTKH,
+      v_BTKH,
+      *cache.pool,
+      cache.tables_BI,
+      positions_BT,
+      scale=self._scale,
+      cap=self.config.attention.soft_cap,
+      window=mask.window,
+      sinks_N=None if self.sinks is None else self.sinks[...],
+      bias_NX=None if self.bias_NX is None else self.bias_NX[...],
+      prefix_B=cache.prefix_B,
+    )
+    return attended_BTNH, cache.with_pool(KeysAndValues(*pool))
+
+
+def _pack(matrix: jax.Array, weights: str) -> tuple[nnx.Variable, nnx.Variable | None]:
+  """A matrix in the format of the weights, and for int8 the scale of each row, its largest value
+  over 127."""
+  if weights != "int8":
+    return nnx.Variable(matrix.astype(weights)), None
+  largest = jnp.abs(matrix).max(-1)
+  scales = jnp.where(largest == 0, 1, largest) / 127
+  return nnx.Variable(jnp.round(matrix / scales[:, None]).astype(jnp.int8)), nnx.Variable(scales)
+
+
+def _multiply(x_MD: jax.Array, matrix: nnx.Variable, scales: nnx.Variable | None) -> jax.Array:
+  return kernels.product(x_MD, matrix[...], None if scales is None else scales[...])

@@ -1,0 +1,239 @@
+"""Speculative decoding: cheap guesses of the next tokens, several of which one step checks.
+
+Leviathan et al. 2023 (arXiv:2211.17192). Here a guess is right if it is the very token that the
+model chooses at its place, whose randomness comes from the place alone: the answer, drawn or not,
+is the one without guesses. A draft model that draws with the same randomness agrees often (the
+Gumbel coupling of Daliri et al. 2025, arXiv:2408.07978).
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError
+from gptjax.inference.reader import Reader, Row
+from gptjax.inference.request import Answer
+from gptjax.inference.sampling import Settings, choose
+from gptjax.model.gpt import GPT, model_graph
+from gptjax.training.pretrained import load_model
+
+# Guesses at a time: with one more token, rows of the product that a CPU makes at the cost of a few.
+MOST = 7
+# How fast old measurements are forgotten, and after how many steps without guesses one is tried.
+_DECAY, _PAUSE = 0.9, 50
+# Tokens of a text that a draft model reads at a time.
+_CHUNK = 256
+
+
+class Drafter(Protocol):
+  """Guesses how answers go on."""
+
+  def propose(self, answers: Sequence[Answer], most: int) -> list[list[int]]:
+    """At most `most` tokens for each answer, or none."""
+    ...
+
+  def forget(self, answer: Answer) -> None:
+    """Drops what was kept for an answer."""
+    ...
+
+  def clear(self) -> None:
+    """Drops what was kept for all."""
+    ...
+
+
+class PromptLookup:
+  """Guesses that what followed the last tokens earlier in the text follows them again (Saxena 2023,
+  Prompt Lookup Decoding)."""
+
+  def __init__(self, longest: int = 3, shortest: int = 2):
+    """Looks for the last `longest` tokens, then for fewer."""
+    self.longest, self.shortest = longest, shortest
+
+  def propose(self, answers: Sequence[Answer], most: int) -> list[list[int]]:
+    return [self._look_up(np.array(answer.tokens, np.int32), most) for answer in answers]
+
+  def _look_up(self, tokens: np.ndarray, most: int) -> list[int]:
+    for size in range(self.longest, self.shortest - 1, -1):
+      if len(tokens) <= size:
+        continue
+      windows = np.lib.stride_tricks.sliding_window_view(tokens[:-1], size)
+      found = np.flatnonzero((windows == tokens[-size:]).all(axis=1))
+      if len(found):
+        after = found[-1] + size
+        return tokens[after : after + most].tolist()
+    return []
+
+  def forget(self, answer: Answer) -> None:
+    pass
+
+  def clear(self) -> None:
+    pass
+
+
+class DraftModel:
+  """Guesses with a smaller model of the same tokens."""
+
+  def __init__(
+    self,
+    model: GPT,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    length: int,
+    weights: str | None = None,
+  ):
+    """Prepares the model; arguments as for `Engine`.
+
+    Raises:
+      UserError: the model has too few tokens or positions, or an encoder.
+    """
+    config = model.config
+    if config.vocab_size < tokenizer.vocab_size or model.encoder is not None:
+      raise UserError("the draft model is none of the same tokens, or has an encoder.")
+    if config.position.kind == "learned" and config.position.room < length:
+      raise UserError(f"the draft model's {config.position.room} positions are not {length}.")
+    self.size = tokenizer.vocab_size
+    self.reader = Reader(model, rows=rows, length=length, pages=None, weights=weights)
+    # The row of each answer, and the tokens that it has read.
+    self._rows: dict[int, tuple[Row, list[int]]] = {}
+
+  def propose(self, answers: Sequence[Answer], most: int) -> list[list[int]]:
+    texts = [list(answer.tokens) for answer in answers]
+    rows = [self._catch_up(answer) for answer in answers]
+    most = min(most, *(answer.room - 1 for answer in answers))
+    if None in rows:
+      return [[] for _ in answers]
+    for _ in range(most):
+      if not all(self.reader.make_room(row, 1) for row in rows):
+        break
+      logits_BV = self.reader.read(rows, [[text[-1]] for text in texts])[:, 0]
+      tokens = self._choose(answers, len(texts[0]) - len(answers[0].tokens), logits_BV)
+      for answer, row, text, token in zip(answers, rows, texts, tokens, strict=False):
+        self.reader.advance(row, text)
+        self._rows[id(answer)] = (row, list(text))
+        text.append(int(token))
+    return [text[len(answer.tokens) :] for answer, text in zip(answers, texts, strict=True)]
+
+  def _catch_up(self, answer: Answer) -> Row | None:
+    """Reads all but the last token of an answer; None if there are too few pages."""
+    row, known = self._rows.setdefault(id(answer), (Row(), []))
+    text = answer.tokens[:-1]
+    # Guesses that were wrong were read too.
+    same = (i for i, (a, b) in enumerate(zip(text, known, strict=False)) if a != b)
+    row.read = min(row.read, next(same, len(text)))
+    while row.read < len(text):
+      new = text[row.read :][:_CHUNK]
+      if not self.reader.make_room(row, len(new)):
+        return None
+      self.reader.read([row], [new], least=MOST + 1)
+      self.reader.advance(row, text[: row.read + len(new)])
+    self._rows[id(answer)] = (row, text)
+    return row
+
+  def _choose(self, answers: Sequence[Answer], drafted: int, logits_BV: jax.Array) -> np.ndarray:
+    """Draws with the randomness that the model will draw with."""
+    padded = [*answers, *[answers[0]] * (len(logits_BV) - len(answers))]
+    settings = Settings.of(
+      [answer.request.sampling for answer in padded],
+      [answer.request.seed for answer in padded],
+      [len(answer.tokens) + drafted for answer in padded],
+    )
+    return jax.device_get(choose(logits_BV, settings, vocab_size=self.size).tokens)
+
+  def forget(self, answer: Answer) -> None:
+    row, _ = self._rows.pop(id(answer), (Row(), []))
+    self.reader.release(row)
+
+  def clear(self) -> None:
+    self._rows = {}
+    self.reader.clear()
+
+
+def make_drafter(
+  draft: str,
+  model: GPT,
+  tokenizer: Tokenizer,
+  *,
+  rows: int,
+  length: int,
+  weights: str | None = None,
+) -> Drafter:
+  """Makes what a flag `--draft` names: 'lookup' (`PromptLookup`), 'layers:N' (`skip_layers`), or a
+  checkpoint with the tokens of `tokenizer`.
+
+  Raises:
+    UserError: there is no such part of the layers, or the checkpoint has other tokens.
+  """
+  if draft == "lookup":
+    return PromptLookup()
+  if draft.startswith("layers:"):
+    keep = draft.removeprefix("layers:")
+    if not keep.isdecimal():
+      raise UserError(f"draft={draft!r}: after 'layers:' goes a number, such as layers:4.")
+    smaller = skip_layers(model, int(keep))
+  else:
+    smaller, its_tokenizer = load_model(draft)
+    if its_tokenizer.fingerprint() != tokenizer.fingerprint():
+      raise UserError(f"draft={draft!r} has another tokenizer than the model.")
+  return DraftModel(smaller, tokenizer, rows=rows, length=length, weights=weights)
+
+
+def skip_layers(model: GPT, keep: int) -> GPT:
+  """The model with `keep` of its layers, evenly spaced, the first and the last among them: a draft
+  model without training (Zhang et al. 2024, arXiv:2309.08168).
+
+  Raises:
+    UserError: the model has no such part, a whole number of its pattern of layers.
+  """
+  config = model.config
+  period, layers = len(config.layer_pattern), config.num_layers
+  if keep % period or not period <= keep < layers:
+    raise UserError(
+      f"{keep} of the model's {layers} layers cannot be kept: give a multiple of {period} below it."
+    )
+  periods = np.linspace(0, layers // period - 1, keep // period).round().astype(int)
+  kept = (periods[:, None] * period + np.arange(period)).reshape(-1)
+  graphdef = model_graph(config.replace({"num_layers": keep}))
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params["blocks"] = jax.tree.map(lambda leaf: leaf[kept], params["blocks"])
+  return nnx.merge(graphdef, params)
+
+
+class Speculation:
+  """Asks a drafter as long as that pays, by what the last steps took and wrote."""
+
+  def __init__(self, drafter: Drafter):
+    self.drafter = drafter
+    # Seconds of a token with guesses and without, by the number of rows (rounded up).
+    self._with: dict[int, float] = {}
+    self._without: dict[int, float] = {}
+    self._pause = 0
+    self._drafting = 0.0
+
+  def propose(self, answers: Sequence[Answer]) -> list[list[int]]:
+    """Guesses for each answer; none while they do not pay."""
+    rows = 1 << (len(answers) - 1).bit_length()
+    if self._pause > 0 or rows not in self._without:
+      self._pause -= 1
+      self._drafting = 0.0
+      return [[] for _ in answers]
+    start = time.perf_counter()
+    drafts = self.drafter.propose(answers, MOST)
+    self._drafting = time.perf_counter() - start
+    return drafts
+
+  def learn(self, answers: int, drafted: int, written: int, seconds: float) -> None:
+    """Takes the measurements of a step: its answers, guessed and written tokens, and seconds."""
+    rows = 1 << (answers - 1).bit_length()
+    known = self._with if drafted else self._without
+    cost = (seconds + self._drafting) / written
+    known[rows] = cost if rows not in known else _DECAY * known[rows] + (1 - _DECAY) * cost
+    if drafted and known[rows] > self._without[rows]:
+      # Tried again after a while, as the text may have become easier.
+      self._pause = _PAUSE
+      del known[rows]

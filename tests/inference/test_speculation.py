@@ -1,0 +1,187 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.errors import UserError
+from gptjax.inference.engine import Engine
+from gptjax.inference.request import Request
+from gptjax.inference.sampling import Sampling
+from gptjax.inference.speculation import MOST, DraftModel, PromptLookup, Speculation, skip_layers
+from gptjax.model.gpt import model_graph
+
+BYTES = tokenizer_lib.load("bytes")
+LENGTH = 128
+SAMPLINGS = [Sampling(temperature=0), Sampling(0.8, top_p=0.9), Sampling(frequency_penalty=0.5)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config, random_params):
+  kind = {"position.kind": "rope", "norm.kind": "rmsnorm", "bias": False}
+  config = tiny_config(vocab_size=264, num_layers=4, **kind)
+  return nnx.merge(model_graph(config), random_params(config, seed=3))
+
+
+class Oracle:
+  """Guesses from answers that are known, with some guesses wrong."""
+
+  def __init__(self, known, wrong_every=5):
+    self.known, self.wrong_every = known, wrong_every
+
+  def propose(self, answers, most):
+    drafts = []
+    for answer in answers:
+      rest = next(tokens for tokens in self.known if tokens[:3] == answer.tokens[:3])
+      draft = rest[len(answer.tokens) :][:most]
+      drafts.append(
+        [
+          (token + 1) % 256 if (len(answer.tokens) + i) % self.wrong_every == 0 else token
+          for i, token in enumerate(draft)
+        ]
+      )
+    return drafts
+
+  def forget(self, answer):
+    pass
+
+  def clear(self):
+    pass
+
+
+@pytest.fixture
+def always(monkeypatch):
+  """Guesses are asked for whether or not that is faster."""
+
+  def propose(self, answers):
+    return self.drafter.propose(answers, MOST)
+
+  monkeypatch.setattr(Speculation, "propose", propose)
+  monkeypatch.setattr(Speculation, "learn", lambda *_: None)
+
+
+def requests(**options):
+  texts = ["one two one two one two ", "abc abc abc", "A longer text of three pages. " * 2]
+  options = {"max_tokens": 40, "ignore_end": True, "log_probs": 1} | options
+  return [
+    Request(BYTES.encode(text), seed=i, sampling=SAMPLINGS[i], **options)
+    for i, text in enumerate(texts)
+  ]
+
+
+def told(answer):
+  return answer.tokens, answer.text, answer.scores, answer.finish_reason
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+  return Engine(model, BYTES, rows=4, length=LENGTH).run(requests())
+
+
+def drafters(model, plain):
+  return {
+    "known": Oracle([answer.tokens for answer in plain]),
+    "lookup": PromptLookup(),
+    "same": DraftModel(model, BYTES, rows=4, length=LENGTH),
+    "fewer layers": DraftModel(skip_layers(model, 2), BYTES, rows=4, length=LENGTH),
+  }
+
+
+@pytest.mark.parametrize("kind", ["known", "lookup", "same", "fewer layers"])
+@pytest.mark.usefixtures("always")
+def test_guesses_change_no_answer(model, plain, kind):
+  engine = Engine(model, BYTES, rows=4, length=LENGTH, draft=drafters(model, plain)[kind])
+  answers = engine.run(requests())
+  assert [told(answer) for answer in answers] == [told(answer) for answer in plain]
+  counts = engine.counts
+  assert counts.drafted_tokens > 0
+  if kind == "same":
+    # It draws with the same randomness; only what penalties change differs.
+    assert counts.accepted_tokens > 0.6 * counts.drafted_tokens
+  if kind == "known":
+    assert counts.steps < 0.5 * counts.written_tokens / len(answers) + 6
+  assert engine.reader.pages.used == 0
+
+
+@pytest.mark.usefixtures("always")
+def test_a_stop_among_right_guesses_ends_the_answer(model, plain):
+  tokens = plain[0].tokens
+  text = BYTES.decode(tokens[plain[0].prompt_length :])
+  stop = text[10:12]
+  wanted = [Request(tokens[: plain[0].prompt_length], 40, SAMPLINGS[0], 0, [stop])]
+  expected = Engine(model, BYTES, length=LENGTH).run(wanted)[0]
+  oracle = Oracle([tokens], wrong_every=1000)
+  actual = Engine(model, BYTES, length=LENGTH, draft=oracle).run(wanted)[0]
+  assert told(actual) == told(expected)
+  assert len(actual.text) <= 10
+
+
+class EvenBytes:
+  """A language of even bytes, each less than 40 more than the one before."""
+
+  def __init__(self):
+    self.taken = [0]
+
+  def allowed(self):
+    allowed = np.zeros(BYTES.vocab_size, bool)
+    allowed[self.taken[-1] : min(self.taken[-1] + 40, 256) : 2] = True
+    return allowed
+
+  def accept(self, token):
+    self.taken.append(token)
+
+  def take_back(self, count):
+    del self.taken[len(self.taken) - count :]
+
+
+@pytest.mark.usefixtures("always")
+def test_a_constraint_holds_whatever_is_guessed(model):
+  def wanted():
+    return [Request(BYTES.encode("one two one two"), 30, SAMPLINGS[1], 1, constraint=EvenBytes())]
+
+  expected = Engine(model, BYTES, length=LENGTH).run(wanted())[0]
+  for drafter in (Oracle([expected.tokens], 3), PromptLookup(shortest=1)):
+    actual = Engine(model, BYTES, length=LENGTH, draft=drafter).run(wanted())[0]
+    assert told(actual) == told(expected)
+  assert all(token % 2 == 0 for token in expected.completion)
+
+
+def test_the_last_words_are_looked_up_where_they_came_last():
+  lookup = PromptLookup(longest=3, shortest=2)
+  assert lookup._look_up(np.array([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 1, 2, 3]), 2) == [5, 6]
+  assert lookup._look_up(np.array([7, 2, 3, 4, 1, 2, 3]), 9) == [4, 1, 2, 3]
+  assert lookup._look_up(np.array([1, 2, 3]), 5) == []
+  assert lookup._look_up(np.array([1]), 5) == []
+
+
+def test_a_part_of_the_layers_is_a_model(model):
+  part = skip_layers(model, 2)
+  for mine, of_layer in zip(part.layers(), (0, 3), strict=True):
+    ours, theirs = nnx.state(mine), nnx.state(model.layers()[of_layer])
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  with pytest.raises(UserError, match="4 of the model's 4 layers cannot be kept"):
+    skip_layers(model, 4)
+
+
+@pytest.fixture
+def speculation():
+  class Lucky:
+    def propose(self, answers, most):
+      return [[1] * most for _ in answers]
+
+  return Speculation(Lucky())
+
+
+def test_guesses_that_do_not_pay_are_given_up_for_a_while(speculation):
+  answer = object()
+  assert speculation.propose([answer]) == [[]]  # it does not know yet what a step costs
+  speculation.learn(1, 0, 1, seconds=1.0)
+  assert speculation.propose([answer]) == [[1] * MOST]
+  speculation.learn(1, MOST, 4, seconds=1.5)
+  assert speculation.propose([answer]) == [[1] * MOST]
+  for _ in range(40):
+    speculation.learn(1, MOST, 1, seconds=1.5)
+  assert speculation.propose([answer]) == [[]]
+  proposed = [bool(speculation.propose([answer])[0]) for _ in range(60)]
+  assert any(proposed)
+  assert proposed.index(True) > 30
