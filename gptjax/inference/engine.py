@@ -183,6 +183,8 @@ class Engine:
       self._start_over()
     self._in_step = True
     self._admit()
+    for answer in self.running:
+      self._find(answer)
     growing = [answer for answer in self.running if len(answer.unread) == 1]
     updates, left = [], self.chunk
     for answer in list(self.running):
@@ -213,6 +215,17 @@ class Engine:
       if self.reader.has_encoder:
         # It ends like a document.
         self.reader.encode(answer.row, [*answer.request.tokens, self.tokenizer.end_of_text])
+
+  def _find(self, answer: Answer) -> None:
+    """Gives a new row the pages that already hold the start of its text."""
+    row = answer.row
+    if row.pages or answer.request.scores_prompt:
+      return
+    # All but the last token, whose logits are needed.
+    self.reader.find(row, answer.tokens[:-1])
+    if len(answer.tokens) == answer.prompt_length:
+      answer.cached_tokens = row.read
+      self.counts.cached_tokens += row.read
 
   def _make_room(self, answer: Answer, tokens: int) -> bool:
     """Takes the pages for the next tokens of an answer, if need be from the one that came last;
@@ -253,12 +266,8 @@ class Engine:
     """Reads tokens of a prompt, and with the last of them chooses the answer's first; returns how
     many were read."""
     row, scores = answer.row, answer.request.scores_prompt
-    if not row.read and not scores:
-      # All but the last, whose logits are needed.
-      self.reader.find(row, answer.tokens[:-1])
-      if len(answer.tokens) == answer.prompt_length:
-        answer.cached_tokens = row.read
-        self.counts.cached_tokens += row.read
+    # Those before may have read the same.
+    self._find(answer)
     # A prefix sees all of itself.
     new = answer.unread if self.config.visibility == "prefix" else answer.unread[:most]
     if not self._make_room(answer, len(new)):

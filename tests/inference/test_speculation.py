@@ -1,13 +1,17 @@
+import collections
+
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.inference.engine import Engine
+from gptjax.inference.pages import PAGE
 from gptjax.inference.request import Request
-from gptjax.inference.sampling import Sampling
+from gptjax.inference.sampling import Sampling, Settings, filter_logits
 from gptjax.inference.speculation import MOST, DraftModel, PromptLookup, Speculation, skip_layers
 from gptjax.model.gpt import model_graph
 
@@ -114,6 +118,50 @@ def test_a_stop_among_right_guesses_ends_the_answer(model, plain):
   actual = Engine(model, BYTES, length=LENGTH, draft=oracle).run(wanted)[0]
   assert told(actual) == told(expected)
   assert len(actual.text) <= 10
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("always")
+def test_what_is_drawn_with_guesses_is_distributed_as_the_model_says(model):
+  draws, sampling = 100_000, Sampling(1.5, top_k=5)
+  prompt = BYTES.encode("A prompt of a page and a bit")[: PAGE + 1]
+  forward = jax.jit(lambda tokens: model(tokens)[:, PAGE:, : BYTES.vocab_size])
+  settings = jax.tree.map(lambda column: column[0], Settings.of([sampling], [0], [0]))
+
+  def probabilities(logits):
+    return np.asarray(jax.nn.softmax(filter_logits(logits, settings)))
+
+  first = probabilities(forward(np.array([prompt]))[0, 0])
+  expected = {}
+  for one in np.flatnonzero(first):
+    second = probabilities(forward(np.array([[*prompt, one]]))[0, 1])
+    expected |= {(one, two): first[one] * second[two] for two in np.flatnonzero(second)}
+  likeliest = max(expected, key=expected.get)
+
+  class Constant:
+    """Guesses the same after every prompt, so that many guesses are wrong."""
+
+    def propose(self, answers, most):
+      return [list(likeliest[len(answer.completion) :]) for answer in answers]
+
+    def forget(self, answer):
+      pass
+
+  engine = Engine(model, BYTES, rows=64, length=LENGTH, draft=Constant())
+  engine.run([Request(prompt, 3, sampling)])
+  options = {"ignore_end": True}
+  answers = engine.run([Request(prompt, 3, sampling, seed, **options) for seed in range(draws)])
+  assert 0.1 < engine.counts.accepted_tokens / engine.counts.drafted_tokens < 0.9
+  found = collections.Counter(tuple(answer.tokens[PAGE + 1 :][:2]) for answer in answers)
+  assert set(found) <= set(expected)
+  pairs = list(expected)
+  counts = [found[pair] for pair in pairs]
+  wanted = np.array([expected[pair] for pair in pairs], np.float64)
+  assert scipy.stats.chisquare(counts, draws * wanted / wanted.sum()).pvalue > 1e-3
+  # The test would see a hundredth of the draws go elsewhere.
+  counts[0], counts[-1] = counts[0] + draws // 100, counts[-1] - min(draws // 100, counts[-1])
+  total = sum(counts)
+  assert scipy.stats.chisquare(counts, total * wanted / wanted.sum()).pvalue < 1e-3
 
 
 class EvenBytes:
