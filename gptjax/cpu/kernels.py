@@ -7,7 +7,6 @@ Axes: M rows, D contracted, F produced; B batch, T query positions, S pages of a
 K key-value heads, H head width, P pages, Z positions of a page, X distances.
 """
 
-import functools
 import importlib.util
 import os
 import threading
@@ -16,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Rows of x that share a look at a weight, at most.
-ROWS = 8
+# Rows of x that share a look at a weight: the fewest that are enough, or the most there are.
+ROWS = (1, 4, 8)
 
-_handlers = []
+_handlers: dict[str, object] = {}
 _compiling = threading.Lock()
 
 
@@ -43,7 +42,8 @@ def product(x_MD: jax.Array, weights_FD: jax.Array, scales_F: jax.Array | None =
   _check("weights_FD", weights_FD, "FD", ("float32", "bfloat16", "int8"), sizes)
   if scales_F.size:
     _check("scales_F", scales_F, "F", ("float32",), sizes)
-  name = _product(weights_FD.dtype.name, max(1, min(sizes["M"], ROWS)))
+  rows = next((R for R in ROWS if sizes["M"] <= R), ROWS[-1])
+  name = _compile("product", weights_FD.dtype.name, rows)
   y_MF = jax.ShapeDtypeStruct((sizes["M"], sizes["F"]), jnp.float32)
   return jax.ffi.ffi_call(name, y_MF)(x_MD, weights_FD, scales_F)
 
@@ -97,11 +97,13 @@ def attend(
     _check("bias_NX", bias_NX, "NX", ("float32",), sizes)
   if prefix_B.size:
     _check("prefix_B", prefix_B, "B", ("int32",), sizes)
+  if not sizes["P"] * sizes["Z"]:
+    raise ValueError(f"keys_PZKH has the shape {keys_PZKH.shape}, which has no room")
   if not sizes["K"] or sizes["N"] % sizes["K"]:
     raise ValueError(f"q_BTNH has {sizes['N']} heads, no multiple of the {sizes['K']} of k_BTKH")
   like = (q_BTNH, keys_PZKH, values_PZKH)
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like]
-  call = jax.ffi.ffi_call(_attention(kind), shapes, input_output_aliases={3: 1, 4: 2})
+  call = jax.ffi.ffi_call(_compile("attention", kind), shapes, input_output_aliases={3: 1, 4: 2})
   operands = (keys_PZKH, values_PZKH, tables_BS, positions_BT, sinks_N, bias_NX, prefix_B)
   options = {"cap": np.float32(cap), "scale": np.float32(scale), "window": np.int64(window or 0)}
   return tuple(call(q_BTNH, k_BTKH, v_BTKH, *operands, **options))
@@ -118,20 +120,12 @@ def _check(name: str, x: jax.Array, axes: str, dtypes: tuple[str, ...], sizes: d
       raise ValueError(f"{name} has the shape {x.shape}, where {axis} is {sizes[axis]} elsewhere")
 
 
-@functools.cache
-def _product(kind: str, rows: int) -> str:
-  return _compile("product", kind, rows)
-
-
-@functools.cache
-def _attention(kind: str) -> str:
-  return _compile("attention", kind)
-
-
 def _compile(loop: str, *options) -> str:
+  """Compiles a kind of a loop unless it is, and returns the name that XLA knows it by."""
   from gptjax.cpu import loops
 
   name = "_".join(map(str, ("gptjax", loop, *options)))
   with _compiling:
-    _handlers.append(getattr(loops, loop)(name, *options))
+    if name not in _handlers:
+      _handlers[name] = getattr(loops, loop)(name, *options)
   return name

@@ -10,280 +10,287 @@ import numpy as np
 from gptjax.cpu import vectors
 from gptjax.cpu.handlers import (
   argument,
+  argument_size,
   attribute,
   compiled,
-  floats,
-  inlined,
   register,
   result,
-  words,
+  word_function,
 )
-from gptjax.cpu.vectors import LANES, SIZES
+from gptjax.cpu.vectors import LANES, SIZES, get, put
 
 # Products below which threads do not share a job: they would be done before a second one is awake.
 SMALL = 2**17
-# Rows of x and bytes of weights in a part of a product.
+# Rows of x in a part of a product; bytes of weights, if there are no more rows, or else columns.
 PART_ROWS = 64
-PART_BYTES = 2**17
+PART_BYTES, PART_COLUMNS = 2**17, 48
+# Rows of x that share a look at a weight, at most, and numbers of a block of long ones.
+ROWS, BLOCK = 8, 1024
 # How far ahead weights are asked for.
-AHEAD = 2048
+AHEAD = 4096
 # Columns of a tile, by its rows: as many sums as there are registers.
-COLUMNS = {1: 8, 2: 8, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}
+COLUMNS = {1: 4, 4: 4, 8: 3}
 # Queries that share a look at a key.
 QUERIES = 4
 
 
+@compiled(numba.types.Array(numba.float32, 1, "C")(numba.int64, numba.int64))
+def floats(address, count):
+  """So many float32 at an address, as an array."""
+  return numba.carray(vectors.pointer(address, numba.float32), count)
+
+
+@word_function(2)
+def get_int32(address, i):
+  return numba.carray(vectors.pointer(address, numba.int32), i + 1)[i]
+
+
 def product(name, kind, R):
   """Compiles `kernels.product` for weights of a kind and tiles of R rows."""
-  X, W, SCALES, Y, M, D, F, COLUMNS_OF_PART, ROW_PARTS = range(9)
+  X, W, SCALES, Y, M, D, F, WIDTH, ROW_PARTS = range(9)
   C, size = COLUMNS[R], SIZES[kind]
-  dots = vectors.dots(kind, R, C, AHEAD)
+  dots, (add, finish) = vectors.dots(kind, R, C, AHEAD), vectors.partial_dots(kind, R, C)
 
-  @compiled
+  @word_function(2)
   def begin(frame, job):
-    job[X], x_sizes = argument(frame, 0)
-    job[W], w_sizes = argument(frame, 1)
-    job[SCALES], scales_sizes = argument(frame, 2)
-    job[Y], _ = result(frame, 0)
-    rows, width, columns = x_sizes[0], x_sizes[1], w_sizes[0]
-    if scales_sizes[0] == 0:
-      job[SCALES] = 0
-    job[M], job[D], job[F] = rows, width, columns
-    wanted = min(PART_BYTES // max(1, width * size), columns // 16)
-    job[COLUMNS_OF_PART] = max(C, wanted // C * C)
-    job[ROW_PARTS] = (rows + PART_ROWS - 1) // PART_ROWS
-    column_parts = (columns + job[COLUMNS_OF_PART] - 1) // job[COLUMNS_OF_PART]
-    return column_parts * job[ROW_PARTS], rows * width * columns >= SMALL
+    m, d, f = argument_size(frame, 0, 0), argument_size(frame, 0, 1), argument_size(frame, 1, 0)
+    put(job, X, argument(frame, 0))
+    put(job, W, argument(frame, 1))
+    put(job, SCALES, argument(frame, 2) if argument_size(frame, 2, 0) else 0)
+    put(job, Y, result(frame, 0))
+    put(job, M, m)
+    put(job, D, d)
+    put(job, F, f)
+    width = PART_BYTES // max(1, d * size) if m <= ROWS else PART_COLUMNS
+    width = max(C, min(width, f // 16) // C * C)
+    put(job, WIDTH, width)
+    put(job, ROW_PARTS, (m + PART_ROWS - 1) // PART_ROWS)
+    parts = (f + width - 1) // width * get(job, ROW_PARTS)
+    return parts if m * d * f >= SMALL else -parts
 
-  @compiled
+  @word_function(2)
   def part(job, i):
-    width, columns = job[D], job[F]
-    first_row = i % job[ROW_PARTS] * PART_ROWS
-    first = i // job[ROW_PARTS] * job[COLUMNS_OF_PART]
-    last_row = min(first_row + PART_ROWS, job[M])
-    last = min(first + job[COLUMNS_OF_PART], columns)
-    x_step, w_step, y_step = 4 * width, size * width, 4 * columns
+    d, f, row_parts = get(job, D), get(job, F), get(job, ROW_PARTS)
+    first_row, first = i % row_parts * PART_ROWS, i // row_parts * get(job, WIDTH)
+    last_row, last = min(first_row + PART_ROWS, get(job, M)), min(first + get(job, WIDTH), f)
+    x_step, w_step, y_step = 4 * d, size * d, 4 * f
+    w_first = get(job, W) + first * w_step
+    # Long rows of many are done in blocks that stay in the nearest cache.
+    blocks = d // BLOCK if R == ROWS and d >= 2 * BLOCK else 0
+    partial = np.empty((last - first + C) * R * LANES if blocks else 0, np.float32)
     for row in range(first_row, last_row, R):
-      there = min(R, last_row - row)
-      x, y = job[X] + row * x_step, job[Y] + row * y_step
-      for column in range(first, last, C):
-        w = job[W] + column * w_step
-        wide = min(C, last - column)
-        dots(x, x_step, there, w, w_step, wide, width, y + 4 * column, y_step)
-      if job[SCALES]:
-        scales, out = floats(job[SCALES], columns), floats(y, there * columns)
-        for r in range(there):
+      rows = min(R, last_row - row)
+      x, y = get(job, X) + row * x_step, get(job, Y) + row * y_step
+      partial[:] = 0
+      for block in range(blocks):
+        count = BLOCK if block < blocks - 1 else (d - block * BLOCK) // LANES * LANES
+        for f0 in range(0, last - first, C):
+          w = w_first + f0 * w_step + block * BLOCK * size
+          sums = partial.ctypes.data + f0 * 4 * R * LANES
+          add(
+            x + 4 * block * BLOCK, x_step, rows, w, w_step, min(C, last - first - f0), count, sums
+          )
+      for f0 in range(0, last - first, C):
+        w, out = w_first + f0 * w_step, y + 4 * (first + f0)
+        columns = min(C, last - first - f0)
+        if blocks:
+          whole = d // LANES * LANES
+          sums = partial.ctypes.data + f0 * 4 * R * LANES
+          finish(
+            x + 4 * whole, x_step, rows, w + size * whole, w_step, columns, d - whole, sums, out,
+            y_step,
+          )  # fmt: skip
+        else:
+          dots(x, x_step, rows, w, w_step, columns, d, out, y_step)
+      if get(job, SCALES):
+        scales, out = floats(get(job, SCALES), f), floats(y, rows * f)
+        for r in range(rows):
           for column in range(first, last):
-            out[r * columns + column] *= scales[column]
+            out[r * f + column] *= scales[column]
+    return 0
 
   return register(name, begin, part)
 
 
 def attention(name, kind):
-  """Compiles `kernels.attend` for pools of a kind."""
+  """Compiles `kernels.attend` for pools of a kind.
+
+  A part is `QUERIES` queries of one key-value head of a row, whose heads come before its positions.
+  """
   Q, KEYS, VALUES, TABLES, POSITIONS, SINKS, BIAS, PREFIX, OUT = range(9)
   T, N, K, H, P, Z, S, X = range(9, 17)
   SCALE, CAP, WINDOW, BLOCKS = range(17, 21)
-  size, R = SIZES[kind], QUERIES
-  C, CS = COLUMNS[R], COLUMNS[1]
-  dots_of_some, dots_of_one = vectors.dots(kind, R, C), vectors.dots(kind, 1, CS)
-  sum_of_some, sum_of_one = vectors.weighted_sum(kind, R), vectors.weighted_sum(kind, 1)
+  size, R, C = SIZES[kind], QUERIES, COLUMNS[QUERIES]
+  dots_of_all, sums_of_all = vectors.dots(kind, R, C), vectors.weighted_sum(kind, R)
+  dots_of_one, sum_of_one = vectors.dots(kind, 1, C), vectors.weighted_sum(kind, 1)
   own_words = vectors.stack(2 * R)
   write = _write_float32 if kind == "float32" else _write_bfloat16
 
-  @compiled
+  @word_function(3)
+  def place_of(job, b, position):
+    """Where a position of a row is, in places of the pool; -1 if the tables do not say."""
+    page, i = get(job, Z), position // get(job, Z)
+    number = get_int32(get(job, TABLES), b * get(job, S) + i) if i < get(job, S) else -1
+    return number * page + position % page if 0 <= number < get(job, P) else -1
+
+  @word_function(2)
   def begin(frame, job):
-    job[Q], q_sizes = argument(frame, 0)
-    k, _ = argument(frame, 1)
-    v, _ = argument(frame, 2)
-    job[TABLES], tables_sizes = argument(frame, 5)
-    job[POSITIONS], _ = argument(frame, 6)
-    job[SINKS], sinks_sizes = argument(frame, 7)
-    job[BIAS], bias_sizes = argument(frame, 8)
-    job[PREFIX], prefix_sizes = argument(frame, 9)
-    job[OUT], _ = result(frame, 0)
-    job[KEYS], pool_sizes = result(frame, 1)
-    job[VALUES], _ = result(frame, 2)
-    job[CAP], job[SCALE] = attribute(frame, 0), attribute(frame, 1)
-    job[WINDOW] = numba.carray(vectors.pointer(attribute(frame, 2), numba.int64), 1)[0]
-    B, job[T], job[N], job[H] = q_sizes[0], q_sizes[1], q_sizes[2], q_sizes[3]
-    job[P], job[Z], job[K] = pool_sizes[0], pool_sizes[1], pool_sizes[2]
-    job[S], job[X] = tables_sizes[1], bias_sizes[1]
-    if sinks_sizes[0] == 0:
-      job[SINKS] = 0
-    if prefix_sizes[0] == 0:
-      job[PREFIX] = 0
-    work, width = 0, job[K] * job[H]
-    positions = ints(job[POSITIONS], B * job[T])
-    for b in range(B):
-      for t in range(job[T]):
-        p = np.int64(positions[b * job[T] + t])
-        if p >= 0:
-          work += p + 1
-          page = page_of(job, b, p // job[Z])
-          if page >= 0:
-            cell, new = (page * job[Z] + p % job[Z]) * width, (b * job[T] + t) * width
-            write(k + 4 * new, job[KEYS] + size * cell, width)
-            write(v + 4 * new, job[VALUES] + size * cell, width)
-    if job[K] == 0:
-      return 0, False
-    job[BLOCKS] = (job[T] * (job[N] // job[K]) + R - 1) // R
-    return B * job[K] * job[BLOCKS], 2 * work * job[N] * job[H] >= SMALL
+    for word, i in ((Q, 0), (TABLES, 5), (POSITIONS, 6)):
+      put(job, word, argument(frame, i))
+    for word, i in ((SINKS, 7), (BIAS, 8), (PREFIX, 9)):
+      put(job, word, argument(frame, i) if argument_size(frame, i, 0) else 0)
+    for word, i in ((OUT, 0), (KEYS, 1), (VALUES, 2)):
+      put(job, word, result(frame, i))
+    for word, i in ((T, 1), (N, 2), (H, 3)):
+      put(job, word, argument_size(frame, 0, i))
+    for word, i in ((P, 0), (Z, 1), (K, 2)):
+      put(job, word, argument_size(frame, 3, i))
+    put(job, S, argument_size(frame, 5, 1))
+    put(job, X, argument_size(frame, 8, 1))
+    put(job, CAP, attribute(frame, 0))
+    put(job, SCALE, attribute(frame, 1))
+    put(job, WINDOW, get(attribute(frame, 2), 0))
+    length, kv_heads = get(job, T), get(job, K)
+    rows, width = argument_size(frame, 0, 0), kv_heads * get(job, H)
+    seen = 0
+    for i in range(rows * length):
+      position = get_int32(get(job, POSITIONS), i)
+      place = -1 if position < 0 else place_of(job, i // length, position)
+      if place >= 0:
+        write(argument(frame, 1) + 4 * width * i, get(job, KEYS) + size * width * place, width)
+        write(argument(frame, 2) + 4 * width * i, get(job, VALUES) + size * width * place, width)
+      seen += position + 1
+    put(job, BLOCKS, (length * (get(job, N) // kv_heads) + R - 1) // R)
+    parts = rows * kv_heads * get(job, BLOCKS)
+    return parts if 2 * seen * get(job, N) * get(job, H) >= SMALL else -parts
 
-  @compiled
-  def page_of(job, b, i):
-    """The i-th page of a row; -1 if the tables have none."""
-    if i >= job[S]:
-      return np.int64(-1)
-    page = np.int64(ints(job[TABLES] + 4 * b * job[S], job[S])[i])
-    return page if page < job[P] else np.int64(-1)
-
-  @compiled
+  @word_function(2)
   def part(job, i):
-    block, k, b = i % job[BLOCKS], i // job[BLOCKS] % job[K], i // job[BLOCKS] // job[K]
-    G, width = job[N] // job[K], job[H]
-    first = block * R
-    there = min(R, job[T] * G - first)
-    # Where the keys of each query start and end, together and those that all see.
-    bounds = words(own_words(), 2 * R)
-    low, high, shared_low, shared_high = 2**62, 0, 0, 2**62
-    for r in range(there):
-      p = np.int64(ints(job[POSITIONS] + 4 * b * job[T], job[T])[(first + r) // G])
-      start, end = np.int64(0), p + 1
-      if p >= 0:
-        if job[PREFIX]:
-          end = max(end, np.int64(ints(job[PREFIX], b + 1)[b]))
-        if job[WINDOW]:
-          start = max(start, p - job[WINDOW] + 1)
+    blocks, length, heads, kv_heads = get(job, BLOCKS), get(job, T), get(job, N), get(job, K)
+    page, width = get(job, Z), get(job, H)
+    first, k, b = i % blocks * R, i // blocks % kv_heads, i // blocks // kv_heads
+    group = heads // kv_heads
+    queries = min(R, length * group - first)
+    positions = get(job, POSITIONS) + 4 * b * length
+    # Where the keys of each query start and end; where those of any do, and those of all.
+    bounds = own_words()
+    low, high, all_low, all_high = 2**62, 0, 0, 2**62
+    for r in range(queries):
+      position = get_int32(positions, (first + r) // group)
+      start, end = 0, position + 1
+      if position >= 0:
+        if get(job, PREFIX):
+          end = max(end, get_int32(get(job, PREFIX), b))
+        if get(job, WINDOW):
+          start = max(0, position - get(job, WINDOW) + 1)
         low, high = min(low, start), max(high, end)
-      shared_low, shared_high = max(shared_low, start), min(shared_high, end)
-      bounds[2 * r], bounds[2 * r + 1] = start, end
-    count = max(high - low, 0)
-    # The logits of each query have room for a sink and for being a whole number of vectors.
-    step = (count + 2 * LANES - 1) // LANES * LANES
-    room = np.zeros(there * (step + 2 * width), np.float32)
+      all_low, all_high = max(all_low, start), min(all_high, end)
+      put(bounds, 2 * r, start)
+      put(bounds, 2 * r + 1, end)
+    # Logits have room for a sink more, and for being a whole number of vectors.
+    row = (max(high - low, 0) + 2 * LANES - 1) // LANES * LANES
+    room = np.zeros(queries * (row + 2 * width) + R, np.float32)
     logits = room.ctypes.data
-    queries = logits + 4 * there * step
-    sums = queries + 4 * there * width
-    for r in range(there):
-      t, n = (first + r) // G, k * G + (first + r) % G
-      q = floats(job[Q] + 4 * ((b * job[T] + t) * job[N] + n) * width, width)
-      row = floats(queries + 4 * r * width, width)
-      for h in range(width):
-        row[h] = q[h]
-    key_step = size * job[K] * width
-    s = low
-    while s < high:
-      stop = min(high, (s // job[Z] + 1) * job[Z])
-      cell = (max(page_of(job, b, s // job[Z]), 0) * job[Z] + s % job[Z]) * job[K] + k
-      keys = job[KEYS] + size * width * cell
-      if there > 1 and shared_low <= s and stop <= shared_high:
-        for c in range(s, stop, C):
-          dots_of_some(
-            queries,
-            4 * width,
-            there,
-            keys + (c - s) * key_step,
-            key_step,
-            min(C, stop - c),
-            width,
-            logits + 4 * (c - low),
-            4 * step,
-          )
-      else:
-        for r in range(there):
-          start, end = max(s, bounds[2 * r]), min(stop, bounds[2 * r + 1])
-          for c in range(start, end, CS):
-            dots_of_one(
-              queries + 4 * r * width,
-              0,
-              1,
-              keys + (c - s) * key_step,
-              key_step,
-              min(CS, end - c),
-              width,
-              logits + 4 * (r * step + c - low),
-              0,
-            )
-      s = stop
-    for r in range(there):
-      start, end = bounds[2 * r], bounds[2 * r + 1]
-      if start < end:
-        p = np.int64(ints(job[POSITIONS] + 4 * b * job[T], job[T])[(first + r) // G])
-        n = k * G + (first + r) % G
-        total = softmax(job, logits + 4 * (r * step + start - low), start, end, p, n)
-        floats(queries, there)[r] = total
-    s = low
-    while s < high:
-      stop = min(high, (s // job[Z] + 1) * job[Z])
-      cell = (max(page_of(job, b, s // job[Z]), 0) * job[Z] + s % job[Z]) * job[K] + k
-      values = job[VALUES] + size * width * cell
-      if there > 1 and shared_low <= s and stop <= shared_high:
-        sum_of_some(
-          logits + 4 * (s - low), 4 * step, there, values, key_step, stop - s, width, sums
-        )
-      else:
-        for r in range(there):
-          start, end = max(s, bounds[2 * r]), min(stop, bounds[2 * r + 1])
-          if start < end:
-            sum_of_one(
-              logits + 4 * (r * step + start - low),
-              0,
-              1,
-              values + (start - s) * key_step,
-              key_step,
-              end - start,
-              width,
-              sums + 4 * r * width,
-            )
-      s = stop
-    for r in range(there):
-      t, n = (first + r) // G, k * G + (first + r) % G
-      out = floats(job[OUT] + 4 * ((b * job[T] + t) * job[N] + n) * width, width)
-      row, total = floats(sums + 4 * r * width, width), floats(queries, there)[r]
-      for h in range(width):
-        out[h] = row[h] / total if bounds[2 * r] < bounds[2 * r + 1] else np.float32(0)
+    q = logits + 4 * queries * row
+    sums = q + 4 * queries * width
+    totals = floats(sums + 4 * queries * width, R)
+    for r in range(queries):
+      t, n = (first + r) // group, k * group + (first + r) % group
+      given = get(job, Q) + 4 * width * ((b * length + t) * heads + n)
+      _write_float32(given, q + 4 * width * r, width)
+    step = size * width * kv_heads
 
-  @compiled
-  def softmax(job, address, start, end, p, n):
-    """Makes exponentials of the products of a query with its keys, and returns their sum."""
-    count = end - start
-    row = floats(address, count + LANES)
-    scale, cap = floats(job[SCALE], 1)[0], floats(job[CAP], 1)[0]
-    for i in range(count):
-      row[i] *= scale
-    padded = (count + LANES - 1) // LANES * LANES
-    if cap != 0:
-      vectors.soft_caps(address, padded, cap)
-    if job[X]:
-      bias = floats(job[BIAS] + 4 * n * job[X], job[X])
-      for i in range(count):
-        row[i] += bias[min(max(p - start - i, 0), job[X] - 1)]
-    if job[SINKS]:
-      row[count] = floats(job[SINKS], job[N])[n]
-      count += 1
-      padded = (count + LANES - 1) // LANES * LANES
-    for i in range(count, padded):
-      row[i] = -np.inf
-    return vectors.exponentials(address, padded, vectors.largest(address, padded))
+    for s in range(low // page * page, high, page):
+      keys = get(job, KEYS) + max(place_of(job, b, s), 0) * step + size * width * k
+      if s + page < high:
+        place = max(place_of(job, b, s + page), 0)
+        vectors.fetch(get(job, KEYS) + place * step + size * width * k, step, page, size * width)
+      start, end = max(s, low), min(s + page, high)
+      if queries > 1 and all_low <= start and end <= all_high:
+        for c in range(start, end, C):
+          at, out = keys + (c - s) * step, logits + 4 * (c - low)
+          dots_of_all(q, 4 * width, queries, at, step, min(C, end - c), width, out, 4 * row)
+        continue
+      for r in range(queries):
+        start, end = max(s, get(bounds, 2 * r)), min(s + page, get(bounds, 2 * r + 1))
+        for c in range(start, end, C):
+          at, out = keys + (c - s) * step, logits + 4 * (r * row + c - low)
+          dots_of_one(q + 4 * width * r, 0, 1, at, step, min(C, end - c), width, out, 0)
+
+    for r in range(queries):
+      start, end = get(bounds, 2 * r), get(bounds, 2 * r + 1)
+      if start < end:
+        n = k * group + (first + r) % group
+        bias = get(job, BIAS) + 4 * n * get(job, X) if get(job, BIAS) else 0
+        sink = get(job, SINKS) + 4 * n if get(job, SINKS) else 0
+        behind = get_int32(positions, (first + r) // group) - start
+        at, scale, cap = logits + 4 * (r * row + start - low), get(job, SCALE), get(job, CAP)
+        totals[r] = _softmax(at, end - start, scale, cap, bias, get(job, X), behind, sink)
+
+    for s in range(low // page * page, high, page):
+      values = get(job, VALUES) + max(place_of(job, b, s), 0) * step + size * width * k
+      if s + page < high:
+        place = max(place_of(job, b, s + page), 0)
+        vectors.fetch(get(job, VALUES) + place * step + size * width * k, step, page, size * width)
+      start, end = max(s, low), min(s + page, high)
+      if queries > 1 and all_low <= start and end <= all_high:
+        at, first_value = logits + 4 * (start - low), values + (start - s) * step
+        sums_of_all(at, 4 * row, queries, first_value, step, end - start, width, sums)
+        continue
+      for r in range(queries):
+        start, end = max(s, get(bounds, 2 * r)), min(s + page, get(bounds, 2 * r + 1))
+        at, first_value = logits + 4 * (r * row + start - low), values + (start - s) * step
+        sum_of_one(at, 0, 1, first_value, step, end - start, width, sums + 4 * width * r)
+
+    for r in range(queries):
+      t, n = (first + r) // group, k * group + (first + r) % group
+      out = floats(get(job, OUT) + 4 * width * ((b * length + t) * heads + n), width)
+      total, own = totals[r], floats(sums + 4 * width * r, width)
+      for h in range(width):
+        out[h] = own[h] / total if total else np.float32(0)
+    return 0
 
   return register(name, begin, part)
 
 
-@inlined
-def ints(address, count):
-  """So many int32 at an address, as an array."""
-  return numba.carray(vectors.pointer(address, numba.int32), count)
+@compiled(numba.float32(*[numba.int64] * 8))
+def _softmax(address, count, scale, cap, bias, distances, behind, sink):
+  """Makes exponentials of the products of a query with its keys, and returns their sum.
+
+  Args:
+    scale, cap: addresses of these.
+    bias, distances: address of the biases by distance, or 0, and how many there are.
+    behind: how far the query is behind the first key.
+    sink: address of the logit of one more key, or 0.
+  """
+  logits = floats(address, count + LANES)
+  scale, cap = floats(scale, 1)[0], floats(cap, 1)[0]
+  for i in range(count):
+    logits[i] *= scale
+  if cap != 0:
+    vectors.soft_caps(address, (count + LANES - 1) // LANES * LANES, cap)
+  if bias:
+    biases = floats(bias, distances)
+    for i in range(count):
+      logits[i] += biases[min(max(behind - i, 0), distances - 1)]
+  if sink:
+    logits[count] = floats(sink, 1)[0]
+    count += 1
+  whole = (count + LANES - 1) // LANES * LANES
+  for i in range(count, whole):
+    logits[i] = -np.inf
+  return vectors.exponentials(address, whole, vectors.largest(address, whole))
 
 
-@compiled
+@word_function(3)
 def _write_float32(source, target, count):
   x, y = floats(source, count), floats(target, count)
   for i in range(count):
     y[i] = x[i]
+  return 0
 
 
-@compiled
+@word_function(3)
 def _write_bfloat16(source, target, count):
   """Rounds to the nearest, and to the even one of two."""
   x = numba.carray(vectors.pointer(source, numba.uint32), count)
@@ -292,3 +299,4 @@ def _write_bfloat16(source, target, count):
     rounded = (x[i] + np.uint32(0x7FFF) + ((x[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     is_nan = (x[i] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     y[i] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+  return 0

@@ -55,23 +55,34 @@ def pointer(_, address, like):
 
 
 @compiled(_int, _int, _int)
-def fetch_add(b, address, amount):
-  """Adds to a word that threads share, and returns what it was."""
-  return b.atomic_rmw("add", b.inttoptr(address, _i64.as_pointer()), amount, "acq_rel")
+def get(b, address, i):
+  """The i-th word of those at an address."""
+  return b.load(_word(b, address, i))
 
 
 @compiled(_int, _int, _int, _int)
-def replace(b, address, old, new):
+def put(b, address, i, value):
+  """Makes a value the i-th word of those at an address."""
+  b.store(value, _word(b, address, i))
+
+
+@compiled(_int, _int, _int, _int)
+def fetch_add(b, address, i, amount):
+  """Adds to a word that threads share, and returns what it was."""
+  return b.atomic_rmw("add", _word(b, address, i), amount, "acq_rel")
+
+
+@compiled(_int, _int, _int, _int, _int)
+def replace(b, address, i, old, new):
   """Whether a word that threads share was `old`; if so, it is `new` now."""
-  word = b.inttoptr(address, _i64.as_pointer())
-  result = b.cmpxchg(word, old, new, "acq_rel", "acquire")
+  result = b.cmpxchg(_word(b, address, i), old, new, "acq_rel", "acquire")
   return b.zext(b.extract_value(result, 1), _i64)
 
 
-@compiled(_int, _int)
-def load_shared(b, address):
+@compiled(_int, _int, _int)
+def get_shared(b, address, i):
   """A word that threads share."""
-  return b.load_atomic(b.inttoptr(address, _i64.as_pointer()), "acquire", 8)
+  return b.load_atomic(_word(b, address, i), "acquire", 8)
 
 
 @compiled(_int, _int, _int)
@@ -93,10 +104,21 @@ def stack(words):
   return address
 
 
-@compiled(_int, _int)
-def prefetch(b, address):
-  """Asks for a line of memory that will be read soon."""
-  _prefetch(b, address)
+@compiled(_int, _int, _int, _int, _int)
+def fetch(b, address, step, rows, size):
+  """Asks for rows of so many bytes, a distance apart, that will be read soon."""
+
+  def fetch_row(i, _):
+    row = b.add(address, b.mul(i, step))
+
+    def fetch_line(at, _):
+      _prefetch(b, b.add(row, at))
+      return []
+
+    _loop(b, _i64(0), size, 64, [], fetch_line)
+    return []
+
+  _loop(b, _i64(0), rows, 1, [], fetch_row)
 
 
 def dots(kind, R, C, ahead=0):
@@ -109,39 +131,41 @@ def dots(kind, R, C, ahead=0):
 
   @compiled(_int, *[_int] * 9)
   def products(b, x, x_step, rows, w, w_step, columns, count, out, out_step):
-    row_numbers = [_smaller(b, _i64(r), b.sub(rows, _i64(1))) for r in range(R)]
-    column_numbers = [_smaller(b, _i64(c), b.sub(columns, _i64(1))) for c in range(C)]
-    xs = [b.add(x, b.mul(r, x_step)) for r in row_numbers]
-    ws = [b.add(w, b.mul(c, w_step)) for c in column_numbers]
-
-    def add_products(width, fetch):
-      def body(i, sums):
-        at, total = b.mul(i, _i64(SIZES[kind])), list(sums)
-        w_values = []
-        for address in ws:
-          place = b.add(address, at)
-          if fetch and ahead:
-            _prefetch(b, b.add(place, _i64(ahead)))
-          w_values.append(_load(b, kind, place, width))
-        at = b.mul(i, _i64(4))
-        for r, address in enumerate(xs):
-          x_value = _load(b, "float32", b.add(address, at), width)
-          for c, w_value in enumerate(w_values):
-            total[r * C + c] = _fma(b, x_value, w_value, total[r * C + c])
-        return total
-
-      return body
-
+    xs, ws = _rows(b, x, x_step, rows, R), _rows(b, w, w_step, columns, C)
     whole = b.and_(count, _i64(-LANES))
-    zeros = [_constant(0.0)] * (R * C)
-    sums = _loop(b, _i64(0), whole, LANES, zeros, add_products(LANES, True))
-    sums = _loop(b, whole, count, 1, _add_lanes(b, sums), add_products(1, False))
-    for i, total in enumerate(sums):
-      r, c = divmod(i, C)
-      place = b.add(b.mul(row_numbers[r], out_step), b.mul(column_numbers[c], _i64(4)))
-      _store(b, total, b.add(out, place))
+    sums = [_constant(0.0)] * (R * C)
+    sums = _add_products(b, kind, xs, ws, _i64(0), whole, LANES, sums, ahead)
+    _finish(b, kind, xs, ws, whole, count, sums, _outs(b, out, out_step, rows, columns, R, C))
 
   return products
+
+
+def partial_dots(kind, R, C):
+  """Makes two functions that do the work of `dots` in several steps, with the same bits.
+
+  They take x and w as there. The first adds the products of `count` numbers, a multiple of `LANES`,
+  to the partial sums at an address, R C vectors. The second adds those and the products of `count`
+  last numbers, fewer than `LANES`, up.
+  """
+
+  @compiled(_int, *[_int] * 8)
+  def add(b, x, x_step, rows, w, w_step, columns, count, partial):
+    xs, ws = _rows(b, x, x_step, rows, R), _rows(b, w, w_step, columns, C)
+    places = [b.add(partial, _i64(4 * LANES * i)) for i in range(R * C)]
+    sums = [_load(b, "float32", place, LANES) for place in places]
+    sums = _add_products(b, kind, xs, ws, _i64(0), count, LANES, sums)
+    for total, place in zip(sums, places, strict=True):
+      _store(b, total, place)
+
+  @compiled(_int, *[_int] * 10)
+  def finish(b, x, x_step, rows, w, w_step, columns, count, partial, out, out_step):
+    xs, ws = _rows(b, x, x_step, rows, R), _rows(b, w, w_step, columns, C)
+    places = [b.add(partial, _i64(4 * LANES * i)) for i in range(R * C)]
+    sums = [_load(b, "float32", place, LANES) for place in places]
+    outs = _outs(b, out, out_step, rows, columns, R, C)
+    _finish(b, kind, xs, ws, _i64(0), count, sums, outs)
+
+  return add, finish
 
 
 def weighted_sum(kind, R):
@@ -154,9 +178,8 @@ def weighted_sum(kind, R):
 
   @compiled(_int, *[_int] * 8)
   def add_rows(b, weights, weights_step, there, v, v_step, rows, count, out):
-    numbers = [_smaller(b, _i64(r), b.sub(there, _i64(1))) for r in range(R)]
-    sums_at = [b.add(out, b.mul(b.mul(r, _i64(4)), count)) for r in numbers]
-    weights_at = [b.add(weights, b.mul(r, weights_step)) for r in numbers]
+    sums_at = _rows(b, out, b.mul(_i64(4), count), there, R)
+    weights_at = _rows(b, weights, weights_step, there, R)
 
     def add_columns(width, vectors):
       def body(h, _):
@@ -240,6 +263,10 @@ def soft_caps(b, values, count, cap):
   _loop(b, _i64(0), count, LANES, [], body)
 
 
+def _word(b, address, i):
+  return b.inttoptr(b.add(address, b.mul(i, _i64(8))), _i64.as_pointer())
+
+
 def _exp(b, x):
   """exp(x) of a vector of numbers not above 0, to 2 units in the last place; 0 below -87.
 
@@ -258,6 +285,47 @@ def _exp(b, x):
   exponent = b.add(b.fptosi(n, ir.VectorType(_i32, LANES)), _whole(127))
   scale = b.bitcast(b.shl(exponent, _whole(23)), _vector)
   return b.select(b.fcmp_ordered("<", x, lowest), _constant(0.0), b.fmul(power, scale))
+
+
+def _rows(b, address, step, there, count):
+  """Addresses of rows; of those that are not there, that of the last one."""
+  last = b.sub(there, _i64(1))
+  return [b.add(address, b.mul(_smaller(b, _i64(i), last), step)) for i in range(count)]
+
+
+def _outs(b, out, out_step, rows, columns, R, C):
+  """Addresses of the results of a tile, row by row."""
+  return [
+    place
+    for row in _rows(b, out, out_step, rows, R)
+    for place in _rows(b, row, _i64(4), columns, C)
+  ]
+
+
+def _add_products(b, kind, xs, ws, start, stop, width, sums, ahead=0):
+  """Adds the products of numbers from start to stop, `width` at a time, to the sums of a tile."""
+
+  def body(i, sums):
+    total, w_values = list(sums), []
+    for row in ws:
+      place = b.add(row, b.mul(i, _i64(SIZES[kind])))
+      if ahead:
+        _prefetch(b, b.add(place, _i64(ahead)))
+      w_values.append(_load(b, kind, place, width))
+    for r, row in enumerate(xs):
+      x_value = _load(b, "float32", b.add(row, b.mul(i, _i64(4))), width)
+      for c, w_value in enumerate(w_values, r * len(ws)):
+        total[c] = _fma(b, x_value, w_value, total[c])
+    return total
+
+  return _loop(b, start, stop, width, sums, body)
+
+
+def _finish(b, kind, xs, ws, start, stop, sums, outs):
+  """Adds the lanes of a tile's sums up, and then the last products one by one."""
+  sums = _add_products(b, kind, xs, ws, start, stop, 1, _add_lanes(b, sums))
+  for total, place in zip(sums, outs, strict=True):
+    _store(b, total, place)
 
 
 def _loop(b, start, stop, step, state, body):

@@ -185,10 +185,10 @@ class Engine:
     self._admit()
     for answer in self.running:
       self._find(answer)
-    growing = [answer for answer in self.running if len(answer.unread) == 1]
+    growing = [answer for answer in self.running if not _reads(answer)]
     updates, left = [], self.chunk
     for answer in list(self.running):
-      if left > 0 and answer in self.running and len(answer.unread) > 1:
+      if left > 0 and answer in self.running and _reads(answer):
         left -= self._read_prompt(answer, left, updates)
     drafts = self._draft(growing)
     for answer, draft in zip(growing, drafts, strict=True):
@@ -414,6 +414,12 @@ def check_writes(model: GPT, tokenizer: Tokenizer) -> None:
       f"the model scores {config.label_head.num_labels} labels (model.label_head.num_labels) and "
       "writes no text."
     )
+
+
+def _reads(answer: Answer) -> bool:
+  """Whether more is to be read than the last token, or that alone for its own sake."""
+  is_scored = answer.request.scores_prompt and not answer.row.read
+  return len(answer.unread) > 1 or is_scored
 
 
 def _adjust(

@@ -86,6 +86,11 @@ def test_a_prompt_is_scored_in_chunks_too(make, logits_of):
   np.testing.assert_allclose(best, log_probs.max(-1)[:-1], atol=1e-4)
 
 
+def test_a_prompt_of_one_token_is_scored_and_nothing_is_added(make):
+  (answer,) = make().run([Request([65], 0, log_probs=1, scores_prompt=True)])
+  assert (answer.tokens, [score.log_prob for score in answer.prompt_scores]) == ([65], [None])
+
+
 def test_requests_join_and_leave_between_steps(make):
   engine = make()
   alone = [told(make().run([request])[0]) for request in requests(6)]
