@@ -10,10 +10,15 @@ CORE = tests/test_config.py tests/test_keys.py tests/model/test_config.py tests/
   tests/training/test_checkpoints.py tests/training/test_loop.py::test_learns_and_reports
 NEWEST_PYTHON ?= python3.13
 
-.PHONY: demo test test-all test-lowest test-newest lint docs
+.PHONY: demo serve test test-all test-lowest test-newest lint docs
 
 demo: $(VENV)/.installed
 	$(RUN) -m gptjax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+# A chat model of 135 M parameters, at http://localhost:8000; the first time it is fetched.
+serve: $(VENV)/.installed-serve
+	$(RUN) -m gptjax.serve --name=smollm2 \
+	  --checkpoint=$$($(RUN) -m experiments.datasets smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 --dist=worksteal --durations=20 -m "not slow"
@@ -45,6 +50,10 @@ $(VENV)/bin/python:
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-serve: pyproject.toml $(VENV)/.installed
+	$(RUN) -m pip install --quiet -e '.[serve]' 'gguf>=0.17'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed

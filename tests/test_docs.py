@@ -111,6 +111,7 @@ FLAGS_OF = {
   "convert": ("convert",),
   "diagnose": ("diagnose",),
   "predict": ("predict",),
+  "serve": ("serve", "inference/flags"),
   "show": ("show",),
   "sweep": ("sweep",),
 }
@@ -152,6 +153,7 @@ def test_documents_have_commands():
   assert len(commands("generate")) >= 2
   assert len(commands("convert")) >= 2
   assert len(commands("chat")) >= 1
+  assert len(commands("serve")) >= 2
   assert len(commands("evaluate")) >= 3
 
 

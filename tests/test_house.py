@@ -16,11 +16,11 @@ SPINE = (
 # A capability each; who may import whom is in pyproject.toml, and `make lint` checks it.
 WINGS = (
   *("compiler", "cpu", "diagnosis", "evals", "finetuning", "gguf", "inference"),
-  *("interop", "peft", "scores", "sweeps"),
+  *("interop", "peft", "scores", "serving", "sweeps"),
 )
 COMMANDS = (
   *("chat", "compile", "convert", "diagnose", "evaluate"),
-  *("generate", "predict", "show", "sweep", "train"),
+  *("generate", "predict", "serve", "show", "sweep", "train"),
 )
 
 

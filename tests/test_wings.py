@@ -19,8 +19,8 @@ GOES_WITH = {
   "evals": {"commands": ["evaluate"]},
   "finetuning": {"commands": ["predict"], "presets": ["finetune.py"]},
   "inference": {
-    "wings": ["evals"],
-    "commands": ["chat", "evaluate", "generate"],
+    "wings": ["evals", "serving"],
+    "commands": ["chat", "evaluate", "generate", "serve"],
   },
   "gguf": {},
   "interop": {"wings": ["gguf", "peft"], "commands": ["convert"]},
@@ -30,6 +30,7 @@ GOES_WITH = {
     "commands": ["evaluate", "predict"],
     "presets": ["finetune.py"],
   },
+  "serving": {"commands": ["serve"]},
   "sweeps": {"commands": ["sweep"]},
 }
 

@@ -9,14 +9,15 @@ FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # They are those of the command, whose --help shows its own alone.
 
 
-def define_sampling_flags() -> None:
-  """Defines the flags that `sampling_from_flags` reads, and the checkpoint's flags."""
+def define_model_flags() -> None:
+  """Defines the flags of a checkpoint and of how it is run."""
   flags.DEFINE_string(
     "checkpoint",
     None,
     "A run, a folder of Hugging Face's, hf:ORG/NAME or FILE.gguf.",
     required=True,
   )
+  flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
   flags.DEFINE_enum(
     "weights", None, WEIGHTS, "In what the weights are kept; by default the model's dtype."
   )
@@ -25,7 +26,11 @@ def define_sampling_flags() -> None:
     None,
     "What guesses the next tokens, to write faster the same: 'lookup', 'layers:N' or a checkpoint.",
   )
-  flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
+
+
+def define_sampling_flags() -> None:
+  """Defines the flags that `sampling_from_flags` reads, and the model's flags."""
+  define_model_flags()
   flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
   flags.DEFINE_integer("top_k", 0, "Keep the k most likely tokens; 0 is off.")
   flags.DEFINE_float("top_p", 0.95, "Keep the likeliest tokens that reach p together; 1 is off.")

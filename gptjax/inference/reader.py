@@ -65,6 +65,11 @@ class Reader:
     self._pools = make_pools(self.config, self.pages.count)
     self._encoded: Encoded | None = None
 
+  @property
+  def model(self) -> GPT:
+    """The model in its inference form."""
+    return nnx.merge(self._graphdef, self._params)
+
   def _default_pages(self) -> int:
     """Pages for all rows at their longest, but at most a quarter of the memory."""
     device = jax.local_devices()[0]

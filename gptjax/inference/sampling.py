@@ -108,7 +108,8 @@ class Adjustment:
 @dataclasses.dataclass(frozen=True)
 class Choice:
   """The token of each row, int32 [R], the logarithm of its probability before all settings,
-  float32 [R], and both for the likeliest tokens, [R, C]."""
+  float32 [R], and both for the likeliest tokens, [R, C]. Probabilities are the model's, of all of
+  its vocabulary."""
 
   tokens: jax.Array
   log_probs: jax.Array
@@ -128,12 +129,11 @@ def choose(
   """Draws one token a row, below `vocab_size`: an embedding may have more rows than the tokenizer
   has tokens."""
   compilations["choose"] += 1
-  logits_RV = logits_RV[:, :vocab_size]
 
   def of_row(row):
     logits_V, settings, adjustment = row
-    log_probs_V = jax.nn.log_softmax(logits_V)
-    token = _draw(logits_V, settings, adjustment)
+    log_probs_V = jax.nn.log_softmax(logits_V)[:vocab_size]
+    token = _draw(logits_V[:vocab_size], settings, adjustment)
     best, indices = jax.lax.top_k(log_probs_V, candidates)
     return Choice(token, log_probs_V[token], indices, best)
 
@@ -212,9 +212,9 @@ def score_tokens(
 
   def of_row(row):
     logits_V, token = row
-    log_probs_V = jax.nn.log_softmax(logits_V)
+    log_probs_V = jax.nn.log_softmax(logits_V)[:vocab_size]
     best, indices = jax.lax.top_k(log_probs_V, candidates)
     return Choice(token, log_probs_V[token], indices, best)
 
-  scored = jax.lax.map(of_row, (logits_RV[:, :vocab_size], tokens_R))
+  scored = jax.lax.map(of_row, (logits_RV, tokens_R))
   return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), scored)

@@ -34,7 +34,7 @@ def logits_of(model):
   def logits_of(tokens):
     row = np.zeros((1, LENGTH), np.int32)
     row[0, : len(tokens)] = tokens
-    return np.asarray(forward(model, row)[0, : len(tokens), : BYTES.vocab_size])
+    return np.asarray(forward(model, row)[0, : len(tokens)])
 
   return logits_of
 
@@ -61,8 +61,8 @@ def test_greedy_decoding_is_the_model_run_again_for_every_token(make, logits_of)
   for answer in make().run(requests(sampling=GREEDY)):
     logits = logits_of(answer.tokens)
     new = answer.tokens[answer.prompt_length :]
-    assert logits.argmax(-1)[answer.prompt_length - 1 : -1].tolist() == new
-    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    assert logits[:, : BYTES.vocab_size].argmax(-1)[answer.prompt_length - 1 : -1].tolist() == new
+    log_probs = np.asarray(jax.nn.log_softmax(logits))[:, : BYTES.vocab_size]
     for at, score in enumerate(answer.scores, answer.prompt_length - 1):
       assert score.token == score.candidates[0][0]
       np.testing.assert_allclose(score.log_prob, log_probs[at, score.token], atol=1e-4)
@@ -78,7 +78,7 @@ def test_a_prompt_is_scored_in_chunks_too(make, logits_of):
   assert (answer.finish_reason, answer.tokens, answer.scores) == ("length", prompt, [])
   assert [score.token for score in answer.prompt_scores] == prompt
   assert answer.prompt_scores[0].log_prob is None
-  log_probs = np.asarray(jax.nn.log_softmax(logits_of(prompt)))
+  log_probs = np.asarray(jax.nn.log_softmax(logits_of(prompt)))[:, : BYTES.vocab_size]
   expected = log_probs[np.arange(len(prompt) - 1), prompt[1:]]
   actual = [score.log_prob for score in answer.prompt_scores[1:]]
   np.testing.assert_allclose(actual, expected, atol=1e-4)

@@ -1,0 +1,71 @@
+"""Answers that are sent while they grow, as server-sent events."""
+
+import contextlib
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from starlette.responses import StreamingResponse
+
+from gptjax.serving.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+
+class EventStream(StreamingResponse):
+  """Events as they come; when the last is sent or the client is gone, what they need is closed."""
+
+  media_type = "text/event-stream"
+
+  def __init__(
+    self,
+    events: AsyncIterator[Mapping[str, Any]],
+    resources: contextlib.AsyncExitStack,
+    *,
+    named: bool = False,
+  ):
+    """Prepares the answer.
+
+    Args:
+      events: what to send, each as JSON.
+      resources: closed at the end.
+      named: whether events are named by their 'type', as in /v1/responses, without '[DONE]'.
+    """
+    # What buffers answers on their way is asked not to.
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    super().__init__(_lines(events, named), headers=headers)
+    self._resources = resources
+
+  async def __call__(self, scope, receive, send) -> None:
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      await self._resources.aclose()
+
+
+async def _lines(events: AsyncIterator[Mapping[str, Any]], named: bool) -> AsyncIterator[str]:
+  try:
+    async for event in events:
+      yield _line(event, named)
+  except ApiError as error:
+    yield _error(error, named)
+  except Exception:
+    name = secrets.token_hex(8)
+    logger.exception("error %s in a stream", name)
+    message = f"The server failed; its log has error {name}."
+    yield _error(ApiError(500, message, code=name), named)
+  else:
+    if not named:
+      yield "data: [DONE]\n\n"
+
+
+def _line(event: Mapping[str, Any], named: bool) -> str:
+  text = json.dumps(event, ensure_ascii=False, allow_nan=False)
+  return f"event: {event['type']}\ndata: {text}\n\n" if named else f"data: {text}\n\n"
+
+
+def _error(error: ApiError, named: bool) -> str:
+  body = error.body
+  return _line({**body["error"], "type": "error"} if named else body, named)
