@@ -13,12 +13,15 @@ import pytest
 from experiments import datasets
 from experiments.bad_inputs import run as bad_inputs
 from experiments.bad_inputs.files import DAMAGES
+from experiments.decoding import compare, load, models, readme
+from experiments.decoding.gptjax_engine import Engine as DecodingEngine
 from experiments.finetune import run as finetune
 from experiments.finetune import tasks
 from experiments.gpu import parts as gpu_parts
 from experiments.gpu import run as gpu
 from gptjax import config as config_lib
 from gptjax.errors import UserError
+from gptjax.inference import form
 from gptjax.sweeps import definition, study
 
 ROOT = Path(__file__).parents[1]
@@ -155,3 +158,101 @@ def test_the_bad_inputs_can_be_given_and_their_table_is_that_of_the_results():
   assert {damage.partition("=")[2] for case in cases for damage in case.damages} == {*DAMAGES}
   counts = json.loads((bad_inputs.HERE / "results.json").read_text())["cases"]
   assert bad_inputs.table(counts) in (bad_inputs.HERE / "README.md").read_text()
+
+
+# --- Decoding ----------------------------------------------------------------------------------
+
+
+def test_the_tables_of_decoding_are_those_of_their_results():
+  text = (readme.HERE / "README.md").read_text()
+  assert compare.table(*compare.read(readme.HERE)) in text
+  assert load.table(load.read(readme.HERE / "load.json")) in text
+
+
+def test_ratios_of_decoding_are_taken_round_by_round():
+  def rows(engine, format, *rates):
+    shared = {"model": "tiny", "batch": 8, "engine": engine, "format": format, "others": 0.1}
+    return [shared | {"round": i, "tokens_per_second": rate} for i, rate in enumerate(rates)]
+
+  found = rows("llama.cpp", "float32", 10.0, 20.0, 30.0) + rows("llama.cpp", "int8", 40.0)
+  found += rows("gptjax", "int8", 20.0, 60.0, 300.0) + rows("memory", "int8", 1000.0)
+  about = {"failures": {"gptjax float32": "no room"}, "settings": {"llama.cpp int8": "plain"}}
+  conditions = {
+    **{"date": "2026-01-01", "cpu": "a CPU", "threads": 2, "load_before": 0.0, "python": "3.11"},
+    **{"prompt": 64, "tokens": 64, "rounds": 3, "batches": [8], "versions": {"gptjax": "jax 1"}},
+    "models": {"tiny": about | {"agreement": {"gptjax": 32, "llama.cpp": 31}}},
+  }
+  table = compare.table(found, conditions)
+  assert "| gptjax | float32 | not measured: no room |" in table
+  assert "| gptjax | int8 | 60.0 (3.00, 0.50) |" in table
+  assert "| llama.cpp | F32 | 20.0 (1.00) |" in table
+  assert "| reading the weights once a step | int8 | 1,000 |" in table
+  assert "those of gptjax, of the first 32: llama.cpp 31." in table
+  assert "- llama.cpp int8: plain." in table
+
+
+FAKE = """
+import os
+
+class Engine:
+  def __init__(self, format, folder, rows, length):
+    self.format, self.version, self.setting = format, "fake 1", ""
+
+  def warm_up(self, rows, prompt, tokens):
+    print("not an answer")
+    if self.format == "int8":
+      os._exit(3)
+
+  def measure(self, rows, prompt, tokens, seed):
+    if self.format == "bfloat16" and seed == 2:
+      raise ValueError("no more")
+    return tokens / 100
+
+  def write(self, prompt, tokens):
+    return [*range(tokens)]
+"""
+
+
+def test_an_engine_that_fails_leaves_the_others_measured(monkeypatch, tmp_path):
+  (tmp_path / "fake_engine.py").write_text(FAKE)
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+  monkeypatch.setattr(
+    compare, "PEERS", {"gptjax": compare.Peer("fake_engine", models.FORMATS, "fake")}
+  )
+  monkeypatch.setattr(compare, "_prompt", lambda folder: [1, 2])
+  conditions = {"versions": {}, "models": {}}
+  plan = compare.Plan(batches=[4], rounds=2, tokens=10, prompt=5)
+  rows = compare.measure_model("tiny", tmp_path, ["gptjax"], plan, conditions)
+  measured = sorted((row["format"], row["round"], row["tokens_per_second"]) for row in rows)
+  assert measured == [("bfloat16", 0, 400.0), ("float32", 0, 400.0), ("float32", 1, 400.0)]
+  about = conditions["models"]["tiny"]
+  assert about["failures"] == {
+    "gptjax int8": "exit status 3: not an answer",
+    "gptjax bfloat16": "ValueError: no more",
+  }
+  assert about["agreement"] == {"gptjax": 32}
+  assert conditions["versions"] == {"gptjax": "fake 1"}
+
+
+def test_tokens_agree_until_they_part():
+  written = {"a": [1, 2, 3], "b": [1, 2, 4], "c": None, "d": [1, 2, 3]}
+  assert compare.agreement(written) == {"a": 3, "b": 2, "d": 3}
+
+
+def test_the_engine_of_the_decoding_experiment_runs_with_a_tiny_model(monkeypatch, tmp_path):
+  monkeypatch.setattr(models, "cache_root", lambda: tmp_path)
+  monkeypatch.setattr(form, "kernels", None)  # They take longer to compile.
+  monkeypatch.setitem(models.SHAPES, "tiny", models.Shape(1, 32, 1, 300, 64))
+  folder = models.prepare("tiny")
+  assert models.bytes_of_step(folder, "int8") == 32 * 300 + 12 * 32 * 32
+  engine = DecodingEngine("float32", folder, 2, 32)
+  assert engine.measure(2, 8, 4, seed=1) > 0
+  assert len(engine.write([1, 2, 3], 5)) == 5
+  requests = load.draw(5, 300, (1, 8), (2, 6))
+  timings, seconds = load.serve(engine.engine, requests, np.linspace(0, 0.1, 5))
+  assert [len(timing.tokens) for timing in timings] == [r.max_tokens for r in requests]
+  assert all(timing.first > 0 and min(timing.gaps) >= 0 for timing in timings)
+  alone, _ = load.serve_alone(engine.engine, requests)
+  assert [t.answer.tokens for t in alone] == [t.answer.tokens for t in timings]
+  described = load.describe(timings, seconds)
+  assert described["tokens_per_second"] == sum(r.max_tokens for r in requests) / seconds

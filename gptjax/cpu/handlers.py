@@ -32,6 +32,9 @@ _DATA, _SIZES = 3, 5
 _DESTROY_ERROR, _SCHEDULE = 8, 17
 
 _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# Memory by its address. An array of numba's would be freed behind the last place that names it.
+allocate = types.ExternalFunction("malloc", types.int64(types.int64))
+free = types.ExternalFunction("free", types.void(types.int64))
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _own_words, _request_words = vectors.stack(STATE + WORDS), vectors.stack(5)
 

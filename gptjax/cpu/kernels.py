@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Rows of x that share a look at a weight: the fewest that are enough, or the most there are.
+# Rows of x that a product is compiled for, at most; beyond, for any number.
 ROWS = (1, 4, 8)
 
 _handlers: dict[str, object] = {}
@@ -42,7 +42,7 @@ def product(x_MD: jax.Array, weights_FD: jax.Array, scales_F: jax.Array | None =
   _check("weights_FD", weights_FD, "FD", ("float32", "bfloat16", "int8"), sizes)
   if scales_F.size:
     _check("scales_F", scales_F, "F", ("float32",), sizes)
-  rows = next((R for R in ROWS if sizes["M"] <= R), ROWS[-1])
+  rows = next((R for R in ROWS if sizes["M"] <= R), 0)
   name = _compile("product", weights_FD.dtype.name, rows)
   y_MF = jax.ShapeDtypeStruct((sizes["M"], sizes["F"]), jnp.float32)
   return jax.ffi.ffi_call(name, y_MF)(x_MD, weights_FD, scales_F)

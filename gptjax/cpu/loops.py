@@ -1,7 +1,6 @@
 """The loops of `kernels`, compiled by numba; a kind of each is a handler of XLA's.
 
-Axes as in `kernels`; R rows and C columns of a tile of dot products, G query heads of one key-value
-head.
+Axes as in `kernels`; R rows and C columns of a tile of dot products.
 """
 
 import numba
@@ -9,10 +8,12 @@ import numpy as np
 
 from gptjax.cpu import vectors
 from gptjax.cpu.handlers import (
+  allocate,
   argument,
   argument_size,
   attribute,
   compiled,
+  free,
   register,
   result,
   word_function,
@@ -21,15 +22,15 @@ from gptjax.cpu.vectors import LANES, SIZES, get, put
 
 # Products below which threads do not share a job: they would be done before a second one is awake.
 SMALL = 2**17
-# Rows of x in a part of a product; bytes of weights, if there are no more rows, or else columns.
+# Rows of x in a part of a product; columns of weights, or bytes if there are few rows.
 PART_ROWS = 64
 PART_BYTES, PART_COLUMNS = 2**17, 48
 # Rows of x that share a look at a weight, at most, and numbers of a block of long ones.
 ROWS, BLOCK = 8, 1024
 # How far ahead weights are asked for.
 AHEAD = 4096
-# Columns of a tile, by its rows: as many sums as there are registers.
-COLUMNS = {1: 4, 4: 4, 8: 3}
+# Columns of a tile, by its rows; 0 is for many rows, where arithmetic takes longer than memory.
+COLUMNS = {1: 2, 4: 4, 8: 2, 0: 3}
 # Queries that share a look at a key.
 QUERIES = 4
 
@@ -46,9 +47,10 @@ def get_int32(address, i):
 
 
 def product(name, kind, R):
-  """Compiles `kernels.product` for weights of a kind and tiles of R rows."""
+  """Compiles `kernels.product` for weights of a kind and R rows at most; 0 is any number."""
   X, W, SCALES, Y, M, D, F, WIDTH, ROW_PARTS = range(9)
-  C, size = COLUMNS[R], SIZES[kind]
+  many, C, size = R == 0, COLUMNS[R], SIZES[kind]
+  R = R or ROWS
   dots, (add, finish) = vectors.dots(kind, R, C, AHEAD), vectors.partial_dots(kind, R, C)
 
   @word_function(2)
@@ -61,7 +63,7 @@ def product(name, kind, R):
     put(job, M, m)
     put(job, D, d)
     put(job, F, f)
-    width = PART_BYTES // max(1, d * size) if m <= ROWS else PART_COLUMNS
+    width = PART_BYTES // max(1, d * size) if not many else PART_COLUMNS
     width = max(C, min(width, f // 16) // C * C)
     put(job, WIDTH, width)
     put(job, ROW_PARTS, (m + PART_ROWS - 1) // PART_ROWS)
@@ -76,17 +78,18 @@ def product(name, kind, R):
     x_step, w_step, y_step = 4 * d, size * d, 4 * f
     w_first = get(job, W) + first * w_step
     # Long rows of many are done in blocks that stay in the nearest cache.
-    blocks = d // BLOCK if R == ROWS and d >= 2 * BLOCK else 0
-    partial = np.empty((last - first + C) * R * LANES if blocks else 0, np.float32)
+    blocks = d // BLOCK if many and d >= 2 * BLOCK else 0
+    size_of_sums = (last - first + C) * R * LANES if blocks else 0
+    partial = allocate(4 * size_of_sums)
     for row in range(first_row, last_row, R):
       rows = min(R, last_row - row)
       x, y = get(job, X) + row * x_step, get(job, Y) + row * y_step
-      partial[:] = 0
+      floats(partial, size_of_sums)[:] = 0
       for block in range(blocks):
         count = BLOCK if block < blocks - 1 else (d - block * BLOCK) // LANES * LANES
         for f0 in range(0, last - first, C):
           w = w_first + f0 * w_step + block * BLOCK * size
-          sums = partial.ctypes.data + f0 * 4 * R * LANES
+          sums = partial + f0 * 4 * R * LANES
           add(
             x + 4 * block * BLOCK, x_step, rows, w, w_step, min(C, last - first - f0), count, sums
           )
@@ -95,7 +98,7 @@ def product(name, kind, R):
         columns = min(C, last - first - f0)
         if blocks:
           whole = d // LANES * LANES
-          sums = partial.ctypes.data + f0 * 4 * R * LANES
+          sums = partial + f0 * 4 * R * LANES
           finish(
             x + 4 * whole, x_step, rows, w + size * whole, w_step, columns, d - whole, sums, out,
             y_step,
@@ -107,6 +110,7 @@ def product(name, kind, R):
         for r in range(rows):
           for column in range(first, last):
             out[r * f + column] *= scales[column]
+    free(partial)
     return 0
 
   return register(name, begin, part)
@@ -189,11 +193,12 @@ def attention(name, kind):
       put(bounds, 2 * r + 1, end)
     # Logits have room for a sink more, and for being a whole number of vectors.
     row = (max(high - low, 0) + 2 * LANES - 1) // LANES * LANES
-    room = np.zeros(queries * (row + 2 * width) + R, np.float32)
-    logits = room.ctypes.data
+    room = queries * (row + 2 * width + 1)
+    logits = allocate(4 * room)
+    floats(logits, room)[:] = 0
     q = logits + 4 * queries * row
     sums = q + 4 * queries * width
-    totals = floats(sums + 4 * queries * width, R)
+    totals = floats(sums + 4 * queries * width, queries)
     for r in range(queries):
       t, n = (first + r) // group, k * group + (first + r) % group
       given = get(job, Q) + 4 * width * ((b * length + t) * heads + n)
@@ -248,6 +253,7 @@ def attention(name, kind):
       total, own = totals[r], floats(sums + 4 * width * r, width)
       for h in range(width):
         out[h] = own[h] / total if total else np.float32(0)
+    free(logits)
     return 0
 
   return register(name, begin, part)

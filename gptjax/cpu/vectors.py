@@ -27,7 +27,7 @@ _vector = ir.VectorType(_f32, LANES)
 _int, _float = types.int64, types.float32
 
 
-def compiled(returns, *takes):
+def emitted(returns, *takes):
   """Makes a function that compiled loops can call of one that emits its instructions."""
 
   def decorate(emit):
@@ -54,38 +54,38 @@ def pointer(_, address, like):
   )
 
 
-@compiled(_int, _int, _int)
+@emitted(_int, _int, _int)
 def get(b, address, i):
   """The i-th word of those at an address."""
   return b.load(_word(b, address, i))
 
 
-@compiled(_int, _int, _int, _int)
+@emitted(_int, _int, _int, _int)
 def put(b, address, i, value):
   """Makes a value the i-th word of those at an address."""
   b.store(value, _word(b, address, i))
 
 
-@compiled(_int, _int, _int, _int)
+@emitted(_int, _int, _int, _int)
 def fetch_add(b, address, i, amount):
   """Adds to a word that threads share, and returns what it was."""
   return b.atomic_rmw("add", _word(b, address, i), amount, "acq_rel")
 
 
-@compiled(_int, _int, _int, _int, _int)
+@emitted(_int, _int, _int, _int, _int)
 def replace(b, address, i, old, new):
   """Whether a word that threads share was `old`; if so, it is `new` now."""
   result = b.cmpxchg(_word(b, address, i), old, new, "acq_rel", "acquire")
   return b.zext(b.extract_value(result, 1), _i64)
 
 
-@compiled(_int, _int, _int)
+@emitted(_int, _int, _int)
 def get_shared(b, address, i):
   """A word that threads share."""
   return b.load_atomic(_word(b, address, i), "acquire", 8)
 
 
-@compiled(_int, _int, _int)
+@emitted(_int, _int, _int)
 def call(b, function, argument):
   """Calls a function of C, by its address, that takes one word and returns one."""
   kind = ir.FunctionType(_i64, [_i64])
@@ -95,7 +95,7 @@ def call(b, function, argument):
 def stack(words):
   """Makes a function that returns the address of so many words of the caller's own."""
 
-  @compiled(_int)
+  @emitted(_int)
   def address(b):
     with b.goto_entry_block():
       room = b.alloca(ir.ArrayType(_i64, words))
@@ -104,7 +104,7 @@ def stack(words):
   return address
 
 
-@compiled(_int, _int, _int, _int, _int)
+@emitted(_int, _int, _int, _int, _int)
 def fetch(b, address, step, rows, size):
   """Asks for rows of so many bytes, a distance apart, that will be read soon."""
 
@@ -129,7 +129,7 @@ def dots(kind, R, C, ahead=0):
   there are done as the last one again. `ahead` is how far ahead w is asked for; 0 is not at all.
   """
 
-  @compiled(_int, *[_int] * 9)
+  @emitted(_int, *[_int] * 9)
   def products(b, x, x_step, rows, w, w_step, columns, count, out, out_step):
     xs, ws = _rows(b, x, x_step, rows, R), _rows(b, w, w_step, columns, C)
     whole = b.and_(count, _i64(-LANES))
@@ -148,7 +148,7 @@ def partial_dots(kind, R, C):
   last numbers, fewer than `LANES`, up.
   """
 
-  @compiled(_int, *[_int] * 8)
+  @emitted(_int, *[_int] * 8)
   def add(b, x, x_step, rows, w, w_step, columns, count, partial):
     xs, ws = _rows(b, x, x_step, rows, R), _rows(b, w, w_step, columns, C)
     places = [b.add(partial, _i64(4 * LANES * i)) for i in range(R * C)]
@@ -157,7 +157,7 @@ def partial_dots(kind, R, C):
     for total, place in zip(sums, places, strict=True):
       _store(b, total, place)
 
-  @compiled(_int, *[_int] * 10)
+  @emitted(_int, *[_int] * 10)
   def finish(b, x, x_step, rows, w, w_step, columns, count, partial, out, out_step):
     xs, ws = _rows(b, x, x_step, rows, R), _rows(b, w, w_step, columns, C)
     places = [b.add(partial, _i64(4 * LANES * i)) for i in range(R * C)]
@@ -176,7 +176,7 @@ def weighted_sum(kind, R):
   and the sums, one after another. The rows are added in their order.
   """
 
-  @compiled(_int, *[_int] * 8)
+  @emitted(_int, *[_int] * 8)
   def add_rows(b, weights, weights_step, there, v, v_step, rows, count, out):
     sums_at = _rows(b, out, b.mul(_i64(4), count), there, R)
     weights_at = _rows(b, weights, weights_step, there, R)
@@ -212,7 +212,7 @@ def weighted_sum(kind, R):
   return add_rows
 
 
-@compiled(_float, _int, _int)
+@emitted(_float, _int, _int)
 def largest(b, values, count):
   """The largest of so many numbers, a multiple of `LANES` above 0."""
 
@@ -228,7 +228,7 @@ def largest(b, values, count):
   return b.extract_element(best, _i32(0))
 
 
-@compiled(_float, _int, _int, _float)
+@emitted(_float, _int, _int, _float)
 def exponentials(b, values, count, shift):
   """Replaces each number by exp(number - shift), not above 1, and returns their sum.
 
@@ -245,7 +245,7 @@ def exponentials(b, values, count, shift):
   return _add_lanes(b, _loop(b, _i64(0), count, LANES, [zero], body))[0]
 
 
-@compiled(_int, _int, _int, _float)
+@emitted(_int, _int, _int, _float)
 def soft_caps(b, values, count, cap):
   """Replaces each number by cap * tanh(number / cap). The count is a multiple of `LANES`."""
 

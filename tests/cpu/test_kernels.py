@@ -53,7 +53,7 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(D, F, kind):
   x_MD, (w_FD, scales_F) = normal(0, 130, D), weights(kind, F, D)
   alone = jnp.concatenate([product(x_MD[m : m + 1], w_FD, scales_F) for m in range(17)])
   # As many rows as tiles of all heights, parts of several tiles, and other places.
-  for M in (2, 8, 9, 17, 130):
+  for M in (2, 9, 17, 130):
     np.testing.assert_array_equal(product(x_MD[:M], w_FD, scales_F)[:17], alone[:M])
   order = np.random.default_rng(0).permutation(17)
   np.testing.assert_array_equal(product(x_MD[order], w_FD, scales_F), alone[order])
@@ -150,10 +150,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize(("K", "H", "Z"), [(6, 64, 16), (2, 17, 5)])
-def test_attention_is_that_of_plain_jax(K, H, Z, options, kind):
+@pytest.mark.parametrize(
+  ("option", "K", "H", "Z", "kind"),
+  [(option, 6, 64, 16, "float32") for option in OPTIONS]
+  + [(option, 2, 17, 5, "bfloat16") for option in ("causal", "window", "all")],
+)
+def test_attention_is_that_of_plain_jax(option, K, H, Z, kind):
+  options = OPTIONS[option]
   # A prompt, the next token of a long row, and padding alone.
   positions_BT = consecutive([0, 43, 0], [9, 1, 0], 9)
   q, k, v = normal(0, 3, 9, 6, H), normal(1, 3, 9, K, H), normal(2, 3, 9, K, H)
@@ -168,7 +171,7 @@ def test_attention_is_that_of_plain_jax(K, H, Z, options, kind):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("K", "options"), [(6, {}), (2, {"window": 9, "cap": 2.0}), (3, {})])
+@pytest.mark.parametrize(("K", "options"), [(6, {}), (2, {"window": 9, "cap": 2.0})])
 def test_what_a_query_attends_to_does_not_depend_on_parts_rows_or_pages(K, options, kind):
   length, H = 37, 40
   q, k, v = normal(0, 1, length, 6, H), normal(1, 1, length, K, H), normal(2, 1, length, K, H)
