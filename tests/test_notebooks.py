@@ -11,6 +11,7 @@ NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 # What each prints when it has done what it promises, in this order.
 RESULTS = {
   "ablation": ("total: 6 trials", "adamw seed 2: done", "## Verdict", "p is corrected by Holm"),
+  "chat": ("Paris", "the server is ready", "answer in the schema: {'city': ", "ended with 0"),
   "pretrain_tpu": ("mesh: ", "killed after step", "resuming at step", "tokens_per_second"),
   "quickstart": ("validation bits per byte:",),
 }

@@ -23,9 +23,11 @@ _compiling = threading.Lock()
 
 
 def available() -> bool:
-  """Whether numba is installed and JAX computes on a CPU unless told otherwise."""
-  found = os.name == "posix" and importlib.util.find_spec("numba") is not None
-  return found and jax.default_backend() == "cpu"
+  """Whether numba is there and compiles, and JAX computes on a CPU unless told otherwise."""
+  if os.name != "posix" or importlib.util.find_spec("numba") is None:
+    return False
+  is_off = os.environ.get("NUMBA_DISABLE_JIT", "0") != "0"
+  return not is_off and jax.default_backend() == "cpu"
 
 
 def product(x_MD: jax.Array, weights_FD: jax.Array, scales_F: jax.Array | None = None) -> jax.Array:

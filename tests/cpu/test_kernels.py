@@ -11,9 +11,6 @@ import pytest
 from gptjax.cpu import kernels
 from gptjax.model import attention
 
-pytest.importorskip("numba")
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels are for CPUs")
-
 
 def normal(seed, *shape):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
@@ -34,7 +31,7 @@ KINDS = ("float32", "bfloat16", "int8")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
   ("M", "D", "F"),
-  [(1, 1, 7), (2, 15, 1), (3, 16, 67), (8, 100, 7), (9, 577, 67), (40, 2100, 67), (1, 577, 300)]
+  [(1, 1, 7), (8, 100, 7), (9, 577, 67), (40, 2100, 67), (1, 577, 300)]
   + [(0, 3, 3), (1, 0, 3), (2, 3, 0)],
 )
 def test_a_product_is_that_of_float64(M, D, F, kind):

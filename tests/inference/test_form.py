@@ -41,7 +41,7 @@ KINDS = {
   },
   "neox": {"position.kind": "rope", "residual.kind": "parallel"},
 }
-FAST = ("gpt2", "gemma", "bloom", "gpt-oss")
+FAST = ("gemma", "gpt-oss")
 
 
 @pytest.fixture(scope="module")

@@ -82,19 +82,30 @@ def plain(model):
   return Engine(model, BYTES, rows=4, length=LENGTH).run(requests())
 
 
-def drafters(model, plain):
-  return {
-    "known": Oracle([answer.tokens for answer in plain]),
-    "lookup": PromptLookup(),
-    "same": DraftModel(model, BYTES, rows=4, length=LENGTH),
-    "fewer layers": DraftModel(skip_layers(model, 2), BYTES, rows=4, length=LENGTH),
-  }
+def make_drafter(kind, model, plain):
+  match kind:
+    case "known":
+      return Oracle([answer.tokens for answer in plain])
+    case "lookup":
+      return PromptLookup()
+    case "same":
+      return DraftModel(model, BYTES, rows=4, length=LENGTH)
+    case "fewer layers":
+      return DraftModel(skip_layers(model, 2), BYTES, rows=4, length=LENGTH)
 
 
-@pytest.mark.parametrize("kind", ["known", "lookup", "same", "fewer layers"])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    pytest.param("known", marks=pytest.mark.slow),
+    "lookup",
+    pytest.param("same", marks=pytest.mark.slow),
+    "fewer layers",
+  ],
+)
 @pytest.mark.usefixtures("always")
 def test_guesses_change_no_answer(model, plain, kind):
-  engine = Engine(model, BYTES, rows=4, length=LENGTH, draft=drafters(model, plain)[kind])
+  engine = Engine(model, BYTES, rows=4, length=LENGTH, draft=make_drafter(kind, model, plain))
   answers = engine.run(requests())
   assert [told(answer) for answer in answers] == [told(answer) for answer in plain]
   counts = engine.counts
