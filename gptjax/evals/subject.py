@@ -11,6 +11,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.inference import score as scoring
 from gptjax.inference.engine import Engine
+from gptjax.inference.lengths import round_up
 from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.score import Score
@@ -101,15 +102,24 @@ class Subject:
       Request(row[-room:], max_tokens, sampling, seed, stop)
       for row, seed in zip(rows, seeds, strict=True)
     ]
-    answers = [self._engine.submit(request) for request in requests]
+    longest = 1 if self.model.encoder is not None else max(map(len, rows), default=1)
+    engine = self._engine(min(longest + max_tokens, self.context_length))
+    answers = [engine.submit(request) for request in requests]
     with tqdm(total=len(rows), desc="writing", unit="row", disable=not self.progress) as bar:
-      while not self._engine.idle:
-        bar.update(sum(bool(update.answer.finish_reason) for update in self._engine.step()))
+      while not engine.idle:
+        bar.update(sum(bool(update.answer.finish_reason) for update in engine.step()))
     return [answer.text for answer in answers]
 
+  def _engine(self, length: int) -> Engine:
+    """An engine with room for texts of so many tokens, which is kept for those that are shorter."""
+    if not self._engines or self._engines[0].length < length:
+      length = round_up(length, 128, self.context_length)
+      self._engines[:] = [Engine(self.model, self.tokenizer, rows=self.batch_size, length=length)]
+    return self._engines[0]
+
   @functools.cached_property
-  def _engine(self) -> Engine:
-    return Engine(self.model, self.tokenizer, rows=self.batch_size, length=self.context_length)
+  def _engines(self) -> list[Engine]:
+    return []
 
   @property
   def context_length(self) -> int:

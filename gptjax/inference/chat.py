@@ -67,10 +67,10 @@ class Conversation:
     """
     self.template = ChatTemplate(tokenizer)
     self.system, self.sampling, self.seed = system, sampling, seed
-    self.context = context or model.config.position.max_positions
+    options = {"weights": weights, "draft": draft}
+    self.engine = Engine(model, tokenizer, rows=1, length=context or None, **options)
+    self.context = self.engine.room
     self.max_tokens = min(max_tokens, self.context // 2)
-    options = {"length": self.context, "weights": weights, "draft": draft}
-    self.engine = Engine(model, tokenizer, rows=1, **options)
     self.turns: list[list[Message]] = []
 
   def prompt(self, turns: list[list[Message]]) -> list[int]:

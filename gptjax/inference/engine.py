@@ -128,6 +128,11 @@ class Engine:
   def idle(self) -> bool:
     return not self.waiting and not self.running
 
+  @property
+  def room(self) -> int:
+    """Tokens of a prompt with its answer, at most."""
+    return min(self.length, self.reader.pages.count * PAGE)
+
   def submit(self, request: Request) -> Answer:
     """Takes a request, which is answered by the next steps.
 
@@ -151,11 +156,10 @@ class Engine:
     if wrong:
       raise UserError(f"token {wrong[0]} is none of the tokenizer's, which are below {size}.")
     tokens = [self.config.decoder_start] if self.reader.has_encoder else request.tokens
-    room = min(self.length, self.reader.pages.count * PAGE)
-    if len(tokens) + request.max_tokens > room:
+    if len(tokens) + request.max_tokens > self.room:
       raise UserError(
-        f"a prompt of {len(tokens)} tokens and max_tokens={request.max_tokens} exceed the {room} "
-        "that there is room for."
+        f"a prompt of {len(tokens)} tokens and max_tokens={request.max_tokens} exceed the "
+        f"{self.room} that there is room for."
       )
     answer = Answer(request, self.tokenizer, tokens)
     self.waiting.append(answer)

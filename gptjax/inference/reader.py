@@ -71,13 +71,13 @@ class Reader:
     return nnx.merge(self._graphdef, self._params)
 
   def _default_pages(self) -> int:
-    """Pages for all rows at their longest, but at most a quarter of the memory."""
+    """Pages for all rows at their longest, but at most an eighth of the memory."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
       memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
       memory = (device.memory_stats() or {}).get("bytes_limit", 2**34)
-    most = max(memory // 4 // page_bytes(self.config), 1)
+    most = max(memory // 8 // page_bytes(self.config), 1)
     return min(self.rows * -(-self.length // PAGE), most)
 
   def clear(self) -> None:

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from gptjax.inference.engine import Counts, Engine, Update
-from gptjax.inference.pages import PAGE
 from gptjax.inference.request import Answer, Request, TokenScore
 from gptjax.serving.errors import ApiError, busy
 
@@ -131,7 +130,7 @@ class EngineThread:
   @property
   def room(self) -> int:
     """Tokens of a prompt with its answer, at most."""
-    return min(self.engine.length, self.engine.reader.pages.count * PAGE)
+    return self.engine.room
 
   def start(self) -> None:
     self._thread.start()
