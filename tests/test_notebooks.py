@@ -17,14 +17,8 @@ RESULTS = {
 }
 
 
-@pytest.mark.parametrize(
-  "path",
-  [
-    pytest.param(path, marks=[] if path.stem == "quickstart" else [pytest.mark.slow])
-    for path in NOTEBOOKS
-  ],
-  ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, cpu_devices, monkeypatch, tmp_path):
   for name, value in cpu_devices(1).items():
     monkeypatch.setenv(name, value)

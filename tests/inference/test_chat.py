@@ -254,6 +254,7 @@ def terminal(run):
   os.close(terminal.file)
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_terminal(terminal):
   until, send = terminal.until, terminal.send
   until("> ")

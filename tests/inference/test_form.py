@@ -41,7 +41,7 @@ KINDS = {
   },
   "neox": {"position.kind": "rope", "residual.kind": "parallel"},
 }
-FAST = ("gemma", "gpt-oss")
+FAST = ("gemma",)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def large(program: str, size: int) -> list[str]:
 
 
 @pytest.mark.parametrize("weights", form.WEIGHTS)
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_step_makes_no_array_of_the_size_of_a_weight_or_of_the_cache(
   make, weights, rows, monkeypatch
 ):

@@ -97,10 +97,8 @@ def make_drafter(kind, model, plain):
 @pytest.mark.parametrize(
   "kind",
   [
-    pytest.param("known", marks=pytest.mark.slow),
     "lookup",
-    pytest.param("same", marks=pytest.mark.slow),
-    "fewer layers",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("known", "same", "fewer layers")),
   ],
 )
 @pytest.mark.usefixtures("always")

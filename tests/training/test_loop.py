@@ -173,11 +173,8 @@ def test_killed_run_resumes_bit_for_bit(corpus, environment, killed_at_27, undis
 @pytest.mark.parametrize(
   "case",
   [
-    "mixture",
-    *(
-      pytest.param(case, marks=pytest.mark.slow)
-      for case in ("accumulation", "tfds", "fim", "dropout_ema_muon")
-    ),
+    pytest.param(case, marks=pytest.mark.slow)
+    for case in ("mixture", "accumulation", "tfds", "fim", "dropout_ema_muon")
   ],
 )
 def test_any_killed_run_resumes_bit_for_bit(case, corpus, environment, tmp_path):
@@ -320,6 +317,7 @@ def test_two_processes_train_as_one(corpus, environment, tmp_path):
   assert (two / "checkpoints" / "12").is_dir()
 
 
+@pytest.mark.slow
 def test_killed_on_two_hosts_resumes_on_one(
   corpus, environment, cpu_devices, undisturbed, tmp_path
 ):

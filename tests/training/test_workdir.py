@@ -36,6 +36,7 @@ def test_a_web_address_is_no_work_directory():
     make_workdir("http://a/b")
 
 
+@pytest.mark.slow
 def test_a_work_directory_alone_goes_on(corpus, environment, tmp_path):  # noqa: F811
   train(small_config(corpus, total_steps=4), tmp_path / "run")
 
