@@ -24,7 +24,11 @@ SCHEMA = {
 }
 
 
-@pytest.fixture(scope="module", params=[BYTES, WORDS], ids=["bytes", "bpe"])
+@pytest.fixture(
+  scope="module",
+  params=[BYTES, pytest.param(WORDS, marks=pytest.mark.slow)],
+  ids=["bytes", "bpe"],
+)
 def tokenizer(request):
   return request.param
 

@@ -73,6 +73,7 @@ def trained(tmp_path_factory):
   return make
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_with_its_model_card(trained, tmp_path):
   run, printed = trained()
   assert "convert --format=hf" not in printed

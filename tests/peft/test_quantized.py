@@ -143,6 +143,7 @@ def test_a_model_with_virtual_tokens_is_quantised_too(make_adapted, logits):
   np.testing.assert_allclose(logits(adapted), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_beside_the_dequantised_kernels_which_are_not_kept(
   make_adapted, model_config
 ):

@@ -102,7 +102,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("storage", ["", JOURNAL])
+@pytest.mark.parametrize("storage", [pytest.param("", marks=pytest.mark.slow), JOURNAL])
 def test_the_trial_of_a_process_that_died_goes_to_another_as_it_was(storage, tmp_path):
   arguments = [sys.executable, "-c", DYING, storage, str(tmp_path)]
   dead = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)

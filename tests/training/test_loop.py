@@ -778,6 +778,7 @@ def test_a_run_that_is_stopped_early_has_a_checkpoint_of_its_last_step(corpus, t
   assert max(losses(tmp_path)) == 9
 
 
+@pytest.mark.slow
 def test_the_config_of_a_finished_run_stays_as_it_was_run(corpus, tmp_path, capsys):
   train(small_config(corpus, total_steps=2), tmp_path)
   before = (tmp_path / "config.json").read_text()
