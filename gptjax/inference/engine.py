@@ -32,7 +32,6 @@ from gptjax.inference.sampling import (
   Sampling,
   Settings,
   choose,
-  compilations,
   score_tokens,
 )
 from gptjax.inference.speculation import Drafter, Speculation, make_drafter
@@ -313,7 +312,7 @@ class Engine:
     self, answers: Sequence[Answer], drafts: Sequence[list[int]], updates: list[Update]
   ) -> None:
     """Adds a token to each answer, and before it those of its draft that are right."""
-    start, compiled = time.perf_counter(), compilations.total()
+    start = time.perf_counter()
     T = max(map(len, drafts)) + 1
     read = [[*answer.unread, *draft] for answer, draft in zip(answers, drafts, strict=True)]
     logits_BTV = self.reader.read([answer.row for answer in answers], read, all_scored=T > 1)
@@ -325,9 +324,8 @@ class Engine:
       drafted = sum(map(len, drafts))
       self.counts.drafted_tokens += drafted
       self.counts.accepted_tokens += written - len(answers)
-      if compilations.total() == compiled:
-        seconds = time.perf_counter() - start
-        self._speculation.learn(len(answers), drafted, written, seconds)
+      seconds = time.perf_counter() - start
+      self._speculation.learn(len(answers), drafted, written, seconds)
 
   def _choose(
     self,

@@ -16,6 +16,7 @@ from flax import nnx
 
 from gptjax.errors import UserError, check_choice
 from gptjax.inference.pages import PagedCache
+from gptjax.inference.sampling import compilations
 from gptjax.model.attention import Attention, KeysAndValues
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT
@@ -56,17 +57,27 @@ def inference_form(
   if weights == "int8" and not own:
     raise UserError("weights='int8' needs one CPU and the kernels for it (pip install numba).")
 
-  def make(params) -> GPT:
-    model = nnx.merge(graphdef, params)
-    model.unstack()
-    if own:
-      _use_kernels(model, weights, length)
-    else:
-      _round(model, weights)
-    return model
+  options = {"own": own, "weights": weights, "length": length}
+  made = _make_arrays(graphdef, params, **options)
+  form = nnx.eval_shape(functools.partial(_make, graphdef, params, **options))
+  return nnx.graphdef(form), made
 
-  arrays = jax.jit(lambda params: nnx.state(make(params)))(params)
-  return nnx.graphdef(nnx.eval_shape(functools.partial(make, params))), arrays
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "own", "weights", "length"))
+def _make_arrays(graphdef: nnx.GraphDef, params, **options):
+  compilations["form"] += 1
+  return nnx.state(_make(graphdef, params, **options))
+
+
+def _make(graphdef: nnx.GraphDef, params, *, own: bool, weights: str, length: int) -> GPT:
+  """The form; `own` is whether it uses this package's kernels."""
+  model = nnx.merge(graphdef, params)
+  model.unstack()
+  if own:
+    _use_kernels(model, weights, length)
+  else:
+    _round(model, weights)
+  return model
 
 
 def _round(model: GPT, dtype: str) -> None:

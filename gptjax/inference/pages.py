@@ -68,7 +68,7 @@ class PagedCache:
       return flat.reshape(pool_PZKH.shape)
 
     pool = KeysAndValues(*map(put, self.pool, (k_BTKH, v_BTKH)))
-    # In the order of positions, those of all pages of the table.
+    # All pages of a row's table, in the order of its positions.
     rows = (x[self.tables_BI].reshape(-1, self.tables_BI.shape[1] * size, K, H) for x in pool)
     rows = KeysAndValues(*(x[:, : self.length].astype(k_BTKH.dtype) for x in rows))
     return self.with_pool(pool), rows

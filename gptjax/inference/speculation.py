@@ -18,7 +18,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.inference.reader import Reader, Row
 from gptjax.inference.request import Answer
-from gptjax.inference.sampling import Settings, choose
+from gptjax.inference.sampling import Settings, choose, compilations
 from gptjax.model.gpt import GPT, model_graph
 from gptjax.training.pretrained import load_model
 
@@ -214,10 +214,12 @@ class Speculation:
     self._without: dict[int, float] = {}
     self._pause = 0
     self._drafting = 0.0
+    self._compiled = compilations.total()
 
   def propose(self, answers: Sequence[Answer]) -> list[list[int]]:
     """Guesses for each answer; none while they do not pay."""
     rows = 1 << (len(answers) - 1).bit_length()
+    self._compiled = compilations.total()
     if self._pause > 0 or rows not in self._without:
       self._pause -= 1
       self._drafting = 0.0
@@ -229,6 +231,8 @@ class Speculation:
 
   def learn(self, answers: int, drafted: int, written: int, seconds: float) -> None:
     """Takes the measurements of a step: its answers, guessed and written tokens, and seconds."""
+    if compilations.total() != self._compiled:
+      return  # What was compiled for it will not be again.
     rows = 1 << (answers - 1).bit_length()
     known = self._with if drafted else self._without
     cost = (seconds + self._drafting) / written

@@ -166,6 +166,7 @@ def test_nothing_is_compiled_for_a_request_like_one_before(make):
   engine.run(
     [dataclasses.replace(request, sampling=other[i % 3]) for i, request in enumerate(requests(7))]
   )
+  make().run(requests())  # Nor for another engine, such as that of a run's next samples.
   assert dict(compilations) == before
 
 
