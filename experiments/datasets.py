@@ -11,7 +11,7 @@ import hashlib
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -80,17 +80,26 @@ def fetch(name: str) -> Path:
   recipe = RECIPES.get(name)
   version = f"{recipe.version}-{_revision()}" if recipe else DATASETS[name].version
   folder = cache_root() / "datasets" / f"{name}-{version.replace(':', '_')}"
+
+  def write(made: Path) -> None:
+    if recipe:
+      files = dict(chain.from_iterable(package.files() for package in recipe.packages))
+      splits.write(name, recipe, files, made)
+    else:
+      _unpack(DATASETS[name], made)
+
+  return make_once(folder, write)
+
+
+def make_once(folder: Path, write: Callable[[Path], None]) -> Path:
+  """Returns a folder, which `write` fills if it is not there yet: whole, or not at all."""
   if folder.exists():
     return folder
   folder.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
     made = Path(temporary) / "made"
     made.mkdir()
-    if recipe:
-      files = dict(chain.from_iterable(package.files() for package in recipe.packages))
-      splits.write(name, recipe, files, made)
-    else:
-      _unpack(DATASETS[name], made)
+    write(made)
     try:
       made.rename(folder)
     except OSError:

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,22 +53,14 @@ def prepare(name: str) -> Path:
   check_choice("models", name, MODELS)
   version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
   folder = cache_root() / "decoding" / f"{name}-{version}"
-  if folder.exists():
-    return folder
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-    made = Path(temporary) / "made"
-    made.mkdir()
+
+  def write(made: Path) -> None:
     if name in SHAPES:
       _write_gpt2(SHAPES[name], made)
     else:
       _write_smollm2(made)
-    try:
-      made.rename(folder)
-    except OSError:
-      if not folder.exists():  # Another process may have made the same by now.
-        raise
-  return folder
+
+  return datasets.make_once(folder, write)
 
 
 def bytes_of_step(folder: Path, format: str) -> int:

@@ -10,14 +10,13 @@ import contextlib
 import dataclasses
 import logging
 import queue
-import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from gptjax.inference.engine import Counts, Engine, Update
 from gptjax.inference.request import Answer, Request, TokenScore
-from gptjax.serving.errors import ApiError, busy
+from gptjax.serving.errors import ApiError, busy, failed
 
 logger = logging.getLogger(__name__)
 
@@ -220,13 +219,12 @@ class EngineThread:
 
   def _fail(self, error: Exception) -> None:
     """Answers with an error those who were in a step that failed; who waits still waits."""
-    name = secrets.token_hex(8)
-    logger.error("error %s in a step of the engine", name, exc_info=error)
+    told = failed(logger, "in a step of the engine", error)
     waiting = {id(answer) for answer in self.engine.waiting}
     calls = {id(call): call for key, (call, _) in self._places.items() if key not in waiting}
     for call in calls.values():
       self._cancel(call)
-      call.put(ApiError(500, f"The server failed; its log has error {name}.", code=name))
+      call.put(told)
 
   def _submit(self, call: Call) -> None:
     try:

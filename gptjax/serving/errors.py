@@ -1,6 +1,8 @@
 """Errors as clients of OpenAI's API read them: a status, a sentence, and the parameter to blame."""
 
 import contextlib
+import logging
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,6 +61,13 @@ def wrong(param: str, message: str, code: str | None = "invalid_value") -> ApiEr
 def busy(message: str, seconds: int = 1) -> ApiError:
   """The server cannot take the request now, but may be able to after some seconds."""
   return ApiError(503, message, code="overloaded", headers={"Retry-After": str(seconds)})
+
+
+def failed(logger: logging.Logger, where: str, error: Exception) -> ApiError:
+  """Logs a fault of the server's own under a name, which is all that the client is told."""
+  name = secrets.token_hex(8)
+  logger.error("error %s %s", name, where, exc_info=error)
+  return ApiError(500, f"The server failed; its log has error {name}.", code=name)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 import logging
-import secrets
 import time
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptjax.errors import UserError
-from gptjax.serving.errors import ApiError
+from gptjax.serving.errors import ApiError, failed
 from gptjax.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -60,13 +59,11 @@ class Outermost:
       if status:
         raise
       await error.response(scope, receive, send_with_headers)
-    except Exception:
-      name = secrets.token_hex(8)
-      logger.exception("error %s at %s", name, scope["path"])
+    except Exception as error:
+      told = failed(logger, f"at {scope['path']}", error)
       if status:
         raise
-      error = ApiError(500, f"The server failed; its log has error {name}.", code=name)
-      await error.response(scope, receive, send_with_headers)
+      await told.response(scope, receive, send_with_headers)
     finally:
       path = scope["path"]
       # A model's name or nonsense in a path would make a new series each.

@@ -3,13 +3,12 @@
 import contextlib
 import json
 import logging
-import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from starlette.responses import StreamingResponse
 
-from gptjax.serving.errors import ApiError
+from gptjax.serving.errors import ApiError, failed
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +50,8 @@ async def _lines(events: AsyncIterator[Mapping[str, Any]], named: bool) -> Async
       yield _line(event, named)
   except ApiError as error:
     yield _error(error, named)
-  except Exception:
-    name = secrets.token_hex(8)
-    logger.exception("error %s in a stream", name)
-    message = f"The server failed; its log has error {name}."
-    yield _error(ApiError(500, message, code=name), named)
+  except Exception as error:  # noqa: BLE001 (it is logged)
+    yield _error(failed(logger, "in a stream", error), named)
   else:
     if not named:
       yield "data: [DONE]\n\n"
