@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from gptjax.inference.form import Form
 from gptjax.inference.pages import PAGE, PagedCache, empty_pools
 from gptjax.inference.reader import Reader
-from gptjax.model.gpt import GPT
 
 
 def embed(reader: Reader, tokens: Sequence[int]) -> np.ndarray:
@@ -21,13 +20,12 @@ def embed(reader: Reader, tokens: Sequence[int]) -> np.ndarray:
   T = min(max(PAGE, 1 << (len(tokens) - 1).bit_length()), reader.length)
   tokens_1T, positions_1T = np.zeros((1, T), np.int32), np.full((1, T), -1, np.int32)
   tokens_1T[0, : len(tokens)], positions_1T[0, : len(tokens)] = tokens, np.arange(len(tokens))
-  graphdef, params = nnx.split(reader.model)
-  return np.asarray(_mean_hidden(graphdef, params, tokens_1T, positions_1T))
+  return np.asarray(_mean_hidden(reader.form, reader.arrays, tokens_1T, positions_1T))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
-def _mean_hidden(graphdef: nnx.GraphDef, params, tokens_1T, positions_1T) -> jax.Array:
-  model: GPT = nnx.merge(graphdef, params)
+@functools.partial(jax.jit, static_argnames=("form",))
+def _mean_hidden(form: Form, arrays: list[jax.Array], tokens_1T, positions_1T) -> jax.Array:
+  model = form.model(arrays)
   T = tokens_1T.shape[1]
   valid_1T = positions_1T >= 0
   # The inference form reads and writes a cache, here one of this text alone.

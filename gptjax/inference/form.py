@@ -6,6 +6,7 @@ the batch; elsewhere they stay XLA's.
 Axes: N query heads, D width, F outputs of a product, V vocabulary, X distances of positions.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -19,6 +20,7 @@ from gptjax.inference.pages import PagedCache
 from gptjax.inference.sampling import compilations
 from gptjax.model.attention import Attention, KeysAndValues
 from gptjax.model.config import ModelConfig
+from gptjax.model.feedforward import FeedForward
 from gptjax.model.gpt import GPT
 from gptjax.model.layers import Embedding, Linear, adopt
 
@@ -30,9 +32,27 @@ except ModuleNotFoundError:  # A wing that can be deleted.
 WEIGHTS = ("float32", "bfloat16", "int8")
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """A model's inference form without its arrays, for jit, which asks for its hash in each step: so
+  it is computed once."""
+
+  graphdef: nnx.GraphDef
+  treedef: Any
+
+  def __post_init__(self):
+    object.__setattr__(self, "_hash", hash((self.graphdef, self.treedef)))
+
+  def __hash__(self) -> int:
+    return self._hash
+
+  def model(self, arrays: list[jax.Array]) -> GPT:
+    return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, arrays))
+
+
 def inference_form(
   model: GPT, *, weights: str | None = None, length: int
-) -> tuple[nnx.GraphDef, Any]:
+) -> tuple[Form, list[jax.Array]]:
   """Splits the stack of layers and rounds the weights; the model itself stays as it is.
 
   Decoding would otherwise copy every weight for every token.
@@ -43,7 +63,7 @@ def inference_form(
     length: positions of a row, at most.
 
   Returns:
-    The static part and the arrays of the form.
+    The form and its arrays.
 
   Raises:
     UserError: there is no such format, or there are no kernels for int8.
@@ -58,9 +78,9 @@ def inference_form(
     raise UserError("weights='int8' needs one CPU and the kernels for it (pip install numba).")
 
   options = {"own": own, "weights": weights, "length": length}
-  made = _make_arrays(graphdef, params, **options)
+  arrays, treedef = jax.tree.flatten(_make_arrays(graphdef, params, **options))
   form = nnx.eval_shape(functools.partial(_make, graphdef, params, **options))
-  return nnx.graphdef(form), made
+  return Form(nnx.graphdef(form), treedef), arrays
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "own", "weights", "length"))
@@ -99,12 +119,14 @@ def _use_kernels(model: GPT, weights: str, length: int) -> None:
   for path, module in modules:
     if isinstance(getattr(module, "config", None), ModelConfig):
       module.config = module.config.replace({"dtype": "float32"})
+    if isinstance(module, Attention):
+      _pack_kernels([module.query, module.key, module.value], weights)
+    elif isinstance(module, FeedForward) and module.gate is not None:
+      _pack_kernels([module.gate, module.up], weights)
+  for path, module in modules:
     if isinstance(module, Linear):
       module.dtype = "float32"
-      if isinstance(module.kernel, nnx.Param):
-        # A rounding error of the router could change its choice of experts.
-        is_router = module.kernel.role == "router"
-        module.kernel = PackedKernel(module, "float32" if is_router else weights)
+      _pack_kernels([module], weights)
     elif type(module) is Attention:
       parent = functools.reduce(_child, path[:-1], model)
       setattr(parent, path[-1], PagedAttention(module, bias_NX))
@@ -123,24 +145,53 @@ def _bias_by_distance(model: GPT, length: int) -> jax.Array | None:
   return None if bias_1N1X is None else bias_1N1X[0, :, 0]
 
 
-class PackedKernel(nnx.Module):
-  """A projection's kernel, one row of memory for each output.
+def _pack_kernels(projections: list[Linear], weights: str) -> None:
+  """Replaces the kernels of projections of the same input, unless they are replaced already."""
+  if not all(isinstance(one.kernel, nnx.Param) for one in projections):
+    return
+  # A rounding error of the router could change its choice of experts.
+  weights = "float32" if projections[0].kernel.role == "router" else weights
+  matrices_FD, shapes = [], []
+  for one in projections:
+    inputs = math.prod(one.kernel.shape[: one.contracted_axes])
+    matrices_FD.append(one.kernel[...].reshape(inputs, -1).T)
+    shapes.append(one.kernel.shape[one.contracted_axes :])
+  packed = _pack(jnp.concatenate(matrices_FD), weights)
+  first = 0
+  for one, shape in zip(projections, shapes, strict=True):
+    one.kernel = PackedKernel(*packed, first, shape)
+    first += math.prod(shape)
 
-  matrix_FD: [F, D] in the format of the weights. scales_F: float32, for int8; else None.
+
+class PackedKernel(nnx.Module):
+  """A projection's kernel, one row of memory for each output, beside those of other projections.
+
+  Each projection asks for the product with all of them, and takes its part. As the input is the
+  same, XLA multiplies once.
+
+  Attributes:
+    matrix_FD: [F, D] in the format of the weights.
+    scales_F: float32, for int8; else None.
+    first: the projection's first output.
+    out_shape: the axes that it produces.
   """
 
-  def __init__(self, base: Linear, weights: str):
-    inputs = base.kernel.shape[: base.contracted_axes]
-    self.out_shape = tuple(base.kernel.shape[base.contracted_axes :])
-    self.matrix_FD, self.scales_F = _pack(
-      base.kernel[...].reshape(math.prod(inputs), -1).T, weights
-    )
+  def __init__(
+    self,
+    matrix_FD: nnx.Variable,
+    scales_F: nnx.Variable | None,
+    first: int,
+    out_shape: tuple[int, ...],
+  ):
+    self.matrix_FD, self.scales_F = matrix_FD, scales_F
+    self.first, self.out_shape = first, tuple(out_shape)
 
   def product(self, x: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
     """Multiplies as `layers.contract` does."""
     del axes  # One device holds all.
     leading = x.shape[: x.ndim - count]
     y_MF = _multiply(x.reshape(math.prod(leading), -1), self.matrix_FD, self.scales_F)
+    y_MF = y_MF[:, self.first : self.first + math.prod(self.out_shape)]
     return y_MF.reshape(*leading, *self.out_shape)
 
 

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gptjax.inference.form import Form
 from gptjax.inference.pages import PagedCache, Pools, empty_pools
 from gptjax.inference.sampling import compilations
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import GPT
 from gptjax.model.stack import Encoded
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "length"), donate_argnames=("pools",))
+@functools.partial(jax.jit, static_argnames=("form", "length"), donate_argnames=("pools",))
 def forward(
-  graphdef: nnx.GraphDef,
-  params,
+  form: Form,
+  arrays: list[jax.Array],
   pools: Pools,
   tokens_BT: np.ndarray,
   positions_BT: np.ndarray,
@@ -50,7 +50,7 @@ def forward(
     float32 logits [B, C, V] of the tokens after the scored ones, and the written pools.
   """
   compilations["forward"] += 1
-  model: GPT = nnx.merge(graphdef, params)
+  model = form.model(arrays)
   if adapters_B is not None:
     for _, module in nnx.iter_modules(model):
       if hasattr(module, "adapters"):
@@ -78,11 +78,13 @@ def make_pools(config: ModelConfig, pages: int) -> Pools:
   return empty_pools(config, pages)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
-def encode(graphdef: nnx.GraphDef, params, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> Encoded:
+@functools.partial(jax.jit, static_argnames=("form",))
+def encode(
+  form: Form, arrays: list[jax.Array], tokens_BS: np.ndarray, lengths_B: np.ndarray
+) -> Encoded:
   """Reads an encoder's texts, int32 [B, S], of which `lengths_B` positions are valid."""
   compilations["encode"] += 1
-  model: GPT = nnx.merge(graphdef, params)
+  model = form.model(arrays)
   valid_BS = jnp.arange(tokens_BS.shape[1])[None] < lengths_B[:, None]
   return model.encode(tokens_BS, segment_ids_BS=valid_BS.astype(jnp.int32), for_decoding=True)
 

@@ -45,6 +45,7 @@ class Reader:
   """Reads tokens of several texts in one step of the model.
 
   Attributes:
+    form, arrays: the model in its inference form.
     pages: which pages of the cache are in use.
     shares: whether texts that begin alike have the same keys and values. Those of a prefix depend
       on all of it, those behind an encoder on its text.
@@ -60,15 +61,10 @@ class Reader:
     self.shares = self.config.visibility == "causal" and not self.has_encoder
     modules = [module for _, module in nnx.iter_modules(model)]
     self.adapters = max(getattr(module, "adapters", 0) for module in modules)
-    self._graphdef, self._params = inference_form(model, weights=weights, length=length)
+    self.form, self.arrays = inference_form(model, weights=weights, length=length)
     self.pages = Pages(pages or self._default_pages())
     self._pools = make_pools(self.config, self.pages.count)
     self._encoded: Encoded | None = None
-
-  @property
-  def model(self) -> GPT:
-    """The model in its inference form."""
-    return nnx.merge(self._graphdef, self._params)
 
   def _default_pages(self) -> int:
     """Pages for all rows at their longest, but at most an eighth of the memory."""
@@ -147,8 +143,8 @@ class Reader:
     if self.has_encoder:
       options |= {"encoded": self._encoded, "encoded_B": column([row.slot for row in rows], 0)}
     logits_BCV, self._pools = forward(
-      self._graphdef,
-      self._params,
+      self.form,
+      self.arrays,
       self._pools,
       tokens_BT,
       positions_BT,
@@ -164,7 +160,7 @@ class Reader:
     length = round_up(len(text), 32)
     tokens_1S = np.zeros((1, length), np.int32)
     tokens_1S[0, : len(text)] = text
-    one = encode(self._graphdef, self._params, tokens_1S, np.array([len(text)], np.int32))
+    one = encode(self.form, self.arrays, tokens_1S, np.array([len(text)], np.int32))
     old = self._encoded
     if old is None or old.hidden_BSD.shape[1] < length:
 

@@ -147,7 +147,7 @@ def test_a_step_makes_no_array_of_the_size_of_a_weight_or_of_the_cache(
   def compile_step(weights):
     reader = Reader(model, rows=rows, length=LENGTH, pages=rows * 16, weights=weights)
     step = np.zeros((rows, 1), np.int32)
-    arguments = (reader._graphdef, reader._params, reader._pools, step, step)
+    arguments = (reader.form, reader.arrays, reader._pools, step, step)
     tables = np.zeros((rows, 4), np.int32)
     return forward.lower(*arguments, tables, step, length=LENGTH).compile().as_text()
 
