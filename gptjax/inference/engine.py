@@ -277,14 +277,14 @@ class Engine:
       return 0
     logits_1CV = self.reader.read([row], [new], least=_SHORTEST, all_scored=scores)
     if scores:
-      self._score_prompt(answer, logits_1CV[0], len(new))
+      self._score_prompt(answer, logits_1CV, len(new))
       logits_1CV = logits_1CV[:, len(new) - 1 :][:, :1]
     self.reader.advance(row, answer.tokens[: row.read + len(new)])
     self.counts.steps += 1
     self.counts.prompt_tokens += len(new)
     if not answer.unread:
       if answer.request.max_tokens:
-        self._choose([answer], [[]], logits_1CV[:, 0], updates)
+        self._choose([answer], [[]], logits_1CV, updates)
       else:
         answer.end("length")
         self._remove(answer)
@@ -317,7 +317,7 @@ class Engine:
     read = [[*answer.unread, *draft] for answer, draft in zip(answers, drafts, strict=True)]
     logits_BTV = self.reader.read([answer.row for answer in answers], read, all_scored=T > 1)
     before = self.counts.written_tokens
-    self._choose(answers, drafts, logits_BTV.reshape(-1, logits_BTV.shape[-1]), updates)
+    self._choose(answers, drafts, logits_BTV, updates)
     self.counts.steps += 1
     if self._speculation is not None:
       written = self.counts.written_tokens - before
@@ -331,7 +331,7 @@ class Engine:
     self,
     answers: Sequence[Answer],
     drafts: Sequence[list[int]],
-    logits_RV: jax.Array,
+    logits_BTV: jax.Array,
     updates: list[Update],
   ) -> None:
     """Chooses the next token of each answer and, as long as they are the drafted ones, more.
@@ -339,8 +339,8 @@ class Engine:
     A token is drawn from the answer's own seed and the token's place, drafted or not: so a draft
     changes nothing but the number of steps.
     """
-    R, V = len(logits_RV), self.tokenizer.vocab_size
-    T = 1 if not any(drafts) else R // (1 << (len(answers) - 1).bit_length())
+    B, T, _ = logits_BTV.shape
+    R, V = B * T, self.tokenizer.vocab_size
     places = [
       (row * T + t, answer, draft[:t])
       for row, (answer, draft) in enumerate(zip(answers, drafts, strict=True))
@@ -351,15 +351,16 @@ class Engine:
       samplings[place], seeds[place] = answer.request.sampling, answer.request.seed
       lengths[place] = len(answer.tokens) + len(drafted)
     told = any(answer.request.log_probs for answer in answers)
-    choice: Choice = jax.device_get(
-      choose(
-        logits_RV,
-        Settings.of(samplings, seeds, lengths),
-        _adjust(places, R, V),
-        vocab_size=V,
-        candidates=min(MAX_CANDIDATES, V) if told else 0,
-      )
+    choice = choose(
+      logits_BTV,
+      Settings.of(samplings, seeds, lengths),
+      _adjust(places, R, V),
+      vocab_size=V,
+      candidates=min(MAX_CANDIDATES, V) if told else 0,
     )
+    # Each array that is fetched takes a while.
+    tells = any(answer.request.log_probs is not None for answer in answers)
+    choice = jax.device_get(choice if tells else Choice(choice.tokens))
     for row, (answer, draft) in enumerate(zip(answers, drafts, strict=True)):
       text = ""
       for t in range(len(draft) + 1):
@@ -384,18 +385,18 @@ class Engine:
     self.counts.written_tokens += 1
     return answer.add(token, score, is_last=answer.room == 1)
 
-  def _score_prompt(self, answer: Answer, logits_TV: jax.Array, count: int) -> None:
+  def _score_prompt(self, answer: Answer, logits_1TV: jax.Array, count: int) -> None:
     """Tells the log-probabilities of a prompt's tokens after the first `count` that were read."""
     read = answer.row.read
     if not read:
       answer.prompt_scores = [TokenScore(answer.tokens[0], None)]
     targets = answer.tokens[: answer.prompt_length][read + 1 : read + 1 + count]
-    targets_T = np.zeros(len(logits_TV), np.int32)
+    targets_T = np.zeros(logits_1TV.shape[1], np.int32)
     targets_T[: len(targets)] = targets
     size, told = self.tokenizer.vocab_size, answer.request.log_probs or 0
     candidates = min(MAX_CANDIDATES, size) if told else 0
     choice = jax.device_get(
-      score_tokens(logits_TV, targets_T, vocab_size=size, candidates=candidates)
+      score_tokens(logits_1TV[0], targets_T, vocab_size=size, candidates=candidates)
     )
     for place, token in enumerate(targets):
       score = TokenScore(token, float(choice.log_probs[place]), _candidates(choice, place, told))

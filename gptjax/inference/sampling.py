@@ -1,7 +1,8 @@
 """The choice of the next token from logits, each row by settings of its own.
 
 Settings are arrays, so that a request with others compiles nothing. Axes: R rows, V vocabulary, C
-candidates.
+candidates; where many logits are reduced, J L is V, since sums over J for each of L, and lines of L,
+are made with vector instructions.
 """
 
 import collections
@@ -19,6 +20,7 @@ from gptjax.errors import check_number
 EXCLUDED = -jnp.inf
 # How often each function of the engine was compiled in this process.
 compilations: collections.Counter[str] = collections.Counter()
+LANES = 128
 # Likeliest tokens that are told at a position, at most.
 MAX_CANDIDATES = 20
 
@@ -112,23 +114,24 @@ class Choice:
   its vocabulary."""
 
   tokens: jax.Array
-  log_probs: jax.Array
-  candidates: jax.Array
-  candidate_log_probs: jax.Array
+  log_probs: jax.Array | None = None
+  candidates: jax.Array | None = None
+  candidate_log_probs: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("vocab_size", "candidates"))
 def choose(
-  logits_RV: jax.Array,
+  logits: jax.Array,
   settings: Settings,
   adjustment: Adjustment | None = None,
   *,
   vocab_size: int,
   candidates: int = 0,
 ) -> Choice:
-  """Draws one token a row, below `vocab_size`: an embedding may have more rows than the tokenizer
-  has tokens."""
+  """Draws one token a row of the logits [..., V], whose leading axes are those of R. It is below
+  `vocab_size`: an embedding may have more rows than the tokenizer has tokens."""
   compilations["choose"] += 1
+  logits_RV = logits.reshape(-1, logits.shape[-1])
 
   def of_row(row):
     logits_V, settings, adjustment = row
@@ -150,58 +153,90 @@ def _draw(logits_V: jax.Array, settings: Settings, adjustment: Adjustment | None
     penalised_V = jnp.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
     logits_V = jnp.where(adjustment.seen, penalised_V, logits_V) + adjustment.added
 
+  padding = (0, -logits_V.size % LANES)
+  logits_JL = jnp.pad(logits_V, padding, constant_values=EXCLUDED).reshape(-1, LANES)
+
+  def likeliest() -> jax.Array:
+    line = logits_JL.max(1).argmax()
+    return line * LANES + logits_JL[line].argmax()
+
   def draw() -> jax.Array:
     # From the row's own seed and length: the same alone as in any batch.
     key = jax.random.fold_in(jax.random.key(settings.seeds), settings.lengths)
-    return jax.random.categorical(key, filter_logits(logits_V, settings))
+    return _pick(filter_logits(logits_JL, settings), jax.random.uniform(key))
 
-  is_greedy = settings.temperature == 0
-  return jax.lax.cond(is_greedy, lambda: logits_V.argmax(), draw).astype(jnp.int32)
+  return jax.lax.cond(settings.temperature == 0, likeliest, draw).astype(jnp.int32)
 
 
-def filter_logits(logits_V: jax.Array, settings: Settings) -> jax.Array:
-  """Applies temperature, top-k, top-p and min-p; excluded tokens become -inf.
+def _pick(logits_JL: jax.Array, share: jax.Array) -> jax.Array:
+  """The first token with which the probabilities exceed a share, at least 0 and below 1, of their
+  sum. If that is drawn evenly, the token is drawn from the logits; one number is drawn in a tenth of
+  the time that one for each token takes on a CPU."""
+  weights_JL = _exponentials(logits_JL)
+  lines_J = weights_JL.sum(1)
+  ends_J = jnp.cumsum(lines_J)
+  wanted = share * ends_J[-1]
+  line = _first_above(ends_J, lines_J, wanted)
+  wanted -= ends_J[line] - lines_J[line]
+  return line * LANES + _first_above(jnp.cumsum(weights_JL[line]), weights_JL[line], wanted)
+
+
+def _first_above(ends: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
+  """The first place with a weight whose end is above what is wanted; the last with a weight, should
+  rounding leave none."""
+  there = weights > 0
+  found = there & (ends > wanted)
+  last = weights.size - 1 - there[::-1].argmax()
+  return jnp.where(found.any(), found.argmax(), last)
+
+
+def filter_logits(logits: jax.Array, settings: Settings) -> jax.Array:
+  """Applies temperature, top-k, top-p and min-p to logits of any shape; excluded tokens become -inf.
 
   The likeliest token is always kept, and of tokens that are as likely all or none. The temperature
   must not be 0.
   """
-  logits_V = logits_V / settings.temperature
+  logits = logits / settings.temperature
 
-  def top_k(logits_V: jax.Array) -> jax.Array:
-    return _keep_above(logits_V, lambda above_V: above_V.sum() < settings.top_k)
+  def top_k(logits: jax.Array) -> jax.Array:
+    return _keep_above(logits, lambda above: above.sum(0).sum() < settings.top_k)
 
-  def top_p(logits_V: jax.Array) -> jax.Array:
-    probabilities_V = jax.nn.softmax(logits_V)
-    return _keep_above(
-      logits_V, lambda above_V: jnp.where(above_V, probabilities_V, 0).sum() < settings.top_p
-    )
+  def top_p(logits: jax.Array) -> jax.Array:
+    weights = _exponentials(logits)
+    most = settings.top_p * weights.sum(0).sum()
+    return _keep_above(logits, lambda above: jnp.where(above, weights, 0).sum(0).sum() < most)
 
-  def same(logits_V: jax.Array) -> jax.Array:
-    return logits_V
+  def same(logits: jax.Array) -> jax.Array:
+    return logits
 
-  logits_V = jax.lax.cond(settings.top_k > 0, top_k, same, logits_V)
-  logits_V = jax.lax.cond(settings.top_p < 1, top_p, same, logits_V)
-  floor = logits_V.max() + jnp.log(settings.min_p)
-  return jnp.where(logits_V < floor, EXCLUDED, logits_V)
+  logits = jax.lax.cond(settings.top_k > 0, top_k, same, logits)
+  logits = jax.lax.cond(settings.top_p < 1, top_p, same, logits)
+  floor = logits.max() + jnp.log(settings.min_p)
+  return jnp.where(logits < floor, EXCLUDED, logits)
 
 
-def _keep_above(logits_V: jax.Array, has_room) -> jax.Array:
-  """Keeps each logit for whose larger ones, bool [V], `has_room` is true.
+def _exponentials(logits: jax.Array) -> jax.Array:
+  """Probabilities but for a common factor."""
+  return jnp.exp(logits - logits.max(0).max())
+
+
+def _keep_above(logits: jax.Array, has_room) -> jax.Array:
+  """Keeps each logit for whose larger ones, bool in the shape of the logits, `has_room` is true.
 
   The smallest such value is found bit by bit, which is faster than sorting the vocabulary.
   """
-  bits_V = jax.lax.bitcast_convert_type(logits_V, jnp.int32)
+  bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
   # Integers in the order of the floats.
-  order_V = jnp.where(bits_V < 0, bits_V ^ jnp.int32(0x7FFFFFFF), bits_V)
+  order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
   def halve(_, bounds):
-    low, high = bounds  # has_room(order_V > high), but not (order_V > low).
+    low, high = bounds  # has_room(order > high), but not (order > low).
     middle = (low >> 1) + (high >> 1) + (low & high & 1)
-    fits = has_room(order_V > middle)
+    fits = has_room(order > middle)
     return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
 
-  _, smallest = jax.lax.fori_loop(0, 33, halve, (jnp.int32(-(2**31)), order_V.max()))
-  return jnp.where(order_V < smallest, EXCLUDED, logits_V)
+  _, smallest = jax.lax.fori_loop(0, 33, halve, (jnp.int32(-(2**31)), order.max(0).max()))
+  return jnp.where(order < smallest, EXCLUDED, logits)
 
 
 @functools.partial(jax.jit, static_argnames=("vocab_size", "candidates"))

@@ -111,8 +111,8 @@ class DraftModel:
     for _ in range(most):
       if not all(self.reader.make_room(row, 1) for row in rows):
         break
-      logits_BV = self.reader.read(rows, [[text[-1]] for text in texts])[:, 0]
-      tokens = self._choose(answers, len(texts[0]) - len(answers[0].tokens), logits_BV)
+      logits_B1V = self.reader.read(rows, [[text[-1]] for text in texts])
+      tokens = self._choose(answers, len(texts[0]) - len(answers[0].tokens), logits_B1V)
       for answer, row, text, token in zip(answers, rows, texts, tokens, strict=False):
         self.reader.advance(row, text)
         self._rows[id(answer)] = (row, list(text))
@@ -135,15 +135,15 @@ class DraftModel:
     self._rows[id(answer)] = (row, text)
     return row
 
-  def _choose(self, answers: Sequence[Answer], drafted: int, logits_BV: jax.Array) -> np.ndarray:
+  def _choose(self, answers: Sequence[Answer], drafted: int, logits_B1V: jax.Array) -> np.ndarray:
     """Draws with the randomness that the model will draw with."""
-    padded = [*answers, *[answers[0]] * (len(logits_BV) - len(answers))]
+    padded = [*answers, *[answers[0]] * (len(logits_B1V) - len(answers))]
     settings = Settings.of(
       [answer.request.sampling for answer in padded],
       [answer.request.seed for answer in padded],
       [len(answer.tokens) + drafted for answer in padded],
     )
-    return jax.device_get(choose(logits_BV, settings, vocab_size=self.size).tokens)
+    return jax.device_get(choose(logits_B1V, settings, vocab_size=self.size).tokens)
 
   def forget(self, answer: Answer) -> None:
     row, _ = self._rows.pop(id(answer), (Row(), []))
