@@ -350,17 +350,16 @@ class Engine:
     for place, answer, drafted in places:
       samplings[place], seeds[place] = answer.request.sampling, answer.request.seed
       lengths[place] = len(answer.tokens) + len(drafted)
-    told = any(answer.request.log_probs for answer in answers)
-    choice = choose(
-      logits_BTV,
-      Settings.of(samplings, seeds, lengths),
-      _adjust(places, R, V),
-      vocab_size=V,
-      candidates=min(MAX_CANDIDATES, V) if told else 0,
+    told = {answer.request.log_probs for answer in answers} - {None}
+    choice: Choice = jax.device_get(
+      choose(
+        logits_BTV,
+        Settings.of(samplings, seeds, lengths),
+        _adjust(places, R, V),
+        vocab_size=V,
+        candidates=_candidates_of(told, V) if told else None,
+      )
     )
-    # Each array that is fetched takes a while.
-    tells = any(answer.request.log_probs is not None for answer in answers)
-    choice = jax.device_get(choice if tells else Choice(choice.tokens))
     for row, (answer, draft) in enumerate(zip(answers, drafts, strict=True)):
       text = ""
       for t in range(len(draft) + 1):
@@ -394,10 +393,8 @@ class Engine:
     targets_T = np.zeros(logits_1TV.shape[1], np.int32)
     targets_T[: len(targets)] = targets
     size, told = self.tokenizer.vocab_size, answer.request.log_probs or 0
-    candidates = min(MAX_CANDIDATES, size) if told else 0
-    choice = jax.device_get(
-      score_tokens(logits_1TV[0], targets_T, vocab_size=size, candidates=candidates)
-    )
+    options = {"vocab_size": size, "candidates": _candidates_of({told}, size)}
+    choice = jax.device_get(score_tokens(logits_1TV[0], targets_T, **options))
     for place, token in enumerate(targets):
       score = TokenScore(token, float(choice.log_probs[place]), _candidates(choice, place, told))
       answer.prompt_scores.append(score)
@@ -454,6 +451,11 @@ def _adjust(
       added[place, ~request.constraint.allowed()] = -np.inf
       request.constraint.take_back(len(drafted))
   return Adjustment(added, seen)
+
+
+def _candidates_of(told: set[int], vocab_size: int) -> int:
+  """How many of the likeliest tokens are looked for: none or the most, so that few are compiled."""
+  return min(MAX_CANDIDATES, vocab_size) if any(told) else 0
 
 
 def _candidates(choice: Choice, place: int, count: int) -> tuple[tuple[int, float], ...]:

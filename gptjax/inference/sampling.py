@@ -109,9 +109,9 @@ class Adjustment:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """The token of each row, int32 [R], the logarithm of its probability before all settings,
-  float32 [R], and both for the likeliest tokens, [R, C]. Probabilities are the model's, of all of
-  its vocabulary."""
+  """The token of each row, int32 [R], and where they are told, the logarithm of its probability
+  before all settings, float32 [R], and both for the likeliest tokens, [R, C]. Probabilities are the
+  model's, of all of its vocabulary."""
 
   tokens: jax.Array
   log_probs: jax.Array | None = None
@@ -126,25 +126,32 @@ def choose(
   adjustment: Adjustment | None = None,
   *,
   vocab_size: int,
-  candidates: int = 0,
+  candidates: int | None = None,
 ) -> Choice:
   """Draws one token a row of the logits [..., V], whose leading axes are those of R. It is below
-  `vocab_size`: an embedding may have more rows than the tokenizer has tokens."""
+  `vocab_size`: an embedding may have more rows than the tokenizer has tokens. Log-probabilities are
+  told if `candidates`, how many of the likeliest tokens are told, is not None."""
   compilations["choose"] += 1
   logits_RV = logits.reshape(-1, logits.shape[-1])
 
   def of_row(row):
     logits_V, settings, adjustment = row
-    log_probs_V = jax.nn.log_softmax(logits_V)[:vocab_size]
     token = _draw(logits_V[:vocab_size], settings, adjustment)
-    best, indices = jax.lax.top_k(log_probs_V, candidates)
-    return Choice(token, log_probs_V[token], indices, best)
+    if candidates is None:
+      return Choice(token)
+    return _tell(logits_V, token, vocab_size, candidates)
 
   # Row after row, so that the sums of a row are made in one order however many there are, and a
   # row that takes the likeliest token need not sort the others.
   chosen = jax.lax.map(of_row, (logits_RV, settings, adjustment))
   # Replicated, as every host of a mesh reads these.
   return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), chosen)
+
+
+def _tell(logits_V: jax.Array, token: jax.Array, vocab_size: int, candidates: int) -> Choice:
+  log_probs_V = jax.nn.log_softmax(logits_V)[:vocab_size]
+  best, indices = jax.lax.top_k(log_probs_V, candidates)
+  return Choice(token, log_probs_V[token], indices, best)
 
 
 def _draw(logits_V: jax.Array, settings: Settings, adjustment: Adjustment | None) -> jax.Array:
@@ -246,10 +253,7 @@ def score_tokens(
   """Tells of given tokens what `choose` tells of those that it draws."""
 
   def of_row(row):
-    logits_V, token = row
-    log_probs_V = jax.nn.log_softmax(logits_V)[:vocab_size]
-    best, indices = jax.lax.top_k(log_probs_V, candidates)
-    return Choice(token, log_probs_V[token], indices, best)
+    return _tell(*row, vocab_size, candidates)
 
   scored = jax.lax.map(of_row, (logits_RV, tokens_R))
   return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), scored)
