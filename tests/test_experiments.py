@@ -13,7 +13,7 @@ import pytest
 from experiments import datasets
 from experiments.bad_inputs import run as bad_inputs
 from experiments.bad_inputs.files import DAMAGES
-from experiments.decoding import compare, load, models, readme
+from experiments.decoding import compare, load, models, readme, speculation
 from experiments.decoding.gptjax_engine import Engine as DecodingEngine
 from experiments.finetune import run as finetune
 from experiments.finetune import tasks
@@ -167,6 +167,7 @@ def test_the_tables_of_decoding_are_those_of_their_results():
   text = (readme.HERE / "README.md").read_text()
   assert compare.table(*compare.read(readme.HERE)) in text
   assert load.table(load.read(readme.HERE / "load.json")) in text
+  assert speculation.table(load.read(readme.HERE / "speculation.json")) in text
 
 
 def test_ratios_of_decoding_are_taken_round_by_round():
@@ -189,6 +190,27 @@ def test_ratios_of_decoding_are_taken_round_by_round():
   assert "| reading the weights once a step | int8 | 1,000 |" in table
   assert "those of gptjax, of the first 32: llama.cpp 31." in table
   assert "- llama.cpp int8: plain." in table
+
+
+def test_ratios_of_guesses_are_taken_round_by_round():
+  def rows(draft, same, *seconds):
+    shared = {"weights": "int8", "kind": "chat", "draft": draft, "timed": 100, "others": 0.1}
+    shared |= {"written": 100, "steps": 50, "drafted": 200, "accepted": 50}
+    shared |= {"answers": 2, "same_answers": same}
+    return [shared | {"round": i, "seconds": one} for i, one in enumerate(seconds)]
+
+  found = rows("none", 2, 1.0, 2.0, 3.0) + rows("none, again", 2, 1.25, 2.0, 3.0)
+  conditions = {
+    **{"date": "2026-01-01", "cpu": "a CPU", "threads": 2, "load_before": 0.0, "model": "tiny"},
+    **{"texts": 2, "tokens": 64, "rounds": 3, "drafts": ["lookup"]},
+  }
+  table = speculation.table(conditions | {"rows": found + rows("lookup", 1, 0.5, 0.5, 4.0)})
+  assert "| int8 | chat | lookup | 200.0 | 25% of 600 | 2.00 | 2.00 | 0.75 |" in table
+  assert "those of plain decoding: 9 of 12." in table
+  assert "guesses: 0.75 (lookup, chat, int8); without, of an engine to its like: 0.80." in table
+  assert "Never below 0.95: does not hold." in table
+  table = speculation.table(conditions | {"rows": found + rows("lookup", 2, 0.5, 0.5, 3.1)})
+  assert "Never below 0.95: holds." in table
 
 
 FAKE = """
@@ -254,5 +276,8 @@ def test_the_engine_of_the_decoding_experiment_runs_with_a_tiny_model(monkeypatc
   assert all(timing.first > 0 and min(timing.gaps) >= 0 for timing in timings)
   alone, _ = load.serve_alone(engine.engine, requests)
   assert [t.answer.tokens for t in alone] == [t.answer.tokens for t in timings]
+  plain, other = (speculation.write(engine.engine, [1, 2, 3], 6) for _ in range(2))
+  assert plain.tokens == other.tokens
+  assert (other.written, other.steps, other.timed, other.compiled) == (5, 5, 5, 0)
   described = load.describe(timings, seconds)
   assert described["tokens_per_second"] == sum(r.max_tokens for r in requests) / seconds

@@ -6,6 +6,8 @@ from gptjax.inference.form import WEIGHTS
 from gptjax.inference.sampling import Sampling
 
 FLAGS = flags.FLAGS
+# How a token is drawn.
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 flags.disclaim_key_flags()  # They are those of the command, whose --help shows its own alone.
 
 

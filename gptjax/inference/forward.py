@@ -1,6 +1,7 @@
 """The model's step over a paged cache, compiled once for each shape.
 
-Axes: B rows, T positions, C scored positions, I pages of a row, V vocabulary.
+Axes: B rows, T positions, C scored positions, I pages of a row, V vocabulary; for `copy_page` as in
+`pages`.
 """
 
 import functools
@@ -76,6 +77,13 @@ def make_pools(config: ModelConfig, pages: int) -> Pools:
   """Empty pools, split over the mesh by heads."""
   compilations["make_pools"] += 1
   return empty_pools(config, pages)
+
+
+@functools.partial(jax.jit, donate_argnames=("pools",))
+def copy_page(pools: Pools, source: int, target: int) -> Pools:
+  """Copies the keys and values of a page in each layer."""
+  compilations["copy_page"] += 1
+  return jax.tree.map(lambda pool_PZKH: pool_PZKH.at[target].set(pool_PZKH[source]), pools)
 
 
 @functools.partial(jax.jit, static_argnames=("form",))

@@ -64,25 +64,12 @@ def generate(
     UserError: there are no prompts, one has no ids, one and `max_tokens` do not fit the learned
       positions, or the tokenizer has more tokens than the model.
   """
-  if not prompts or max_tokens < 1:
-    raise UserError("generate needs at least one prompt and max_tokens of at least 1.")
-  check_writes(model, tokenizer)
+  starts, length = fit_prompts(model, tokenizer, prompts, max_tokens)
   seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
   chosen = [None] * len(prompts) if adapters is None else list(adapters)
   for name, values in (("seed", seeds), ("adapters", chosen)):
     if len(values) != len(prompts):
       raise UserError(f"{name}: {len(values)} for {len(prompts)} prompts; give one for each.")
-  starts = [_ids(tokenizer, prompt) for prompt in prompts]
-  longest = 1 if model.encoder is not None else max(map(len, starts))
-  position = model.config.position
-  room = position.room if position.kind == "learned" else None
-  if room is not None and longest + max_tokens > room:
-    raise UserError(
-      f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's {room} learned "
-      "positions."
-    )
-  # Few shapes, as each is compiled.
-  length = round_up(longest + max_tokens, 128, room)
   rows = min(rows, len(prompts))
   engine = Engine(model, tokenizer, rows=rows, length=length, weights=weights, draft=draft)
   answers = [
@@ -103,6 +90,30 @@ def generate(
     )
     for prompt, answer in zip(prompts, answers, strict=True)
   ]
+
+
+def fit_prompts(
+  model: GPT, tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], max_tokens: int
+) -> tuple[list[list[int]], int]:
+  """Returns the ids of each prompt, and the tokens of the longest with its completion, rounded up.
+
+  Raises:
+    UserError: as `generate`.
+  """
+  if not prompts or max_tokens < 1:
+    raise UserError("generate needs at least one prompt and max_tokens of at least 1.")
+  check_writes(model, tokenizer)
+  starts = [_ids(tokenizer, prompt) for prompt in prompts]
+  longest = 1 if model.encoder is not None else max(map(len, starts))
+  position = model.config.position
+  room = position.room if position.kind == "learned" else None
+  if room is not None and longest + max_tokens > room:
+    raise UserError(
+      f"a prompt of {longest} tokens and max_tokens={max_tokens} exceed the model's {room} learned "
+      "positions."
+    )
+  # Few shapes, as each is compiled.
+  return starts, round_up(longest + max_tokens, 128, room)
 
 
 def _ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:

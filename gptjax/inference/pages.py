@@ -133,6 +133,12 @@ class Pages:
       before = self._serials[page]
     return pages
 
+  def share(self, pages: list[int]) -> list[int]:
+    """Adds a user to pages that are in use, and returns them."""
+    for page in pages:
+      self._users[page] += 1
+    return pages
+
   def remember(self, pages: Sequence[int], tokens: Sequence[int], namespace: object = None) -> None:
     """Says what the pages of a text hold, so that `find` finds the full ones."""
     before = self._root(namespace)

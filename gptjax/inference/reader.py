@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from gptjax.inference.form import inference_form
-from gptjax.inference.forward import encode, forward, make_pools, put_row
+from gptjax.inference.forward import copy_page, encode, forward, make_pools, put_row
 from gptjax.inference.lengths import round_up
 from gptjax.inference.pages import PAGE, Pages, page_bytes
 from gptjax.model.gpt import GPT
@@ -100,6 +100,21 @@ class Reader:
     row.read = len(tokens)
     if is_full and self.shares:
       self.pages.remember(row.pages, tokens, row.adapter)
+
+  def fork(self, row: Row) -> Row:
+    """Another text that begins like this one: they share full pages, and the last one is copied.
+
+    Raises:
+      MemoryError: there is no page for the copy.
+    """
+    full = row.read // PAGE
+    copied = row.pages[full:]
+    pages = self.pages.take(len(copied))
+    if pages is None:
+      raise MemoryError("no page of the cache is left.")
+    for source, target in zip(copied, pages, strict=True):
+      self._pools = copy_page(self._pools, source, target)
+    return dataclasses.replace(row, pages=[*self.pages.share(row.pages[:full]), *pages])
 
   def release(self, row: Row) -> None:
     """Gives up a row's pages."""

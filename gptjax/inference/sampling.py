@@ -163,38 +163,41 @@ def _draw(logits_V: jax.Array, settings: Settings, adjustment: Adjustment | None
   padding = (0, -logits_V.size % LANES)
   logits_JL = jnp.pad(logits_V, padding, constant_values=EXCLUDED).reshape(-1, LANES)
 
-  def likeliest() -> jax.Array:
-    line = logits_JL.max(1).argmax()
-    return line * LANES + logits_JL[line].argmax()
-
   def draw() -> jax.Array:
     # From the row's own seed and length: the same alone as in any batch.
     key = jax.random.fold_in(jax.random.key(settings.seeds), settings.lengths)
-    return _pick(filter_logits(logits_JL, settings), jax.random.uniform(key))
+    return _race(filter_logits(logits_JL, settings), jax.random.key_data(key))
 
-  return jax.lax.cond(settings.temperature == 0, likeliest, draw).astype(jnp.int32)
-
-
-def _pick(logits_JL: jax.Array, share: jax.Array) -> jax.Array:
-  """The first token with which the probabilities exceed a share, at least 0 and below 1, of their
-  sum. If that is drawn evenly, the token is drawn from the logits; one number is drawn in a tenth of
-  the time that one for each token takes on a CPU."""
-  weights_JL = _exponentials(logits_JL)
-  lines_J = weights_JL.sum(1)
-  ends_J = jnp.cumsum(lines_J)
-  wanted = share * ends_J[-1]
-  line = _first_above(ends_J, lines_J, wanted)
-  wanted -= ends_J[line] - lines_J[line]
-  return line * LANES + _first_above(jnp.cumsum(weights_JL[line]), weights_JL[line], wanted)
+  is_greedy = settings.temperature == 0
+  return jax.lax.cond(is_greedy, lambda: _likeliest(logits_JL), draw).astype(jnp.int32)
 
 
-def _first_above(ends: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
-  """The first place with a weight whose end is above what is wanted; the last with a weight, should
-  rounding leave none."""
-  there = weights > 0
-  found = there & (ends > wanted)
-  last = weights.size - 1 - there[::-1].argmax()
-  return jnp.where(found.any(), found.argmax(), last)
+def _likeliest(scores_JL: jax.Array) -> jax.Array:
+  """The place of the first of the largest."""
+  line = scores_JL.max(1).argmax()
+  return line * LANES + scores_JL[line].argmax()
+
+
+def _race(logits_JL: jax.Array, words: jax.Array) -> jax.Array:
+  """Draws a token: the first to finish, if each takes a time drawn from an exponential distribution
+  whose rate is the token's probability.
+
+  The times are fixed by the two uint32 words of a key, so that logits that are nearly the same draw
+  the same token. (In logarithms it is the Gumbel-max trick: Maddison et al. 2014, section 3.)
+  """
+  # JAX's own random bits take most of a step of a small model on a CPU.
+  bits_V = jnp.arange(logits_JL.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+  for word in words:
+    bits_V = _mix(bits_V ^ word)
+  uniform_V = ((bits_V >> 9).astype(jnp.float32) + 0.5) * 2**-23
+  return _likeliest(_exponentials(logits_JL) / -jnp.log(uniform_V).reshape(logits_JL.shape))
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+  """Changes each of 32 bits by all others: the last steps of MurmurHash3 (Appleby 2011)."""
+  bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+  bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+  return bits ^ (bits >> 16)
 
 
 def filter_logits(logits: jax.Array, settings: Settings) -> jax.Array:

@@ -6,7 +6,9 @@ is the one without guesses. A draft model that draws with the same randomness ag
 Gumbel coupling of Daliri et al. 2025, arXiv:2408.07978).
 """
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -24,8 +26,11 @@ from gptjax.training.pretrained import load_model
 
 # Guesses at a time: with one more token, rows of the product that a CPU makes at the cost of a few.
 MOST = 7
-# How fast old measurements are forgotten, and after how many steps without guesses one is tried.
-_DECAY, _PAUSE = 0.9, 50
+# The share of the time that guesses may lose, and the steps that they may lose at a time.
+_SHARE, _PATIENCE = 0.01, 2
+# Steps without guesses that are measured first, the last ones whose seconds are kept, and steps
+# with guesses after which one is without.
+_FIRST, _MEASURED, _REFRESH = 3, 9, 32
 # Tokens of a text that a draft model reads at a time.
 _CHUNK = 256
 
@@ -205,39 +210,63 @@ def skip_layers(model: GPT, keep: int) -> GPT:
 
 
 class Speculation:
-  """Asks a drafter as long as that pays, by what the last steps took and wrote."""
+  """Asks a drafter as long as that pays, by what the last steps took and wrote.
+
+  What guesses lost is made good by steps without before more are made: in the long run they cost at
+  most `_SHARE` of the time. What a drafter takes to read a new text is an investment, for which one
+  step's right guesses need not pay yet.
+  """
 
   def __init__(self, drafter: Drafter):
     self.drafter = drafter
-    # Seconds of a token with guesses and without, by the number of rows (rounded up).
-    self._with: dict[int, float] = {}
-    self._without: dict[int, float] = {}
-    self._pause = 0
-    self._drafting = 0.0
+    # Seconds of a token in the last steps without guesses, by the number of rows (rounded up).
+    self._without: dict[int, deque[float]] = {}
+    # Seconds that may be lost, which guesses win and spend, and where they stop to lose.
+    self._credit = self._floor = 0.0
+    # The answers that the drafter follows.
+    self._following: set[int] = set()
+    self._most, self._guessed, self._drafting = 1, 0, 0.0
     self._compiled = compilations.total()
 
   def propose(self, answers: Sequence[Answer]) -> list[list[int]]:
     """Guesses for each answer; none while they do not pay."""
-    rows = 1 << (len(answers) - 1).bit_length()
-    self._compiled = compilations.total()
-    if self._pause > 0 or rows not in self._without:
-      self._pause -= 1
-      self._drafting = 0.0
+    self._compiled, self._drafting = compilations.total(), 0.0
+    rows, found = 1 << (len(answers) - 1).bit_length(), {id(answer) for answer in answers}
+    if len(self._without.get(rows, ())) < _FIRST or self._guessed >= _REFRESH:
+      self._guessed = 0
       return [[] for _ in answers]
+    begins = not found <= self._following
+    if self._credit < (0 if begins else self._floor):
+      # Later it is tried again, carefully, as the text may have become easier.
+      self._following, self._most = set(), 1
+      return [[] for _ in answers]
+    self._following = found
     start = time.perf_counter()
-    drafts = self.drafter.propose(answers, MOST)
+    drafts = self.drafter.propose(answers, self._most)
     self._drafting = time.perf_counter() - start
+    if begins:
+      self._floor = -self._drafting - _PATIENCE * self._plain(rows) * len(answers)
     return drafts
+
+  def _plain(self, rows: int) -> float:
+    """Seconds of a token without guesses."""
+    # The median, as a busy machine's slowest step says nothing of the others.
+    return statistics.median(self._without[rows])
 
   def learn(self, answers: int, drafted: int, written: int, seconds: float) -> None:
     """Takes the measurements of a step: its answers, guessed and written tokens, and seconds."""
     if compilations.total() != self._compiled:
       return  # What was compiled for it will not be again.
     rows = 1 << (answers - 1).bit_length()
-    known = self._with if drafted else self._without
-    cost = (seconds + self._drafting) / written
-    known[rows] = cost if rows not in known else _DECAY * known[rows] + (1 - _DECAY) * cost
-    if drafted and known[rows] > self._without[rows]:
-      # Tried again after a while, as the text may have become easier.
-      self._pause = _PAUSE
-      del known[rows]
+    if drafted:
+      self._guessed += 1
+      gain = written * self._plain(rows) - seconds
+      is_right = 2 * (written - answers) > drafted
+      # Powers of two with the token that is chosen itself, as shapes are.
+      self._most = min(2 * self._most + 1, MOST) if is_right else max(self._most // 2, 1)
+    else:
+      self._guessed = 0
+      self._without.setdefault(rows, deque(maxlen=_MEASURED)).append(seconds / written)
+      gain = _SHARE * seconds
+    most = 2 * _PATIENCE * self._plain(rows) * answers
+    self._credit = min(self._credit + gain - self._drafting, most)

@@ -288,10 +288,15 @@ def generate_main(run, monkeypatch, capsys):
     "checkpoint": str(run), "ema": False, "prompt": [], "chat": False, "system": None, "stop": [],
     "max_tokens": 100, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
     "repetition_penalty": 1.0, "seed": 0, "json": False, "weights": None, "draft": None,
+    "beams": None, "length_penalty": 1.0,
   }  # fmt: skip
 
+  class Flags(types.SimpleNamespace):
+    def __getitem__(self, name):
+      return types.SimpleNamespace(present=name in self.given)
+
   def main(**changes):
-    values = types.SimpleNamespace(**defaults | changes)
+    values = Flags(given={*changes}, **defaults | changes)
     monkeypatch.setattr(command, "FLAGS", values)
     monkeypatch.setattr(sampling_flags, "FLAGS", values)
     command.main({})
@@ -315,3 +320,30 @@ def test_flags_of_chats_that_mean_nothing_are_refused(generate_main):
     generate_main(chat=True)
   with pytest.raises(UserError, match="--system is for --chat"):
     generate_main(prompt=["hello"], system="kind")
+
+
+def test_beams_search_for_the_likeliest_completion(generate_main):
+  answer = said(3 + 4 + 10)
+  found = generate_main(chat=True, prompt=["hello"], system="kind", beams=3)
+  assert found.startswith(f"hello\n\n{answer}\n---")
+  options = {"chat": True, "prompt": ["hello"], "system": "kind", "json": True, "beams": 3}
+  shown = json.loads(generate_main(length_penalty=0.0, **options))
+  assert (shown["completion"], shown["finish_reason"]) == (answer, "stop")
+  assert shown["score"] == shown["log_likelihood"] < 0
+  favoured = json.loads(generate_main(length_penalty=1.0, **options))
+  assert favoured["score"] == pytest.approx(shown["score"] / (len(answer) + 1))
+
+
+@pytest.mark.parametrize(
+  "flag", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "draft"]
+)
+def test_flags_that_do_nothing_with_beams_are_refused(generate_main, flag):
+  with pytest.raises(UserError, match=f"--{flag} does nothing with --beams"):
+    generate_main(prompt=["hello"], beams=2, **{flag: 0.5})
+
+
+def test_beams_and_their_penalty_are_checked(generate_main):
+  with pytest.raises(UserError, match="--length_penalty is for --beams"):
+    generate_main(prompt=["hello"], length_penalty=1.0)
+  with pytest.raises(UserError, match="--beams"):
+    generate_main(prompt=["hello"], beams=0)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from gptjax.errors import UserError
 from gptjax.inference.sampling import (
@@ -100,6 +101,29 @@ def test_tokens_come_as_often_as_they_are_likely():
   frequencies = np.bincount(tokens, minlength=5) / n
   # Five standard deviations.
   np.testing.assert_allclose(frequencies, PROBABILITIES, atol=5 * np.sqrt(0.25 / n))
+
+
+def test_tokens_of_a_seed_do_not_hang_together():
+  n = 20_000
+  options = {"samplings": [Sampling()] * n, "seeds": range(n)}
+  rows = jnp.tile(LOGITS, (n, 1))
+  first, second = (
+    np.asarray(choose(rows, Settings.of(lengths=[length] * n, **options), vocab_size=5).tokens)
+    for length in (7, 8)
+  )
+  pairs = np.bincount(5 * first + second, minlength=25)
+  wanted = n * np.outer(PROBABILITIES, PROBABILITIES).ravel().astype(np.float64)
+  assert scipy.stats.chisquare(pairs, wanted * n / wanted.sum()).pvalue > 1e-3
+
+
+def test_nearly_the_same_logits_draw_mostly_the_same_token():
+  n, other = 20_000, np.array([0.1, 0.3, 0.2, 0.35, 0.05], np.float32)
+  ours = np.asarray(draw(jnp.tile(LOGITS, (n, 1))).tokens)
+  theirs = np.asarray(draw(jnp.tile(jnp.log(other), (n, 1))).tokens)
+  # How often the same of several exponential times, at two rates each, is the first of both.
+  ratios = [np.maximum(PROBABILITIES / PROBABILITIES[i], other / other[i]) for i in range(5)]
+  wanted = sum(1 / ratio.sum() for ratio in ratios)
+  np.testing.assert_allclose((ours == theirs).mean(), wanted, atol=5 * np.sqrt(0.25 / n))
 
 
 def test_a_row_is_decided_by_its_own_seed():

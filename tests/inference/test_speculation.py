@@ -8,6 +8,7 @@ from flax import nnx
 
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
+from gptjax.inference import speculation
 from gptjax.inference.engine import Engine
 from gptjax.inference.pages import PAGE
 from gptjax.inference.request import Request
@@ -220,25 +221,79 @@ def test_a_part_of_the_layers_is_a_model(model):
     skip_layers(model, 4)
 
 
+class Timed:
+  """Takes time for each guess and, as a draft model does, to read a text that it did not follow."""
+
+  def __init__(self, clock, reading, guessing):
+    self.clock, self.reading, self.guessing = clock, reading, guessing
+    self.last, self.missed = None, 0
+
+  def propose(self, answers, most):
+    follows = self.last is answers[0] and self.missed < 3
+    self.clock[0] += self.guessing * most + (0 if follows else self.reading)
+    self.last, self.missed = answers[0], 0
+    return [[1] * most for _ in answers]
+
+
 @pytest.fixture
-def speculation():
+def decode(monkeypatch):
+  """Returns a function: seconds in which texts are written, in steps of a second and a quarter more
+  for guesses, of which a share is right; and the steps with guesses."""
+  clock = [0.0]
+  monkeypatch.setattr(speculation.time, "perf_counter", lambda: clock[0])
+
+  def decode(chance, *, texts=10, tokens=200, reading=0.0, guessing=0.0):
+    rng = np.random.default_rng(0)
+    drafter = Timed(clock, reading, guessing)
+    chooser, steps, begin = Speculation(drafter), 0, clock[0]
+    for answer in [object() for _ in range(texts)]:
+      left = tokens
+      while left > 0:
+        (draft,) = chooser.propose([answer])
+        drafter.missed += not draft
+        right = 0
+        while right < len(draft) and rng.random() < chance:
+          right += 1
+        seconds = 1.25 if draft else 1.0
+        clock[0] += seconds
+        chooser.learn(1, len(draft), right + 1, seconds)
+        left, steps = left - right - 1, steps + bool(draft)
+    return clock[0] - begin, steps
+
+  return decode
+
+
+@pytest.mark.parametrize(("reading", "guessing"), [(0.0, 0.0), (0.0, 0.8), (15.0, 0.5)])
+def test_guesses_that_are_wrong_cost_next_to_nothing(decode, reading, guessing):
+  seconds, steps = decode(0.0, reading=reading, guessing=guessing)
+  assert steps > 0
+  assert seconds < 2000 / 0.95
+
+
+def test_guesses_that_are_right_are_made_as_long_as_they_are(decode):
+  seconds, _ = decode(0.9)
+  assert seconds < 2000 / 2.5
+  # What reading a text costs is won back.
+  seconds, _ = decode(0.9, reading=15.0, guessing=0.2)
+  assert seconds < 2000 / 1.4
+  # Not in texts that are short.
+  seconds, _ = decode(0.9, texts=200, tokens=10, reading=15.0, guessing=0.2)
+  assert seconds < 2000 / 0.95
+
+
+def test_after_wrong_guesses_few_are_made():
   class Lucky:
     def propose(self, answers, most):
       return [[1] * most for _ in answers]
 
-  return Speculation(Lucky())
+  chooser, answer = Speculation(Lucky()), object()
 
+  def count(right):
+    (draft,) = chooser.propose([answer])
+    chooser.learn(1, len(draft), 1 + (len(draft) if right else 0), seconds=1.0)
+    return len(draft)
 
-def test_guesses_that_do_not_pay_are_given_up_for_a_while(speculation):
-  answer = object()
-  assert speculation.propose([answer]) == [[]]  # it does not know yet what a step costs
-  speculation.learn(1, 0, 1, seconds=1.0)
-  assert speculation.propose([answer]) == [[1] * MOST]
-  speculation.learn(1, MOST, 4, seconds=1.5)
-  assert speculation.propose([answer]) == [[1] * MOST]
-  for _ in range(40):
-    speculation.learn(1, MOST, 1, seconds=1.5)
-  assert speculation.propose([answer]) == [[]]
-  proposed = [bool(speculation.propose([answer])[0]) for _ in range(60)]
-  assert any(proposed)
-  assert proposed.index(True) > 30
+  assert [count(True) for _ in range(7)] == [0, 0, 0, 1, 3, 7, 7]
+  assert [count(False) for _ in range(3)] == [7, 3, 1]
+  # At times a step without them is measured.
+  assert 0 in [count(True) for _ in range(40)]

@@ -7,6 +7,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from gptjax.inference.engine import Engine
+from gptjax.inference.speculation import MOST, Speculation
+
 SCHEMAS = json.loads((Path(__file__).parent / "data/schemas.json").read_text())
 MESSAGES = [{"role": "user", "content": "JSON, please."}]
 
@@ -22,32 +25,57 @@ def ask(client, form, **options):
 
 
 def answered(client, name, schema):
-  """Whether a schema is taken, in which case the answer is in it."""
+  """The answer, which is in the schema; None if the schema is refused."""
   form = {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
   response = ask(client, form)
   if response.status_code == 400:
     error = response.json()["error"]
     assert error["param"] == "response_format"
     assert "response_format.json_schema.schema cannot be enforced: " in error["message"]
-    return False
+    return None
   (choice,) = response.json()["choices"]
   assert choice["finish_reason"] == "stop", (name, choice["message"]["content"])
-  value = json.loads(choice["message"]["content"])
+  content = choice["message"]["content"]
+  value = json.loads(content)
   checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
   jsonschema.validate(value, schema, jsonschema.Draft202012Validator, format_checker=checker)
-  return True
+  return content
+
+
+def answers(client, schemas):
+  """The answer in each schema, some asked for at the same time."""
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    asked = {name: pool.submit(answered, client, name, one) for name, one in schemas.items()}
+    return {name: one.result() for name, one in asked.items()}
+
+
+@pytest.fixture(scope="module")
+def guessing_engine(random_model, random_engine):
+  """The same with guesses, which are always asked for."""
+  engine = Engine(random_model, random_engine.tokenizer, rows=4, chunk=64, draft="lookup")
+
+  class Always(Speculation):
+    def propose(self, answers):
+      return self.drafter.propose(answers, MOST)
+
+  engine._speculation = Always(engine._speculation.drafter)
+  return engine
 
 
 @pytest.mark.slow
-def test_answers_are_in_their_schemas_or_refused(serve, random_engine):
-  client = serve(random_engine)
-  with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    asked = {name: pool.submit(answered, client, name, one) for name, one in SCHEMAS.items()}
-    taken = {name for name, one in asked.items() if one.result()}
+def test_answers_are_in_their_schemas_or_refused_with_guesses_or_without(
+  serve, random_engine, guessing_engine
+):
+  plain = answers(serve(random_engine), SCHEMAS)
+  taken = {name for name, answer in plain.items() if answer is not None}
   refused = set(SCHEMAS) - taken
   assert len(taken) >= 50
   assert {name for name in SCHEMAS if name.startswith("wrong")} <= refused
   assert {name for name in refused if not name.startswith(("wrong", "unsupported"))} == set()
+  guessed = answers(serve(guessing_engine), {name: SCHEMAS[name] for name in taken})
+  assert guessed == {name: plain[name] for name in taken}
+  counts = guessing_engine.counts
+  assert 0 < counts.accepted_tokens < counts.drafted_tokens
 
 
 def test_an_answer_is_any_json_object(serve, random_engine):
