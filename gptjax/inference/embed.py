@@ -22,11 +22,13 @@ def embed(reader: Reader, tokens: Sequence[int]) -> np.ndarray:
   tokens_1T, positions_1T = np.zeros((1, T), np.int32), np.full((1, T), -1, np.int32)
   tokens_1T[0, : len(tokens)], positions_1T[0, : len(tokens)] = tokens, np.arange(len(tokens))
   graphdef, params = nnx.split(reader.model)
-  return np.asarray(_mean_hidden(graphdef, params, tokens_1T, positions_1T))
+  return np.asarray(_mean_hidden(graphdef, params, tokens_1T, positions_1T, reader.joined))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
-def _mean_hidden(graphdef: nnx.GraphDef, params, tokens_1T, positions_1T) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("graphdef", "joined"))
+def _mean_hidden(
+  graphdef: nnx.GraphDef, params, tokens_1T, positions_1T, joined: bool
+) -> jax.Array:
   model: GPT = nnx.merge(graphdef, params)
   T = tokens_1T.shape[1]
   valid_1T = positions_1T >= 0
@@ -35,7 +37,8 @@ def _mean_hidden(graphdef: nnx.GraphDef, params, tokens_1T, positions_1T) -> jax
   is_prefix = model.config.visibility == "prefix"
   prefix_1 = valid_1T.sum(1, dtype=jnp.int32) if is_prefix else None
   pages_1I = jnp.arange(I, dtype=jnp.int32)[None]
-  cache = [PagedCache(pool, pages_1I, prefix_1, T) for pool in empty_pools(model.config, I)]
+  pools = empty_pools(model.config, I, joined=joined)
+  cache = [PagedCache(pool, pages_1I, prefix_1, T) for pool in pools]
   x_1TD, _ = model.hidden(
     tokens_1T,
     positions_BT=positions_1T,
