@@ -3,8 +3,8 @@
 The compiler gives cycles for every fused operation, but not for copies to on-chip memory ahead of
 it, hand-written kernels and collectives, whose times are estimated here:
 
-- The memory carries one byte at a time: the fused operations of a loop body take their cycles or, if
-  that is longer, the time of all that they and the copies read, at the full bandwidth.
+- The fused operations of a loop body take their cycles or, if that is longer, the time in which the
+  memory, at its full bandwidth, carries all that they and the copies read.
 - A kernel takes the time of its matrix products or, if that is longer, of reading its operands and
   writing its result once, at KERNEL_EFFICIENCY of the peak.
 - A collective takes its bytes over the links that it can use (`Slice.link_bandwidth`); a

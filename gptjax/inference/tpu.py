@@ -31,13 +31,11 @@ def joins_pages(model: GPT) -> bool:
   if sharding.platform() != "tpu" or model.encoder is not None:
     return False
   config, parts = model.config, sharding.axis_parts("kv_heads")
-  sizes = {"bfloat16": 2, "float32": 4}
-  joined = 2 * config.num_kv_heads // parts
+  joined, packed = 2 * config.num_kv_heads // parts, 4 // jnp.dtype(config.dtype).itemsize
   return (
     # Adapters may have keys of their own.
     all(type(m) is Attention for _, m in nnx.iter_modules(model) if isinstance(m, Attention))
-    and config.dtype in sizes
-    and _fills_tiles(joined, 4 // sizes.get(config.dtype, 4))
+    and _fills_tiles(joined, packed)
     and config.position.kind not in ("alibi", "t5")
     and config.visibility == "causal"
     and not config.attention.sinks
