@@ -42,7 +42,7 @@ class Int8Kernel(nnx.Module):
     """Multiplies as `layers.contract` does."""
     kernel = sharding.gather(self.values[...], axes)
     y = jnp.tensordot(x, kernel.astype(x.dtype), axes=count)
-    return (y * self.scales[...]).astype(x.dtype)
+    return _scale(y, self.scales[...])
 
 
 class Int8Embedding(Embedding):
@@ -59,4 +59,9 @@ class Int8Embedding(Embedding):
     return rows * jnp.take(self.scales[...], indices, mode="clip")[..., None]
 
   def scores(self, x: jax.Array) -> jax.Array:
-    return (super().scores(x) * self.scales[...]).astype(x.dtype)
+    return _scale(super().scores(x), self.scales[...])
+
+
+def _scale(y: jax.Array, scales: jax.Array) -> jax.Array:
+  """y * scales over the last axes of y, in the dtype of y."""
+  return (y * scales.reshape((1,) * (y.ndim - scales.ndim) + scales.shape)).astype(y.dtype)

@@ -126,7 +126,9 @@ def attend_to_pages(
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_step_takes_what_the_model_finds_likeliest(platform, monkeypatch):
   # Two groups of rows, each with its own pages, and two of heads.
-  setup = make_plan(jax.devices(), {"fsdp": 2, "tensor": 2}, 4, 20, **{"model.dtype": "float32"})
+  # Large weights, so that what comes next depends on what a row sees.
+  changes = {"model.dtype": "float32", "model.head.tied": False, "model.init.std": 0.3}
+  setup = make_plan(jax.devices(), {"fsdp": 2, "tensor": 2}, 4, 20, **changes)
   monkeypatch.setattr(sharding, "platform", lambda: platform)
   monkeypatch.setattr(tpu, "ragged_paged_attention", attend_to_pages)
   model = GPT(setup.model, nnx.Rngs(0))
