@@ -1,6 +1,8 @@
 """The memory and traffic of a decoding step, by hand, and the step from the TPU's compiler."""
 
 import importlib.util
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -202,13 +204,15 @@ def compiled():
   return compile_decoding(setup, target, "bfloat16"), setup
 
 
+VIEWS = ("parameter", "bitcast", "tuple", "get-tuple-element")
+
+
 def large_arrays(program, size):
   """What makes the arrays of at least so many bytes in memory, but for arguments."""
-  views = ("parameter", "bitcast", "tuple", "get-tuple-element")
   return {
     instruction.op_name.rpartition("/")[2] or instruction.opcode
     for _, instruction, _ in program.steps()
-    if instruction.opcode not in views
+    if instruction.opcode not in VIEWS
     and "S(" not in instruction.shape
     and instruction.bytes >= size
   }
@@ -261,3 +265,24 @@ def test_the_report_names_the_cache_and_the_bound(compiled):
   found = report.to_json()
   assert found["hbm_bytes_per_chip"]["kv_cache"] == 2 * LONG * CACHE // 4
   assert found["estimated_tokens_per_second"] == report.tokens_per_second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "kind"), [("bfloat16", "bf16"), ("int8", "s8")])
+def test_no_weight_is_written_in_another_type(weights, kind):
+  """The real compiler converts int8 within the product; all copies are to on-chip memory."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("the TPU compiler is not installed: pip install 'jax[tpu]'")
+  target = find_slice("v5e-4")
+  sizes = {"embed_dim": 2048, "num_heads": 16, "num_kv_heads": 16, "mlp_dim": 8192}
+  wide = {f"model.{key}": size for key, size in sizes.items()}
+  report = compile_decoding(make_plan(target.devices, {"tensor": 4}, **wide), target, weights)
+  made = [
+    kind
+    for _, instruction, _ in Program(report.program).steps()
+    for kind, dims in re.findall(r"(\w+)\[([\d,]+)\]", instruction.shape)
+    if instruction.opcode not in VIEWS
+    and "/scatter" not in instruction.op_name
+    and math.prod(map(int, dims.split(","))) >= 2048 * 2048 // 4
+  ]
+  assert set(made) == {kind}
