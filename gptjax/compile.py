@@ -6,7 +6,8 @@
       --config.model.execution.remat=dots
 
 With --mode=decode, the estimate is of writing text: one token for each of --batch rows, with a
-key-value cache of --context positions.
+key-value cache of --context positions, by the engine that `gptjax.generate` runs. --weights=int8
+keeps the weights in int8, bfloat16 in half of float32; by default they have the model's dtype.
 
     python -m gptjax.compile --mode=decode --batch=16 --context=2048 --topology=v5e-4 \\
       --config=configs/pretrain.py:model=gpt3-1.3b --config.model.dtype=bfloat16
@@ -34,6 +35,7 @@ from gptjax.compiler.gpu import find_gpus, is_name
 from gptjax.compiler.report import Report, Work, compile_report, to_text
 from gptjax.compiler.topology import Slice, Target, find_slice
 from gptjax.errors import UserError
+from gptjax.inference.form import WEIGHTS
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import Setup, make_setup
 
@@ -95,6 +97,7 @@ def _define_flags() -> None:
   flags.DEFINE_integer(
     "context", None, "Positions of the cache of a row, with --mode=decode.", lower_bound=1
   )
+  flags.DEFINE_enum("weights", None, WEIGHTS, "In what the weights are kept, with --mode=decode.")
   flags.DEFINE_bool("search", False, "Look for the fastest layout on a TPU slice.")
   flags.DEFINE_integer("tries", 6, "Compilations a round, at most, with --search.", lower_bound=1)
   flags.DEFINE_integer("processes", 1, "Compilations side by side, with --search.", lower_bound=1)
@@ -109,8 +112,10 @@ def main(overrides: Mapping[str, str]) -> None:
   sizes = (FLAGS.batch, FLAGS.context)
   if decode and None in sizes:
     raise UserError("--mode=decode needs --batch=ROWS and --context=POSITIONS.")
-  if not decode and sizes != (None, None):
-    raise UserError("--batch and --context are of --mode=decode; a training step has its config.")
+  if not decode and (*sizes, FLAGS.weights) != (None,) * 3:
+    raise UserError(
+      "--batch, --context and --weights are of --mode=decode; a training step has its config."
+    )
   if FLAGS.write and not FLAGS.search:
     raise UserError("--write keeps what --search finds; give both.")
   for flag in ("write", "json", "dump_hlo"):
@@ -123,7 +128,7 @@ def main(overrides: Mapping[str, str]) -> None:
     return
   if decode:
     setup = make_decoding_plan(config, target.devices, *sizes)
-    report = compile_decoding(setup, target)
+    report = compile_decoding(setup, target, FLAGS.weights or setup.model.dtype)
   else:
     setup = make_setup(resolve(config), target.devices)
     report = compile_training(setup, target)

@@ -18,6 +18,7 @@ from gptjax.errors import UserError, check_number
 from gptjax.inference.engine import Engine
 from gptjax.inference.flags import define_model_flags
 from gptjax.inference.pages import PAGE, page_bytes
+from gptjax.inference.tpu import joins_pages
 from gptjax.training.pretrained import load_model
 
 FLAGS = flags.FLAGS
@@ -80,9 +81,9 @@ def main(overrides) -> None:
       "yet; serve a checkpoint that has the adapter merged."
     )
   model, tokenizer = load_model(FLAGS.checkpoint, ema=FLAGS.ema)
-  pages = memory and memory // page_bytes(model.config)
+  least = page_bytes(model.config, joined=joins_pages(model))
+  pages = memory and memory // least
   if memory and not pages:
-    least = page_bytes(model.config)
     raise UserError(f"--max_memory={FLAGS.max_memory}: a page of {PAGE} tokens has {least} bytes.")
   engine = Engine(
     model,

@@ -19,8 +19,8 @@ GOES_WITH = {
   "evals": {"commands": ["evaluate"]},
   "finetuning": {"commands": ["predict"], "presets": ["finetune.py"]},
   "inference": {
-    "wings": ["evals", "serving"],
-    "commands": ["chat", "evaluate", "generate", "serve"],
+    "wings": ["compiler", "evals", "serving"],
+    "commands": ["chat", "compile", "evaluate", "generate", "serve"],
   },
   "gguf": {},
   "interop": {"wings": ["gguf", "peft"], "commands": ["convert"]},

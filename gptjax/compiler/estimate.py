@@ -1,16 +1,19 @@
 """Estimates a step's time from a compiled TPU program; it is not a measurement.
 
-The compiler gives cycles for every fused operation, but not for hand-written kernels and for
-collectives, whose times are estimated here:
+The compiler gives cycles for every fused operation, but not for copies to on-chip memory ahead of
+it, hand-written kernels and collectives, whose times are estimated here:
 
-- A kernel takes the time of its matrix products at KERNEL_EFFICIENCY of the peak.
+- The fused operations of a loop body take their cycles or, if that is longer, the time in which the
+  memory, at its full bandwidth, carries all that they and the copies read.
+- A kernel takes the time of its matrix products or, if that is longer, of reading its operands and
+  writing its result once, at KERNEL_EFFICIENCY of the peak.
 - A collective takes its bytes over the links that it can use (`Slice.link_bandwidth`); a
   permutation, over the link that most of its messages share. A synchronous one is added to the time
   of its loop body; the asynchronous ones of a loop body overlap with the body's computation, and
   only the excess is added.
 
-Left out: the latency of a collective and of a kernel launch, waiting for a slower chip, the host,
-collectives that share a link, and the network between slices.
+Left out: the latency of a collective and of a kernel launch, gathers and scatters without cycles,
+waiting for a slower chip, the host, collectives that share a link, and the network between slices.
 """
 
 import dataclasses
@@ -25,7 +28,8 @@ from gptjax.compiler.topology import Slice
 
 # Share of the peak in the attention kernels: assumed, not measured. A score costs 4 H FLOPs forward
 # and 10 H backward; with H = 128, 12 and 16 vector operations a score, four vector units of 1,024
-# lanes and nothing overlapped, v5e would reach 0.57 forward and 0.71 backward.
+# lanes and nothing overlapped, v5e would reach 0.57 forward and 0.71 backward. The share of the
+# memory's bandwidth where one reads more than it computes is assumed to be the same.
 KERNEL_EFFICIENCY = 0.6
 
 
@@ -34,7 +38,7 @@ class Estimate:
   """Estimated seconds of one step and their parts.
 
   Attributes:
-    fused: operations with the compiler's cycles.
+    fused: operations with the compiler's cycles, or what they wait for the memory.
     kernels: hand-written kernels.
     exposed: collectives that no computation hides.
     collectives: all collectives, hidden or not.
@@ -68,14 +72,16 @@ def estimate(
     expert_rows: the share of the rows of an expert kernel that are in use.
   """
   clock = target.generation.clock_hz
-  fused = {name: cycles / clock for name, cycles in program.cycles().items()}
+  memory = program.memory_cycles(target.chip.hbm_bytes_per_second / clock)
+  fused = {name: max(cycles, memory[name]) / clock for name, cycles in program.cycles().items()}
   kernels: dict[str, float] = defaultdict(float)
-  found = program.kernels()
+  found, products = program.kernels(), 0.0
   one_pass = not any("_dq_" in kernel.name for kernel in found)
   for kernel in found:
-    kernels[kernel.computation] += kernel.count * kernel_flops(
-      kernel, windows, one_pass, expert_rows
-    )
+    flops = kernel_flops(kernel, windows, one_pass, expert_rows)
+    seconds = max(flops / target.chip.peak_flops, kernel.bytes / target.chip.hbm_bytes_per_second)
+    kernels[kernel.computation] += kernel.count * seconds / KERNEL_EFFICIENCY
+    products += kernel.count * flops
   waiting: dict[str, float] = defaultdict(float)
   hidden: dict[str, float] = defaultdict(float)
   sharing: dict[tuple[tuple[int, int], ...], int] = {}
@@ -88,32 +94,35 @@ def estimate(
         )
       seconds = sharing[pairs] * collective.bytes / target.generation.link_bytes_per_second
     (hidden if collective.asynchronous else waiting)[collective.computation] += seconds
-  speed = target.chip.peak_flops * KERNEL_EFFICIENCY
   exposed = sum(waiting.values())
   for name, seconds in hidden.items():
-    exposed += max(0.0, seconds - fused[name] - kernels[name] / speed)
+    exposed += max(0.0, seconds - fused[name] - kernels[name])
   return Estimate(
     fused=sum(fused.values()),
-    kernels=sum(kernels.values()) / speed,
+    kernels=sum(kernels.values()),
     exposed=exposed,
     collectives=sum(waiting.values()) + sum(hidden.values()),
-    kernel_flops=sum(kernels.values()),
+    kernel_flops=products,
   )
 
 
 def kernel_flops(
   kernel: Kernel, windows: Sequence[int | None], one_pass: bool, expert_rows: float = 1.0
 ) -> float:
-  """FLOPs of one run of a splash attention or Megablox kernel on one device; 0 for other kernels.
+  """FLOPs of one run of an attention or Megablox kernel on one device; 0 for other kernels.
 
-  Blocks that no query may see are not visited. If a model's layers have different windows, each
-  kernel counts as their mean. `one_pass`: whether one kernel computes all gradients.
+  A kernel over pages counts one query for each row, which sees all pages. Blocks that no query may
+  see are not visited. If a model's layers have different windows, each kernel counts as their mean.
+  `one_pass`: whether one kernel computes all gradients.
   """
   if "gmm" in kernel.name:
     (rows, columns), (*_, contracted, produced) = kernel.operands[-2:]
     # The second operand of `tgmm`, a sum over rows, is not a kernel but other rows.
     contracted = columns if "tgmm" in kernel.name else contracted
     return expert_rows * 2.0 * rows * contracted * produced
+  if "ragged_paged" in kernel.name:
+    (_, heads, width), (pages, size, *_) = kernel.operands
+    return 4.0 * heads * width * pages * size
   if "splash" not in kernel.name:
     return 0.0
   forward = "fwd" in kernel.name

@@ -19,6 +19,7 @@ COLLECTIVES = (
   "ragged-all-to-all",
   "collective-permute",
 )
+_COPIES = ("copy-done", "slice-done", "dynamic-slice-done", "async-done")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -109,6 +110,7 @@ class Kernel:
     computation: the computation it is in.
     operands: shapes of its floating-point operands.
     metadata: its author's metadata.
+    bytes: bytes of its operands and its result.
   """
 
   name: str
@@ -116,6 +118,7 @@ class Kernel:
   computation: str
   operands: tuple[tuple[int, ...], ...]
   metadata: str
+  bytes: int = 0
 
 
 def shape_bytes(shape: str) -> int:
@@ -207,6 +210,27 @@ class Program:
       totals[name] += instruction.cycles * times
     return totals
 
+  def memory_cycles(self, bytes_per_cycle: float) -> Mapping[str, float]:
+    """Cycles in which each scheduled computation, over all its runs, keeps the memory busy.
+
+    Weights are copied to on-chip memory ahead of the operation that reads them, by copies that have
+    no cycles of their own. Beside them count the operands that an operation reads from memory
+    itself, for at most as long as it runs, since it may read a part.
+    """
+    totals = dict.fromkeys(self.scheduled, 0.0)
+    for name in self.scheduled:
+      shapes = {instruction.name: instruction.shape for instruction in self.computations[name]}
+      for instruction in self.computations[name]:
+        cycles = 0.0
+        if instruction.opcode in _COPIES:
+          cycles = instruction.bytes / bytes_per_cycle
+        elif instruction.cycles:
+          read = [shapes.get(operand, "") for operand in instruction.operands]
+          size = sum(shape_bytes(shape) for shape in read if "S(" not in shape)
+          cycles = min(size / bytes_per_cycle, instruction.cycles)
+        totals[name] += cycles * self.runs[name]
+    return totals
+
   def collectives(self, devices: int) -> list[Collective]:
     """All collectives. One that the compiler split into overlapped pieces counts once.
 
@@ -257,7 +281,8 @@ class Program:
         continue
       operands = tuple(parse_shapes(instruction.operand_layouts))
       label = instruction.op_name.split("/")[-2] if "/" in instruction.op_name else instruction.name
-      found.append(Kernel(label, times, name, operands, instruction.rest))
+      size = shape_bytes(instruction.operand_layouts) + instruction.bytes
+      found.append(Kernel(label, times, name, operands, instruction.rest, size))
     return found
 
   def largest_buffers(self, count: int) -> list[tuple[int, str, str]]:

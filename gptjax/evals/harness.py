@@ -17,9 +17,9 @@ from lm_eval.tasks import TaskManager
 
 from gptjax.data.chat import ChatTemplate
 from gptjax.errors import UserError, did_you_mean
+from gptjax.evals.score import Pair, rolling_windows
 from gptjax.evals.subject import Subject
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.score import Pair, rolling_windows
 
 # lm-eval's default of `max_gen_toks`.
 _MAX_TOKENS = 256

@@ -9,12 +9,12 @@ from tqdm import tqdm
 from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
-from gptjax.inference import score as scoring
+from gptjax.evals import score as scoring
+from gptjax.evals.score import Score
 from gptjax.inference.engine import Engine
 from gptjax.inference.lengths import round_up
 from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.score import Score
 from gptjax.model.gpt import GPT
 
 Prompt = str | list[int]

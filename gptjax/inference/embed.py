@@ -20,11 +20,15 @@ def embed(reader: Reader, tokens: Sequence[int]) -> np.ndarray:
   T = min(max(PAGE, 1 << (len(tokens) - 1).bit_length()), reader.length)
   tokens_1T, positions_1T = np.zeros((1, T), np.int32), np.full((1, T), -1, np.int32)
   tokens_1T[0, : len(tokens)], positions_1T[0, : len(tokens)] = tokens, np.arange(len(tokens))
-  return np.asarray(_mean_hidden(reader.form, reader.arrays, tokens_1T, positions_1T))
+  return np.asarray(
+    _mean_hidden(reader.form, reader.arrays, tokens_1T, positions_1T, reader.joined)
+  )
 
 
-@functools.partial(jax.jit, static_argnames=("form",))
-def _mean_hidden(form: Form, arrays: list[jax.Array], tokens_1T, positions_1T) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("form", "joined"))
+def _mean_hidden(
+  form: Form, arrays: list[jax.Array], tokens_1T, positions_1T, joined: bool
+) -> jax.Array:
   model = form.model(arrays)
   T = tokens_1T.shape[1]
   valid_1T = positions_1T >= 0
@@ -33,7 +37,8 @@ def _mean_hidden(form: Form, arrays: list[jax.Array], tokens_1T, positions_1T) -
   is_prefix = model.config.visibility == "prefix"
   prefix_1 = valid_1T.sum(1, dtype=jnp.int32) if is_prefix else None
   pages_1I = jnp.arange(I, dtype=jnp.int32)[None]
-  cache = [PagedCache(pool, pages_1I, prefix_1, T) for pool in empty_pools(model.config, I)]
+  pools = empty_pools(model.config, I, joined=joined)
+  cache = [PagedCache(pool, pages_1I, prefix_1, T) for pool in pools]
   x_1TD, _ = model.hidden(
     tokens_1T,
     positions_BT=positions_1T,

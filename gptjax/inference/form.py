@@ -1,7 +1,7 @@
 """The inference form of a model, made once: separate layers, and weights as decoding reads them.
 
 On one CPU, products and attention go to kernels of this package, whose sums have one order whatever
-the batch; elsewhere they stay XLA's.
+the batch; on TPUs attention goes to JAX's kernel for pages; elsewhere both stay XLA's.
 
 Axes: N query heads, D width, F outputs of a product, V vocabulary, X distances of positions.
 """
@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.errors import UserError, check_choice
+from gptjax.errors import check_choice
+from gptjax.inference.int8 import Int8Embedding, Int8Kernel, quantize
 from gptjax.inference.pages import PagedCache
 from gptjax.inference.sampling import compilations
+from gptjax.inference.tpu import RaggedAttention
 from gptjax.model.attention import Attention, KeysAndValues
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import FeedForward
@@ -51,7 +53,7 @@ class Form:
 
 
 def inference_form(
-  model: GPT, *, weights: str | None = None, length: int
+  model: GPT, *, weights: str | None = None, length: int, joined: bool
 ) -> tuple[Form, list[jax.Array]]:
   """Splits the stack of layers and rounds the weights; the model itself stays as it is.
 
@@ -61,12 +63,13 @@ def inference_form(
     model: its parameters are on one device, or sharded.
     weights: in what the matrices are kept, one of `WEIGHTS`; None is the compute dtype.
     length: positions of a row, at most.
+    joined: whether keys and values are joined in their pages: `tpu.joins_pages` of the model.
 
   Returns:
     The form and its arrays.
 
   Raises:
-    UserError: there is no such format, or there are no kernels for int8.
+    UserError: there is no such format.
   """
   weights = weights or model.config.dtype
   check_choice("weights", weights, WEIGHTS)
@@ -74,38 +77,64 @@ def inference_form(
   arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
   devices = {device for array in arrays for device in array.devices()}
   own = len(devices) <= 1 and kernels is not None and kernels.available()
-  if weights == "int8" and not own:
-    raise UserError("weights='int8' needs one CPU and the kernels for it (pip install numba).")
-
-  options = {"own": own, "weights": weights, "length": length}
+  options = {"own": own, "weights": weights, "length": length, "joined": joined}
   arrays, treedef = jax.tree.flatten(_make_arrays(graphdef, params, **options))
-  form = nnx.eval_shape(functools.partial(_make, graphdef, params, **options))
+  form = nnx.eval_shape(functools.partial(make_form, graphdef, params, **options))
   return Form(nnx.graphdef(form), treedef), arrays
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "own", "weights", "length"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "own", "weights", "length", "joined"))
 def _make_arrays(graphdef: nnx.GraphDef, params, **options):
   compilations["form"] += 1
-  return nnx.state(_make(graphdef, params, **options))
+  return nnx.state(make_form(graphdef, params, **options))
 
 
-def _make(graphdef: nnx.GraphDef, params, *, own: bool, weights: str, length: int) -> GPT:
-  """The form; `own` is whether it uses this package's kernels."""
+def make_form(
+  graphdef: nnx.GraphDef, params, *, own: bool, weights: str, length: int, joined: bool
+) -> GPT:
+  """The form; `own` is whether it uses this package's kernels, the rest as in `inference_form`."""
   model = nnx.merge(graphdef, params)
   model.unstack()
   if own:
     _use_kernels(model, weights, length)
-  else:
-    _round(model, weights)
+    return model
+  if weights == "int8":
+    _quantize(model)
+  _round(model, model.config.dtype if weights == "int8" else weights)
+  if joined:
+    for path, module in _decoder_modules(model):
+      if type(module) is Attention:
+        _replace(model, path, RaggedAttention(module))
   return model
 
 
+def _quantize(model: GPT) -> None:
+  """Keeps projections and a tied head in int8; experts and other tables stay as they are."""
+  for _, module in _decoder_modules(model):
+    is_plain = isinstance(module, Linear) and isinstance(module.kernel, nnx.Param)
+    # A rounding error of the router could change its choice of experts.
+    if is_plain and module.kernel.role != "router":
+      module.kernel = Int8Kernel(module)
+  if model.head is None:
+    model.embed = Int8Embedding(model.embed)
+
+
+def _decoder_modules(model: GPT) -> list[tuple[tuple[str | int, ...], Any]]:
+  """Paths and modules, but for those of an encoder, which runs once a text, its layers stacked."""
+  return [found for found in nnx.iter_modules(model) if found[0][:1] != ("encoder",)]
+
+
+def _replace(model: GPT, path: tuple[str | int, ...], module: nnx.Module) -> None:
+  setattr(functools.reduce(_child, path[:-1], model), path[-1], module)
+
+
 def _round(model: GPT, dtype: str) -> None:
-  """Keeps the matrices in a dtype, so that a step need not convert them."""
+  """Keeps the matrices that are not in int8 in a dtype, so that a step need not convert them."""
   for _, module in nnx.iter_modules(model):
     for name in ("kernel", "embedding"):
       parameter = getattr(module, name, None)
-      if isinstance(parameter, nnx.Param) and getattr(parameter, "role", None) != "router":
+      is_kept = not isinstance(parameter, nnx.Param) or parameter.dtype == jnp.int8
+      if not is_kept and getattr(parameter, "role", None) != "router":
         told = parameter.get_metadata()
         setattr(module, name, type(parameter)(parameter[...].astype(dtype), **told))
 
@@ -114,9 +143,8 @@ def _use_kernels(model: GPT, weights: str, length: int) -> None:
   """Replaces what decoding spends its time on. Activations are then float32, whatever the dtype of
   the weights: a CPU is no faster with others."""
   bias_NX = _bias_by_distance(model, length)
-  # An encoder runs once a text, its layers stacked.
-  modules = [found for found in nnx.iter_modules(model) if found[0][:1] != ("encoder",)]
-  for path, module in modules:
+  modules = _decoder_modules(model)
+  for _, module in modules:
     if isinstance(getattr(module, "config", None), ModelConfig):
       module.config = module.config.replace({"dtype": "float32"})
     if isinstance(module, Attention):
@@ -128,8 +156,7 @@ def _use_kernels(model: GPT, weights: str, length: int) -> None:
       module.dtype = "float32"
       _pack_kernels([module], weights)
     elif type(module) is Attention:
-      parent = functools.reduce(_child, path[:-1], model)
-      setattr(parent, path[-1], PagedAttention(module, bias_NX))
+      _replace(model, path, PagedAttention(module, bias_NX))
   if model.head is None:
     model.embed = PackedEmbedding(model.embed, weights)
 
@@ -243,13 +270,11 @@ class PagedAttention(Attention):
 
 
 def _pack(matrix: jax.Array, weights: str) -> tuple[nnx.Variable, nnx.Variable | None]:
-  """A matrix in the format of the weights, and for int8 the scale of each row, its largest value
-  over 127."""
+  """A matrix in the format of the weights, and for int8 the scale of each row."""
   if weights != "int8":
     return nnx.Variable(matrix.astype(weights)), None
-  largest = jnp.abs(matrix).max(-1)
-  scales = jnp.where(largest == 0, 1, largest) / 127
-  return nnx.Variable(jnp.round(matrix / scales[:, None]).astype(jnp.int8)), nnx.Variable(scales)
+  values, scales = quantize(matrix, (1,))
+  return nnx.Variable(values), nnx.Variable(scales)
 
 
 def _multiply(x_MD: jax.Array, matrix: nnx.Variable, scales: nnx.Variable | None) -> jax.Array:

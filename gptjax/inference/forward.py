@@ -18,7 +18,9 @@ from gptjax.model.config import ModelConfig
 from gptjax.model.stack import Encoded
 
 
-@functools.partial(jax.jit, static_argnames=("form", "length"), donate_argnames=("pools",))
+@functools.partial(
+  jax.jit, static_argnames=("form", "length", "rows_axis"), donate_argnames=("pools",)
+)
 def forward(
   form: Form,
   arrays: list[jax.Array],
@@ -29,6 +31,7 @@ def forward(
   scored_BC: np.ndarray,
   *,
   length: int,
+  rows_axis: str | None = None,
   prefix_B: np.ndarray | None = None,
   adapters_B: np.ndarray | None = None,
   encoded: Encoded | None = None,
@@ -42,6 +45,7 @@ def forward(
     tables_BI: int32, pages of each row.
     scored_BC: int32, the columns of T whose logits are wanted.
     length: positions that a row may have.
+    rows_axis: see `PagedCache`.
     prefix_B: int32, how many tokens from the start are the prefix, for visibility 'prefix'.
     adapters_B: int32, the adapter of each row, -1 for none, in a model that has several: one
       whose projections have `adapters` and a method `choose`.
@@ -66,17 +70,17 @@ def forward(
     positions_BT=positions_BT,
     prefix_BS=prefix_BS,
     encoded=encoded,
-    cache=[PagedCache(pool, tables_BI, prefix_B, length) for pool in pools],
+    cache=[PagedCache(pool, tables_BI, prefix_B, length, rows_axis) for pool in pools],
   )
   x_BCD = jnp.take_along_axis(x_BTD, scored_BC[..., None], axis=1)
   return model.logits(x_BCD), [layer.pool for layer in cache]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "pages"))
-def make_pools(config: ModelConfig, pages: int) -> Pools:
+@functools.partial(jax.jit, static_argnames=("config", "pages", "joined"))
+def make_pools(config: ModelConfig, pages: int, *, joined: bool) -> Pools:
   """Empty pools, split over the mesh by heads."""
   compilations["make_pools"] += 1
-  return empty_pools(config, pages)
+  return empty_pools(config, pages, joined=joined)
 
 
 @functools.partial(jax.jit, donate_argnames=("pools",))

@@ -5,36 +5,46 @@ row, K key-value heads, H head width, P pages, Z positions of a page, I pages of
 """
 
 import dataclasses
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from gptjax.devices.sharding import constrain
+from gptjax.devices.sharding import constrain, per_shard
 from gptjax.model.attention import KeysAndValues
 from gptjax.model.config import ModelConfig
+from gptjax.model.kernels import LANES
 
 # Positions of a page.
 PAGE = 16
-# Keys and values of all pages in each layer, [P, Z, K, H] each.
-Pools = list[KeysAndValues]
+# Keys and values of all pages in each layer, [P, Z, K, H] each; or joined, [P, Z, 2K, W], the key
+# of each head before its value, and W the head width rounded up to whole registers of a TPU.
+Pools = list[KeysAndValues] | list[jax.Array]
 
 
-def empty_pools(config: ModelConfig, pages: int) -> Pools:
-  """Pages without content, in the compute dtype."""
-  shape = (pages, PAGE, config.num_kv_heads, config.head_dim)
+def empty_pools(config: ModelConfig, pages: int, *, joined: bool) -> Pools:
+  """Pages without content, in the compute dtype; `joined` is `tpu.joins_pages` of the model."""
 
   def zeros() -> jax.Array:
-    return constrain(jnp.zeros(shape, config.dtype), None, None, "kv_heads", None)
+    shape = _page_shape(config, joined)
+    return constrain(jnp.zeros((pages, *shape), config.dtype), None, None, "kv_heads", None)
 
-  return [KeysAndValues(zeros(), zeros()) for _ in range(config.num_layers)]
+  layers = range(config.num_layers)
+  return [zeros() if joined else KeysAndValues(zeros(), zeros()) for _ in layers]
 
 
-def page_bytes(config: ModelConfig) -> int:
+def page_bytes(config: ModelConfig, *, joined: bool) -> int:
   """Bytes of one page in all layers."""
-  values = PAGE * config.num_kv_heads * config.head_dim
-  return 2 * config.num_layers * values * jnp.dtype(config.dtype).itemsize
+  values = math.prod(_page_shape(config, joined)) * (1 if joined else 2)
+  return config.num_layers * values * jnp.dtype(config.dtype).itemsize
+
+
+def _page_shape(config: ModelConfig, joined: bool) -> tuple[int, int, int]:
+  """Shape of a page, or of the keys of one."""
+  K, H = config.num_kv_heads, config.head_dim
+  return (PAGE, 2 * K, -(-H // LANES) * LANES) if joined else (PAGE, K, H)
 
 
 @jax.tree_util.register_dataclass
@@ -43,38 +53,62 @@ class PagedCache:
   """A layer's cache (`attention.LayerCache`) whose rows are spread over pages.
 
   Attributes:
-    pool: the layer's keys and values, [P, Z, K, H] each.
+    pool: the layer's keys and values, one of `Pools`.
     tables_BI: int32, the pages of each row, in order.
     prefix_B: int32, the length of the prefix that all of a row's tokens see; None is 0.
     length: positions that a row may have, at most I Z.
+    rows_axis: the logical axis that splits the rows over a mesh, and the pages with them: a table
+      counts the pages of its own part. None has all rows and pages on every device.
   """
 
-  pool: KeysAndValues
+  pool: KeysAndValues | jax.Array
   tables_BI: jax.Array
   prefix_B: jax.Array | None
   length: int = dataclasses.field(metadata={"static": True})
+  rows_axis: str | None = dataclasses.field(default=None, metadata={"static": True})
 
   def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array):
-    """Writes at the positions that are not negative; returns the cache and rows [B, S, K, H]."""
-    pages, size, K, H = self.pool.keys_BSKH.shape
-    page_BT = jnp.take_along_axis(self.tables_BI, jnp.maximum(positions_BT, 0) // size, axis=1)
-    place_BT = jnp.where(positions_BT < 0, pages * size, page_BT * size + positions_BT % size)
-    cells = place_BT.reshape(-1)
+    """Writes at the positions that are not negative; returns the cache and rows [B, S, K, H].
 
-    def put(pool_PZKH, x_BTKH):
-      flat = pool_PZKH.reshape(-1, K, H)
-      flat = flat.at[cells].set(x_BTKH.reshape(-1, K, H).astype(flat.dtype), mode="drop")
-      flat = constrain(flat, None, "kv_heads", None)
-      return flat.reshape(pool_PZKH.shape)
+    Keys and values are not joined: what reads those writes them itself.
+    """
+    heads, rows = (self.rows_axis, None, "kv_heads", None), (self.rows_axis, None)
+    keys, values, *row = per_shard(
+      lambda *arrays: _write(*arrays, length=self.length),
+      [heads] * 4 + [rows] * 2,
+      [heads] * 4,
+    )(*self.pool, k_BTKH, v_BTKH, self.tables_BI, positions_BT)
+    return self.with_pool(KeysAndValues(keys, values)), KeysAndValues(*row)
 
-    pool = KeysAndValues(*map(put, self.pool, (k_BTKH, v_BTKH)))
-    # All pages of a row's table, in the order of its positions.
-    rows = (x[self.tables_BI].reshape(-1, self.tables_BI.shape[1] * size, K, H) for x in pool)
-    rows = KeysAndValues(*(x[:, : self.length].astype(k_BTKH.dtype) for x in rows))
-    return self.with_pool(pool), rows
-
-  def with_pool(self, pool: KeysAndValues) -> "PagedCache":
+  def with_pool(self, pool: KeysAndValues | jax.Array) -> "PagedCache":
     return dataclasses.replace(self, pool=pool)
+
+
+def _write(keys_PZKH, values_PZKH, k_BTKH, v_BTKH, tables_BI, positions_BT, *, length: int):
+  """Writes keys and values; returns both pools and all of the rows, each [B, S, K, H]."""
+  _, Z, K, H = keys_PZKH.shape
+  cells = cells_of(tables_BI, positions_BT, keys_PZKH.shape)
+
+  def put(pool_PZKH, x_BTKH):
+    flat = pool_PZKH.reshape(-1, K, H)
+    flat = flat.at[cells].set(x_BTKH.reshape(-1, K, H).astype(flat.dtype), mode="drop")
+    return flat.reshape(pool_PZKH.shape)
+
+  def read(pool_PZKH):
+    # All pages of a row's table, in the order of its positions.
+    rows = pool_PZKH[tables_BI].reshape(-1, tables_BI.shape[1] * Z, K, H)
+    return rows[:, :length].astype(k_BTKH.dtype)
+
+  pools = put(keys_PZKH, k_BTKH), put(values_PZKH, v_BTKH)
+  return *pools, *map(read, pools)
+
+
+def cells_of(tables_BI: jax.Array, positions_BT: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Where in a pool of a shape [P, Z, ...] positions are, in row-major order of P Z: int32 [B T].
+  Negative ones are nowhere, P Z."""
+  pages, size = shape[:2]
+  page_BT = jnp.take_along_axis(tables_BI, jnp.maximum(positions_BT, 0) // size, axis=1)
+  return jnp.where(positions_BT < 0, pages * size, page_BT * size + positions_BT % size).reshape(-1)
 
 
 class Pages:

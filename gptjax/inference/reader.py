@@ -18,6 +18,7 @@ from gptjax.inference.form import inference_form
 from gptjax.inference.forward import copy_page, encode, forward, make_pools, put_row
 from gptjax.inference.lengths import round_up
 from gptjax.inference.pages import PAGE, Pages, page_bytes
+from gptjax.inference.tpu import joins_pages
 from gptjax.model.gpt import GPT
 from gptjax.model.stack import Encoded
 
@@ -49,6 +50,7 @@ class Reader:
     pages: which pages of the cache are in use.
     shares: whether texts that begin alike have the same keys and values. Those of a prefix depend
       on all of it, those behind an encoder on its text.
+    joined: whether keys and values are joined in the pages (`pages.Pools`).
     adapters: how many adapters the model has to choose from.
   """
 
@@ -61,9 +63,11 @@ class Reader:
     self.shares = self.config.visibility == "causal" and not self.has_encoder
     modules = [module for _, module in nnx.iter_modules(model)]
     self.adapters = max(getattr(module, "adapters", 0) for module in modules)
-    self.form, self.arrays = inference_form(model, weights=weights, length=length)
+    self.joined = joins_pages(model)
+    options = {"weights": weights, "length": length, "joined": self.joined}
+    self.form, self.arrays = inference_form(model, **options)
     self.pages = Pages(pages or self._default_pages())
-    self._pools = make_pools(self.config, self.pages.count)
+    self._pools = make_pools(self.config, self.pages.count, joined=self.joined)
     self._encoded: Encoded | None = None
 
   def _default_pages(self) -> int:
@@ -73,13 +77,13 @@ class Reader:
       memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
       memory = (device.memory_stats() or {}).get("bytes_limit", 2**34)
-    most = max(memory // 8 // page_bytes(self.config), 1)
+    most = max(memory // 8 // page_bytes(self.config, joined=self.joined), 1)
     return min(self.rows * -(-self.length // PAGE), most)
 
   def clear(self) -> None:
     """Empties the cache, also where a step that failed has left none."""
     self.pages = Pages(self.pages.count)
-    self._pools = make_pools(self.config, self.pages.count)
+    self._pools = make_pools(self.config, self.pages.count, joined=self.joined)
 
   def make_room(self, row: Row, tokens: int) -> bool:
     """Takes the pages for the next tokens of a text; false, and none, if there are too few."""

@@ -1,8 +1,8 @@
 """The choice of the next token from logits, each row by settings of its own.
 
 Settings are arrays, so that a request with others compiles nothing. Axes: R rows, V vocabulary, C
-candidates; where many logits are reduced, J L is V, since sums over J for each of L, and lines of L,
-are made with vector instructions.
+candidates. Where many logits are reduced, V is J lines of L, rounded up: over either axis, a
+processor reduces with vector instructions.
 """
 
 import collections
@@ -201,10 +201,10 @@ def _mix(bits: jax.Array) -> jax.Array:
 
 
 def filter_logits(logits: jax.Array, settings: Settings) -> jax.Array:
-  """Applies temperature, top-k, top-p and min-p to logits of any shape; excluded tokens become -inf.
+  """Applies temperature, top-k, top-p and min-p to logits of any shape.
 
-  The likeliest token is always kept, and of tokens that are as likely all or none. The temperature
-  must not be 0.
+  Excluded tokens become -inf. The likeliest token is always kept, and of tokens that are as likely
+  all or none. The temperature must not be 0.
   """
   logits = logits / settings.temperature
 

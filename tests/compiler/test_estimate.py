@@ -61,6 +61,56 @@ def test_a_kernel_of_experts_counts_the_rows_in_use():
   assert kernel_flops(sums, (None,), one_pass=True) == product
 
 
+def test_a_kernel_over_pages_counts_one_query_a_row_and_reads_them_all():
+  queries, pages = (8, 4, 128), (1024, 16, 8, 128)
+  kernel = Kernel("ragged_paged_attention_kernel", 1, "main", (queries, pages), "")
+  assert kernel_flops(kernel, (None, 64), one_pass=True) == 2 * 2 * 4 * 128 * 1024 * 16
+
+
+PAGES = """
+ENTRY %main (q: bf16[8,4,128]) -> bf16[8,4,128] {
+  %q = bf16[8,4,128]{2,1,0} parameter(0)
+  %pages = bf16[1024,16,8,128]{3,2,1,0} parameter(1)
+  ROOT %k = bf16[8,4,128]{2,1,0} custom-call(%q, %pages), custom_call_target="tpu_custom_call", \
+operand_layout_constraints={bf16[8,4,128]{2,1,0}, bf16[1024,16,8,128]{3,2,1,0}}, \
+metadata={op_name="jit(f)/ragged_paged_attention_kernel/pallas_call"}
+}
+"""
+
+
+def test_a_kernel_that_reads_more_than_it_computes_takes_the_time_of_reading():
+  target = make_slice(2, 2)
+  found = estimate(Program(PAGES), target, target.devices, (None,), [])
+  moved = 2 * (1024 * 16 * 8 * 128 + 2 * 8 * 4 * 128)
+  assert found.seconds == found.kernels
+  assert found.kernels == pytest.approx(moved / 819e9 / KERNEL_EFFICIENCY)
+  assert found.kernel_flops == 2 * 2 * 4 * 128 * 1024 * 16
+
+
+WEIGHTS = """
+ENTRY %main (w: bf16[4096,4096]) -> bf16[8,4096] {
+  %w = bf16[4096,4096]{1,0} parameter(0)
+  %copy-start = (bf16[4096,4096]{1,0:S(1)}, bf16[4096,4096]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %copy-done = bf16[4096,4096]{1,0:S(1)} copy-done(%copy-start)
+  %x = bf16[8,4096]{1,0:S(1)} fusion(%copy-done), kind=kOutput, calls=%f, \
+backend_config={"estimated_cycles":"CYCLES"}
+  ROOT %y = bf16[8,4096]{1,0} fusion(%x, %w), kind=kOutput, calls=%g, \
+backend_config={"estimated_cycles":"10000"}
+}
+"""
+
+
+@pytest.mark.parametrize("cycles", [20_000, 70_000])
+def test_products_wait_for_copies_of_their_weights(cycles):
+  target = make_slice(2, 2)
+  program = Program(WEIGHTS.replace("CYCLES", str(cycles)))
+  # The second product reads a part of the weights itself, as long as it runs.
+  copied, read = 2 * 4096**2 / 819e9, 10_000 / 1.5e9
+  found = estimate(program, target, target.devices, (None,), [])
+  assert found.fused == pytest.approx(max(copied + read, (cycles + 10_000) / 1.5e9))
+  assert found.seconds == found.fused
+
+
 def test_neighbours_on_a_ring_share_no_link():
   cells = ring_of_box((4, 4))
   forward = list(zip(cells, cells[1:] + cells[:1], strict=True))

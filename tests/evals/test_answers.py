@@ -7,9 +7,9 @@ import pytest
 
 from gptjax.errors import UserError
 from gptjax.evals import answers, sandbox
+from gptjax.evals.score import Score
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
-from gptjax.inference.score import Score
 
 LABELS = {"pos": " positive", "neg": " not positive"}
 SENTIMENT = {"kind": "classification", "prompt": "sentiment.jinja", "target": "label"}

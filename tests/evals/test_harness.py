@@ -6,8 +6,8 @@ import pytest
 
 from gptjax.errors import UserError
 from gptjax.evals.evaluate import harness_rows
+from gptjax.evals.score import encode_pair, rolling_windows
 from gptjax.evals.subject import Subject
-from gptjax.inference.score import encode_pair, rolling_windows
 
 DOCUMENTS = [
   {"text": f"Review number {i} says {word}.", "label": i % 2}

@@ -5,8 +5,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, processors, trainers
 
+from gptjax.evals.score import encode_pair
 from gptjax.evals.subject import Subject
-from gptjax.inference.score import encode_pair
 from gptjax.training.pretrained import load_model
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

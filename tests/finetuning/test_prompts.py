@@ -11,12 +11,12 @@ from gptjax.data.sources import Records
 from gptjax.data.templates import PROMPTS, Example, Template, open_template
 from gptjax.errors import UserError
 from gptjax.evals import answers
+from gptjax.evals.score import Score, encode_pair
 from gptjax.evals.subject import Subject
 from gptjax.evals.task import load_task
 from gptjax.finetuning import prompts
 from gptjax.finetuning.chat_encoding import decode_flags
 from gptjax.finetuning.prompts import PromptEncoder, Prompts
-from gptjax.inference.score import Score, encode_pair
 from gptjax.show import describe_row
 from tests.data.conftest import open_dataset
 from tests.finetuning.test_chat_encoding import spaced  # noqa: F401

@@ -8,12 +8,12 @@ from flax import nnx
 
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
+from gptjax.evals.score import score
 from gptjax.inference import beam as beam_lib
 from gptjax.inference.beam import beam_search
 from gptjax.inference.generate import generate
 from gptjax.inference.reader import Reader
 from gptjax.inference.sampling import Sampling
-from gptjax.inference.score import score
 from gptjax.interop import huggingface
 from gptjax.model.gpt import model_graph
 

@@ -98,8 +98,13 @@ def rounded(values, inputs, weights):
   return np.round(values / scales) * scales
 
 
+@pytest.mark.parametrize("kernels", ["own", "of XLA"])
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_rounded_weights_are_those_of_a_model_with_rounded_weights(make, weights):
+def test_rounded_weights_are_those_of_a_model_with_rounded_weights(
+  make, weights, kernels, monkeypatch
+):
+  if kernels != "own":
+    monkeypatch.setattr(form.kernels, "available", lambda: False)
   model = make("llama")
   by_hand = nnx.to_flat_state(nnx.state(make("llama"), nnx.Param))
   for path, parameter in by_hand:
@@ -159,10 +164,15 @@ def test_a_step_makes_no_array_of_the_size_of_a_weight_or_of_the_cache(
     assert large(compile_step(weights), 64 * 64)
 
 
-def test_what_there_is_no_form_for_is_refused(make, monkeypatch):
-  model = make()
+def test_what_there_is_no_form_for_is_refused(make):
   with pytest.raises(UserError, match=r"weights: no choice 'int9'. Did you mean 'int8'"):
-    Engine(model, BYTES, length=LENGTH, weights="int9")
+    Engine(make(), BYTES, length=LENGTH, weights="int9")
+
+
+def test_int8_spares_the_router_and_the_experts(make, monkeypatch):
   monkeypatch.setattr(form.kernels, "available", lambda: False)
-  with pytest.raises(UserError, match="weights='int8' needs one CPU and the kernels for it"):
-    Engine(model, BYTES, length=LENGTH, weights="int8")
+  reader = Reader(make("gpt-oss"), rows=1, length=LENGTH, pages=4, weights="int8")
+  model = reader.form.model(reader.arrays)
+  block = model.blocks[0]
+  assert block.mlp.router.kernel.dtype == block.mlp.up.kernel.dtype == "float32"
+  assert block.attention.query.kernel.values.dtype == model.embed.embedding.dtype == "int8"

@@ -4,8 +4,8 @@ from flax import nnx
 
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
-from gptjax.inference import score as scoring
-from gptjax.inference.score import encode_pair, rolling_windows, score, score_documents
+from gptjax.evals import score as scoring
+from gptjax.evals.score import encode_pair, rolling_windows, score, score_documents
 from gptjax.model.gpt import model_graph
 
 BYTES = tokenizers.load("bytes")
