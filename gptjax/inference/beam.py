@@ -20,9 +20,6 @@ from gptjax.inference.sampling import score_tokens
 from gptjax.inference.text import Writer
 from gptjax.model.gpt import GPT
 
-# The fewest tokens of a prompt that are read together: fewer shapes to compile.
-_SHORTEST = 16
-
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis(Completion):
@@ -75,9 +72,9 @@ def beam_search(
   check_number("length_penalty", length_penalty)
   starts, length = fit_prompts(model, tokenizer, prompts, max_tokens)
   together = min(max(rows // beams, 1), len(prompts))
-  # Beams share the prompt's full pages; the last of them each has its own.
-  own = beams * (max_tokens // PAGE + 2)
-  pages = together * (-(-max(map(len, starts)) // PAGE) + own)
+  # Beams share the prompt's full pages and have their own after those, of which the first and the
+  # last may be begun, and for a moment a copy.
+  pages = together * (max(map(len, starts)) // PAGE + beams * (max_tokens // PAGE + 3))
   reader = Reader(model, rows=together, length=length, pages=pages, weights=weights)
   searches = [
     _Search(tokenizer, prompt, start, beams, length_penalty, max_tokens, stop)
@@ -88,33 +85,11 @@ def beam_search(
     for slot, search in enumerate(group):
       search.begin(reader, slot)
     while growing := [beam for search in group for beam in search.beams]:
-      logits_BV = _read(reader, [beam.row for beam in growing], [b.tokens[-1:] for b in growing])
-      found = _likeliest(logits_BV, tokenizer.vocab_size, group[0].candidates)
+      last = [beam.tokens[-1:] for beam in growing]
+      likeliest = group[0].read(reader, [beam.row for beam in growing], last)
       for search in group:
-        search.extend(reader, found)
+        search.extend(reader, likeliest)
   return [search.found for search in searches]
-
-
-def _read(
-  reader: Reader, rows: Sequence[Row], tokens: Sequence[Sequence[int]], least: int = 1
-) -> jax.Array:
-  """Reads the next tokens of each row; returns the logits after the last."""
-  for row, new in zip(rows, tokens, strict=True):
-    if not reader.make_room(row, len(new)):
-      raise MemoryError("a beam search has fewer pages than its beams can need.")
-  logits_BV = reader.read(rows, tokens, least=least)[:, 0]
-  for row, new in zip(rows, tokens, strict=True):
-    row.read += len(new)
-  return logits_BV
-
-
-def _likeliest(logits_BV: jax.Array, size: int, count: int) -> Iterator[list[tuple[int, float]]]:
-  """Yields the likeliest tokens after each row, with the logarithms of their probabilities."""
-  targets_B = np.zeros(len(logits_BV), np.int32)
-  found = score_tokens(logits_BV, targets_B, vocab_size=size, candidates=min(count, size))
-  tokens_BC, scores_BC = jax.device_get((found.candidates, found.candidate_log_probs))
-  for tokens, scores in zip(tokens_BC.tolist(), scores_BC.tolist(), strict=True):
-    yield list(zip(tokens, scores, strict=True))
 
 
 @dataclasses.dataclass
@@ -142,15 +117,32 @@ class _Search:
     """How many continuations of all beams are looked at: enough that as many as beams go on."""
     return max(2, 1 + len(self.tokenizer.stops)) * self.most
 
+  def read(
+    self, reader: Reader, rows: Sequence[Row], tokens: Sequence[Sequence[int]]
+  ) -> Iterator[list[tuple[int, float]]]:
+    """Reads the next tokens of rows; returns for each the likeliest tokens after the last, with the
+    logarithms of their probabilities."""
+    if not all(reader.make_room(row, len(new)) for row, new in zip(rows, tokens, strict=True)):
+      raise MemoryError("a beam search has fewer pages than its beams can need.")
+    # A prompt's length is rounded up to few shapes, as each is compiled.
+    least = 1 if max(map(len, tokens)) == 1 else PAGE
+    logits_BV = reader.read(rows, tokens, least=least)[:, 0]
+    for row, new in zip(rows, tokens, strict=True):
+      row.read += len(new)
+    size, targets_B = self.tokenizer.vocab_size, np.zeros(len(logits_BV), np.int32)
+    count = min(self.candidates, size)
+    found = score_tokens(logits_BV, targets_B, vocab_size=size, candidates=count)
+    found = jax.device_get((found.candidates, found.candidate_log_probs))
+    return (list(zip(*row, strict=True)) for row in zip(*(x.tolist() for x in found), strict=True))
+
   def begin(self, reader: Reader, slot: int) -> None:
     """Reads the prompt, and makes the first beams of the tokens after it."""
     row, start = Row(prefix=len(self.start), slot=slot), self.start
     if reader.has_encoder:
       reader.encode(row, [*start, self.tokenizer.end_of_text])
       start = [reader.config.decoder_start]
-    logits_BV = _read(reader, [row], [start], _SHORTEST)
     self.beams = [_Beam([], 0.0, row)]
-    self.extend(reader, _likeliest(logits_BV, self.tokenizer.vocab_size, self.candidates))
+    self.extend(reader, self.read(reader, [row], [start]))
 
   def extend(self, reader: Reader, likeliest: Iterator[list[tuple[int, float]]]) -> None:
     """Makes the next beams of these and the likeliest tokens after each, which come first in

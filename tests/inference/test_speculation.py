@@ -267,7 +267,7 @@ def decode(monkeypatch):
 def test_guesses_that_are_wrong_cost_next_to_nothing(decode, reading, guessing):
   seconds, steps = decode(0.0, reading=reading, guessing=guessing)
   assert steps > 0
-  assert seconds < 2000 / 0.95
+  assert seconds < 2000 / 0.98
 
 
 def test_guesses_that_are_right_are_made_as_long_as_they_are(decode):
@@ -278,7 +278,7 @@ def test_guesses_that_are_right_are_made_as_long_as_they_are(decode):
   assert seconds < 2000 / 1.4
   # Not in texts that are short.
   seconds, _ = decode(0.9, texts=200, tokens=10, reading=15.0, guessing=0.2)
-  assert seconds < 2000 / 0.95
+  assert seconds < 2000 / 0.98
 
 
 def test_after_wrong_guesses_few_are_made():
