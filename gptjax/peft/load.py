@@ -11,7 +11,7 @@ from flax import nnx
 from gptjax import config as config_lib
 from gptjax import tree
 from gptjax.errors import UserError
-from gptjax.interop.convert import find_family_of
+from gptjax.interop.convert import family_of
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, describe, describe_parameters
 from gptjax.peft import huggingface
@@ -44,7 +44,7 @@ def load_adapters(model: GPT, checkpoint: str, paths: Mapping[str, str]) -> GPT:
     folder = Path(path).expanduser()
     try:
       if (folder / huggingface.CONFIG).exists():
-        family = find_family_of(checkpoint, model.config)
+        family = family_of(checkpoint, model.config)
         adapters.append(huggingface.read(folder, model.config, family))
       elif (epath.Path(path) / config_lib.CONFIG_FILE).exists():
         adapters.append(_read_run(epath.Path(path), model.config, params))
