@@ -218,7 +218,7 @@ class CallReader:
 
 
 class _Value:
-  """Follows a JSON value, which may come in pieces, to its end."""
+  """Follows a JSON object or array, which may come in pieces, to its end."""
 
   def __init__(self, depth: int = 0):
     """Begins within so many brackets."""
@@ -241,7 +241,7 @@ class _Value:
       elif not char.isalnum() and char not in _BETWEEN:
         self.ended = True  # Such as what closes a call of which a bracket is missing.
         return at
-      if self._depth <= 0 and not self._in_string:
+      if self._depth <= 0:
         self.ended = True
         return at + 1
     return len(text)

@@ -162,6 +162,8 @@ def test_what_is_no_call_is_told_at_once():
   for style, said in ((HERMES, "<tool_call>no"), (MISTRAL, "[TOOL_CALLS][]"), (LLAMA, "{1, 2}")):
     reader = CallReader(style, ["f"])
     assert "".join(reader.feed(said)) == said
+  for style, said in ((HERMES, f"<tool_call>{ONE}</tool_call>"), (MISTRAL, f"[TOOL_CALLS][{ONE}]")):
+    assert join(CallReader(style, ["f"]).feed(f"{said} Then")) == ("Then", [F])
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,8 @@ def assembled(events):
   return calls
 
 
-SAID = 'Let me see. <tool_call>{"name": "time", "arguments": {"é": 1}}</tool_call>'
+SAID = 'Let me see. <tool_call>{"name": "time", "arguments": {"é": 1}}</tool_call>\n'
+SAID += '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
 
 
 @pytest.mark.parametrize("marks", [(), ("<tool_call>", "</tool_call>")], ids=["text", "special"])
@@ -276,17 +279,16 @@ def test_a_model_may_call_by_itself(serve, reciting, chat_tokenizer, stream_even
   prompt = len(tokenizer.encode_with_specials("<tool_call>Weather?"))
   script = tokenizer.encode_with_specials(SAID)
   client = serve(Engine(reciting(tokenizer, script, prompt), tokenizer, rows=1))
-  options = {"temperature": 0, "max_tokens": 100}
+  options = {"temperature": 0, "max_tokens": 150}
   (told,) = ask(client, **options).json()["choices"]
   assert (told["message"]["content"], told["finish_reason"]) == ("Let me see.", "tool_calls")
-  (call,) = told["message"]["tool_calls"]
-  assert call["function"] == {"name": "time", "arguments": '{"é": 1}'}
+  calls = [call["function"] for call in told["message"]["tool_calls"]]
+  assert calls == [{"name": "time", "arguments": text} for text in ('{"é": 1}', "{}")]
   events = stream_events(ask(client, stream=True, **options))
   deltas = [event["choices"][0]["delta"] for event in events]
   assert "".join(delta.get("content", "") for delta in deltas) == "Let me see."
-  (again,) = assembled(events)
-  assert sum("tool_calls" in delta for delta in deltas) > 3
-  assert (again["index"], again["function"]) == (0, call["function"])
+  assert [(one["index"], one["function"]) for one in assembled(events)] == list(enumerate(calls))
+  assert sum("tool_calls" in delta for delta in deltas) > 6
   (told,) = ask(client, tool_choice="none", **options).json()["choices"]
   assert told["finish_reason"] == "stop"
   assert "tool_calls" not in told["message"]
