@@ -9,11 +9,13 @@ Ctrl-C or SIGTERM lets running answers end first. docs/serving.md has the routes
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from absl import flags
 
 from gptjax import config as config_lib
+from gptjax import wings
 from gptjax.errors import UserError, check_number
 from gptjax.inference.engine import Engine
 from gptjax.inference.flags import define_model_flags
@@ -29,7 +31,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def _define_flags() -> None:
   define_model_flags()
   flags.DEFINE_string("name", None, "The model's name in requests; by default the checkpoint's.")
-  flags.DEFINE_multi_string("adapter", [], "NAME=PATH of an adapter; may be repeated.")
+  flags.DEFINE_multi_string("adapter", [], "NAME=PATH of LoRA beside the model; may be repeated.")
   flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; 0.0.0.0 is all.")
   flags.DEFINE_integer("port", 8000, "The port to listen at.", lower_bound=0, upper_bound=65535)
   flags.DEFINE_multi_string(
@@ -73,14 +75,13 @@ def main(overrides) -> None:
     rate=FLAGS.rate_limit,
   )
   memory = FLAGS.max_memory and _bytes("max_memory", FLAGS.max_memory)
-  adapters = dict(map(_adapter, FLAGS.adapter))
+  name = FLAGS.name or _name(FLAGS.checkpoint)
+  adapters = _adapters(name, FLAGS.adapter)
   keys = [*FLAGS.api_key, *filter(None, os.environ.get("GPTJAX_API_KEYS", "").split(","))]
-  if adapters:
-    raise UserError(
-      f"--adapter={next(iter(adapters))}=...: adapters beside each other are not loaded from files "
-      "yet; serve a checkpoint that has the adapter merged."
-    )
   model, tokenizer = load_model(FLAGS.checkpoint, ema=FLAGS.ema)
+  if adapters:
+    load_adapters = wings.load("gptjax.peft.load:load_adapters", "--adapter")
+    model = load_adapters(model, FLAGS.checkpoint, adapters)
   least = page_bytes(model.config, joined=joins_pages(model))
   pages = memory and memory // least
   if memory and not pages:
@@ -96,7 +97,8 @@ def main(overrides) -> None:
   )
   del model  # The engine has its own form of it.
   logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-  service = Service(engine, FLAGS.name or _name(FLAGS.checkpoint), limits=limits)
+  numbers = {adapter: number for number, adapter in enumerate(adapters)}
+  service = Service(engine, name, limits=limits, adapters=numbers)
   # A web page cannot reach a server at home under a name of its own.
   hosts = [*_LOOPBACK, "[::1]"] if FLAGS.host in _LOOPBACK and not keys else []
   app = make_app(service, keys=keys, origins=FLAGS.cors_origin, hosts=hosts)
@@ -111,11 +113,17 @@ def _bytes(name: str, text: str) -> int:
   return size
 
 
-def _adapter(text: str) -> tuple[str, str]:
-  name, _, path = text.partition("=")
-  if not name or not path:
-    raise UserError(f"--adapter={text!r}: write NAME=PATH.")
-  return name, path
+def _adapters(model: str, given: Sequence[str]) -> dict[str, str]:
+  """{name: path} of the adapters, which are models beside the one of that name."""
+  found: dict[str, str] = {}
+  for text in given:
+    name, _, path = text.partition("=")
+    if not name or not path:
+      raise UserError(f"--adapter={text!r}: write NAME=PATH.")
+    if name == model or name in found:
+      raise UserError(f"--adapter={text!r}: another model has the name {name!r}; choose one.")
+    found[name] = path
+  return found
 
 
 def _name(checkpoint: str) -> str:

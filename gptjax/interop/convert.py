@@ -93,7 +93,7 @@ def _model_of(
   labels = labels_of(source)
   if to == "hf" or adapter is not None:
     task = transformers_task(labels) if labels else ""
-    chosen = _find_family(source, read_model_config(source), family, task)
+    chosen = family_of(source, read_model_config(source), family, task)
   model, tokenizer, step = load_run(source) if is_run(source) else (*load_model(source), 0)
   if adapter is not None:
     merge_folder = wings.load("gptjax.peft.huggingface:merge_folder", "--adapter")
@@ -141,20 +141,20 @@ def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
   model_config = read_model_config(source)
   labels = labels_of(source)
   task = transformers_task(labels) if labels else ""
-  chosen = _find_family(config.init_from, model_config, family, task)
+  chosen = family_of(config.init_from, model_config, family, task)
   model, _ = load_checkpoint(source)
   base = name_checkpoint(config.init_from).removeprefix("hf:")
   return lambda folder: adaptation.export(folder, model, chosen, base)
 
 
-def _find_family(source: str, config: ModelConfig, family: str | None, task: str = "") -> Family:
+def family_of(source: str, config: ModelConfig, name: str | None = None, task: str = "") -> Family:
   """The named family, the family of the source's files, or the first that can be the model."""
-  foreign = None if family else open_foreign(source)
+  foreign = None if name else open_foreign(source)
   if isinstance(foreign, huggingface.HuggingFaceModel):
     if task and foreign.labels:
       return foreign.family
-    family = foreign.family.model_type
-  return huggingface.find_family(config, family, task)
+    name = foreign.family.model_type
+  return huggingface.find_family(config, name, task)
 
 
 def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | None) -> None:

@@ -31,7 +31,7 @@ class SeveralLoRALinear(AdaptedLinear):
   """x W + b + scale x A B, with the scale, A and B of each row's adapter. It is not trained.
 
   lora_a: float32 [A, *in, R]. lora_b: float32 [A, R, *out]. scales: float32 [A]. ids: int32 [B],
-  -1 for none; at first without rows.
+  -1 for none; at first without rows, which is no adapter for any.
   """
 
   def __init__(self, base: Linear, lora_a: np.ndarray, lora_b: np.ndarray, scales: np.ndarray):
@@ -44,9 +44,11 @@ class SeveralLoRALinear(AdaptedLinear):
   def __call__(self, x: jax.Array) -> jax.Array:
     ids_B = self.ids[...]
     B = x.shape[0]
+    y = super().__call__(x)
+    if not ids_B.size:
+      return y
     if ids_B.shape != (B,):
       raise UserError(f"adapters are chosen for {ids_B.size} rows, the batch has {B}: `choose`.")
-    y = super().__call__(x)
     a, b = self.lora_a[...][ids_B].astype(self.dtype), self.lora_b[...][ids_B].astype(self.dtype)
     R = a.shape[-1]
     a_BIR, b_BRO = a.reshape(B, -1, R), b.reshape(B, R, -1)
@@ -69,13 +71,18 @@ class SeveralLoRALinear(AdaptedLinear):
     raise UserError("several adapters are not to be merged: put the one on a model by `put_on`.")
 
 
-def put_several_on(model: GPT, adapters: Sequence[tuple[PeftConfig, Mapping[str, Any]]]) -> GPT:
+def put_several_on(
+  model: GPT,
+  adapters: Sequence[tuple[PeftConfig, Mapping[str, Any]]],
+  names: Sequence[str] | None = None,
+) -> GPT:
   """Puts several trained adapters on a model; `choose` then assigns them to rows.
 
   Args:
     model: changed, and must not be used afterwards.
     adapters: for each its config, of method 'lora', and its values, a nested dict, as
       `surgery.put_on` takes and `huggingface.read` returns. Ranks and targets may differ.
+    names: their names in errors; by default their numbers.
 
   Raises:
     UserError: there are none, one is not LoRA or does not fit the model, or they were trained
@@ -88,21 +95,27 @@ def put_several_on(model: GPT, adapters: Sequence[tuple[PeftConfig, Mapping[str,
     raise UserError(f"adapters of different peft.base, {' and '.join(sorted(bases))}.")
   # For each adapter, (A, B, scale) by projection.
   found: list[dict[str, tuple[np.ndarray, np.ndarray, float]]] = []
-  for i, (config, values) in enumerate(adapters):
+  for name, (config, values) in zip(names or range(len(adapters)), adapters, strict=True):
+    of = f"adapter {name}"
     if config.method != "lora":
-      raise UserError(f"adapter {i}: peft.method={config.method!r}; only 'lora' goes with others.")
+      raise UserError(
+        f"{of}: peft.method={config.method!r}; only 'lora' goes with others. Load a run as the "
+        "model itself, or merge a folder into its base with gptjax.convert."
+      )
     if config.unfrozen:
-      raise UserError(f"adapter {i}: peft.unfrozen={config.unfrozen}: all rows share the model.")
+      raise UserError(f"{of}: peft.unfrozen={config.unfrozen}: all rows share the model.")
     flat = tree.named_leaves(values)
-    for name, info in describe_adapters(model.config, config).items():
-      if name not in flat or flat[name].shape != info.shape:
-        shape = list(flat[name].shape) if name in flat else "missing"
-        raise UserError(f"adapter {i}: {name!r} is {shape}, the model makes it {list(info.shape)}.")
+    for leaf, info in describe_adapters(model.config, config).items():
+      if leaf not in flat or flat[leaf].shape != info.shape:
+        shape = list(flat[leaf].shape) if leaf in flat else "missing"
+        raise UserError(f"{of}: {leaf!r} is {shape}, the model makes it {list(info.shape)}.")
     found.append({})
-    for name, options in find_targets(model, config).items():
-      a, b = (np.asarray(flat[name.removesuffix("kernel") + part]) for part in ("lora_a", "lora_b"))
+    for target, options in find_targets(model, config).items():
+      a, b = (
+        np.asarray(flat[target.removesuffix("kernel") + part]) for part in ("lora_a", "lora_b")
+      )
       scale = config.scale(a.shape[-1], options.get("alpha", config.alpha))
-      found[-1][name.removesuffix("/kernel")] = (a, b, scale)
+      found[-1][target.removesuffix("/kernel")] = (a, b, scale)
   quantize_model(model, bases.pop())
   for name in dict.fromkeys(name for of_adapter in found for name in of_adapter):
     *path, last = name.split("/")

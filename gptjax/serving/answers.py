@@ -72,9 +72,11 @@ def _biases(tokenizer: Tokenizer, biases: Mapping[str, float]) -> dict[int, floa
 
 
 def make_head(prefix: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-  """What an answer and each of its chunks begin with."""
+  """What an answer and each of its chunks begin with: `usage` too if the last chunk has it."""
   name, now = f"{prefix}-{secrets.token_hex(12)}", int(time.time())
-  return {"id": name, "object": kind, "created": now, "model": fields["model"]}
+  counts = fields.get("stream_options", {}).get("include_usage", False)
+  head = {"id": name, "object": kind, "created": now, "model": fields["model"]}
+  return head | ({"usage": None} if counts else {})
 
 
 def usage(requests: Sequence[Request], results: Sequence[Result], count: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """/v1/chat/completions: answers the last message of a conversation."""
 
-import contextlib
+import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ from gptjax.serving.errors import wrong
 from gptjax.serving.prompts import plain_text
 from gptjax.serving.service import Result, Service
 from gptjax.serving.streams import EventStream
-from gptjax.serving.tools import ToolCall
+from gptjax.serving.tools import Arguments, ToolCall
 
 _PARAMS = {
   "messages": "messages",
@@ -41,9 +41,8 @@ async def answer(service: Service, fields: Mapping[str, Any]) -> Response:
   kind = "chat.completion.chunk" if fields.get("stream") else "chat.completion"
   head = make_head("chatcmpl", kind, fields)
   if fields.get("stream"):
-    stack = contextlib.AsyncExitStack()
-    pieces = await stack.enter_async_context(service.ask(plan.requests, plan.shown))
-    return EventStream(_events(service, fields, plan, pieces, head), stack)
+    tell = functools.partial(_events, service, fields, plan, head)
+    return EventStream(service.ask(plan.requests, plan.shown), tell)
   results = await service.results(plan.requests, plan.shown)
   choices = [
     {"index": index, **_choice(service, plan, result, told)} for index, result in enumerate(results)
@@ -96,19 +95,25 @@ def _function(function: Mapping[str, Any], message: int, call: int) -> dict[str,
 def _choice(service: Service, plan: Plan, result: Result, told: bool) -> dict[str, Any]:
   reader = plan.reader()
   found = reader.feed(result.text, final=True) if reader else [result.text]
-  calls = [one for one in found if isinstance(one, ToolCall)]
-  text = "".join(one for one in found if isinstance(one, str))
+  text, calls = "", []
+  for one in found:
+    match one:
+      case ToolCall():
+        calls.append(_begin(one))
+      case Arguments():
+        calls[-1]["function"]["arguments"] += one.text
+      case _:
+        text += one
   message = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
   if calls:
-    message["tool_calls"] = [_told_call(call) for call in calls]
+    message["tool_calls"] = calls
   scores = {"content": chat_scores(service, result.scores), "refusal": None} if told else None
   reason = _reason(result.finish_reason, bool(calls))
   return {"message": message, "logprobs": scores, "finish_reason": reason}
 
 
-def _told_call(call: ToolCall) -> dict[str, Any]:
-  function = {"name": call.name, "arguments": call.arguments}
-  return {"id": call.id, "type": "function", "function": function}
+def _begin(call: ToolCall) -> dict[str, Any]:
+  return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
 
 
 def _reason(reason: str, called: bool) -> str:
@@ -119,17 +124,15 @@ async def _events(
   service: Service,
   fields: Mapping[str, Any],
   plan: Plan,
-  pieces: AsyncIterator[Piece],
   head: Mapping[str, Any],
+  pieces: AsyncIterator[Piece],
 ) -> AsyncIterator[dict[str, Any]]:
   told = fields.get("logprobs", False)
-  with_usage = fields.get("stream_options", {}).get("include_usage", False)
-  rest = {"usage": None} if with_usage else {}
 
   def event(index: int, delta: Mapping[str, Any], reason: str | None = None, scores: Any = None):
     logprobs = {"content": scores, "refusal": None} if scores is not None else None
     choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-    return {**head, "choices": [choice], **rest}
+    return {**head, "choices": [choice]}
 
   readers = [plan.reader() for _ in plan.requests]
   calls = [0] * len(readers)
@@ -141,11 +144,15 @@ async def _events(
     found = reader.feed(piece.text, final=ended) if reader else [piece.text]
     scores = chat_scores(service, piece.scores) if told else None
     for one in found:
-      if isinstance(one, ToolCall):
-        delta = {"tool_calls": [{"index": calls[index], **_told_call(one)}]}
-        calls[index] += 1
-      else:
-        delta = {"content": one}
+      match one:
+        case ToolCall():
+          calls[index] += 1
+          delta = {"tool_calls": [{"index": calls[index] - 1, **_begin(one)}]}
+        case Arguments():
+          function = {"arguments": one.text}
+          delta = {"tool_calls": [{"index": calls[index] - 1, "function": function}]}
+        case _:
+          delta = {"content": one}
       if one:
         yield event(index, delta, scores=scores)
         scores = None
@@ -154,6 +161,6 @@ async def _events(
     if ended:
       results[index].answer = piece.answer
       yield event(index, {}, _reason(piece.finish_reason, bool(calls[index])))
-  if with_usage:
+  if "usage" in head:
     numbers = usage(plan.requests, results, len(plan.requests))
     yield {**head, "choices": [], "usage": numbers}

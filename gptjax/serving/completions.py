@@ -1,6 +1,6 @@
 """/v1/completions: continues prompts, and tells the log-probabilities of texts."""
 
-import contextlib
+import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -45,9 +45,8 @@ async def answer(service: Service, fields: Mapping[str, Any]) -> Response:
   echoed = [service.tokenizer.decode(prompt) if echo else "" for prompt in prompts]
   head = make_head("cmpl", "text_completion", fields)
   if stream:
-    stack = contextlib.AsyncExitStack()
-    pieces = await stack.enter_async_context(service.ask(requests))
-    return EventStream(_events(service, fields, requests, pieces, echoed, head), stack)
+    tell = functools.partial(_events, service, fields, requests, echoed, head)
+    return EventStream(service.ask(requests), tell)
   results = await service.results(requests)
   choices = []
   for number, text in enumerate(echoed):
@@ -99,17 +98,15 @@ async def _events(
   service: Service,
   fields: Mapping[str, Any],
   requests: Sequence[Request],
-  pieces: AsyncIterator[Piece],
   echoed: Sequence[str],
   head: Mapping[str, Any],
+  pieces: AsyncIterator[Piece],
 ) -> AsyncIterator[dict[str, Any]]:
   n, told = fields.get("n", 1), fields.get("logprobs") is not None
-  with_usage = fields.get("stream_options", {}).get("include_usage", False)
-  rest = {"usage": None} if with_usage else {}
 
   def event(index: int, text: str, reason: str | None, scores: Any) -> dict[str, Any]:
     choice = {"index": index, "text": text, "logprobs": scores, "finish_reason": reason}
-    return {**head, "choices": [choice], **rest}
+    return {**head, "choices": [choice]}
 
   scorers = [CompletionScores(service) for _ in requests]
   results = [Result() for _ in requests]
@@ -123,5 +120,5 @@ async def _events(
       scores = scorers[piece.index].tell([*piece.scores, *ends])
     results[piece.index].answer = piece.answer
     yield event(piece.index, piece.text, piece.finish_reason or None, scores)
-  if with_usage:
+  if "usage" in head:
     yield {**head, "choices": [], "usage": usage(requests, results, n)}

@@ -30,7 +30,6 @@ class Turn:
     tool_choice: 'none', 'auto', 'required' or, in a list of one, the name of the function to call.
     several_calls: whether one answer may have several calls.
     format: the fields of the answer's format, None for free text.
-    schema_at: where in `format` a schema is.
     params: the names of these fields in the request, for errors.
   """
 

@@ -64,7 +64,9 @@ def busy(message: str, seconds: int = 1) -> ApiError:
 
 
 def failed(logger: logging.Logger, where: str, error: Exception) -> ApiError:
-  """Logs a fault of the server's own under a name, which is all that the client is told."""
+  """What the client is told of an error: the name under which a fault of the server is logged."""
+  if isinstance(error, ApiError):
+    return error
   name = secrets.token_hex(8)
   logger.error("error %s %s", name, where, exc_info=error)
   return ApiError(500, f"The server failed; its log has error {name}.", code=name)

@@ -55,10 +55,6 @@ class Outermost:
 
     try:
       await self._app(scope, receive, send_with_headers)
-    except ApiError as error:
-      if status:
-        raise
-      await error.response(scope, receive, send_with_headers)
     except Exception as error:
       told = failed(logger, f"at {scope['path']}", error)
       if status:

@@ -6,21 +6,9 @@ from typing import Any
 
 from gptjax.serving.fields import STRING, Schema, array, record
 
-_ERROR = {
-  "type": "object",
-  "properties": {
-    "error": record(
-      {
-        "message": STRING,
-        "type": STRING,
-        "param": {"type": ["string", "null"]},
-        "code": {"type": ["string", "null"]},
-      },
-      ["message", "type", "param", "code"],
-    )
-  },
-  "required": ["error"],
-}
+_MAYBE = {"type": ["string", "null"]}
+_ABOUT = {"message": STRING, "type": STRING, "param": _MAYBE, "code": _MAYBE}
+_ERROR = record({"error": record(_ABOUT, list(_ABOUT))}, ["error"], closed=False)
 _ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 _STREAMS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 
@@ -37,18 +25,13 @@ def describe(posts: Mapping[str, tuple[Callable, Schema, Mapping[str, str]]]) ->
     "/readyz": {"get": _get("Whether the server answers requests", {"status": STRING})},
   }
   for path, (answer, schema, _) in posts.items():
-    good = {"application/json": {"schema": {"type": "object"}}}
-    if path in _STREAMS:
-      good["text/event-stream"] = {"schema": STRING}
+    streamed = {"text/event-stream": {"schema": STRING}} if path in _STREAMS else {}
     paths[path] = {
       "post": {
         "operationId": path.strip("/").replace("/", "_"),
         "summary": answer.__doc__.split("\n")[0],
-        "requestBody": {
-          "required": True,
-          "content": {"application/json": {"schema": _nullable(schema)}},
-        },
-        "responses": {"200": {"description": "The answer.", "content": good}, **_errors()},
+        "requestBody": {"required": True, "content": _json(_nullable(schema))},
+        "responses": _responses(_json({"type": "object"}) | streamed),
       }
     }
   return {
@@ -64,17 +47,19 @@ def describe(posts: Mapping[str, tuple[Callable, Schema, Mapping[str, str]]]) ->
 
 
 def _get(summary: str, properties: Mapping[str, Schema]) -> dict[str, Any]:
-  content = {"application/json": {"schema": {"type": "object", "properties": dict(properties)}}}
-  return {
-    "summary": summary,
-    "responses": {"200": {"description": "The answer.", "content": content}, **_errors()},
-  }
+  content = _json({"type": "object", "properties": dict(properties)})
+  return {"summary": summary, "responses": _responses(content)}
 
 
-def _errors() -> dict[str, Any]:
-  content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-  return {
-    str(status): {"description": f"{http.HTTPStatus(status).phrase}.", "content": content}
+def _json(schema: Schema) -> dict[str, Any]:
+  return {"application/json": {"schema": schema}}
+
+
+def _responses(content: Mapping[str, Any]) -> dict[str, Any]:
+  """An answer, and the errors that may come in its place."""
+  error = _json({"$ref": "#/components/schemas/Error"})
+  return {"200": {"description": "The answer.", "content": content}} | {
+    str(status): {"description": f"{http.HTTPStatus(status).phrase}.", "content": error}
     for status in _ERRORS
   }
 

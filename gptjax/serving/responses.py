@@ -1,6 +1,5 @@
 """/v1/responses: answers the last item of a conversation, of which the server keeps nothing."""
 
-import contextlib
 import copy
 import secrets
 import time
@@ -17,7 +16,7 @@ from gptjax.serving.prompts import plain_text
 from gptjax.serving.schemas import FUNCTION_TOOL, ITEMS
 from gptjax.serving.service import Result, Service
 from gptjax.serving.streams import EventStream
-from gptjax.serving.tools import ToolCall
+from gptjax.serving.tools import Arguments, ToolCall
 
 _PARAMS = {
   "messages": "input",
@@ -53,9 +52,7 @@ async def answer(service: Service, fields: Mapping[str, Any]) -> Response:
   )
   output = _Output(service, fields, plan, told)
   if fields.get("stream"):
-    stack = contextlib.AsyncExitStack()
-    pieces = await stack.enter_async_context(service.ask(plan.requests, plan.shown))
-    return EventStream(output.stream(pieces), stack, named=True)
+    return EventStream(service.ask(plan.requests, plan.shown), output.stream, named=True)
   async with service.ask(plan.requests, plan.shown) as pieces:
     events = [event async for event in output.stream(pieces)]
   return JSONResponse(events[-1]["response"])
@@ -131,6 +128,7 @@ class _Output:
       "text": {"format": {"type": "text"}, **fields.get("text", {})},
     }
     self._events = 0
+    self._item: dict[str, Any] | None = None  # What grows.
 
   def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
     self._events += 1
@@ -140,78 +138,73 @@ class _Output:
     """All events; the last one has the whole response."""
     for kind in ("created", "in_progress"):
       yield self._event(kind, response={**self._response, "output": []})
-    reader, grows = self._plan.reader(), False
+    reader = self._plan.reader()
     async for piece in pieces:
-      ended = bool(piece.finish_reason)
-      found = reader.feed(piece.text, final=ended) if reader else [piece.text]
+      ended = piece.finish_reason
+      found = reader.feed(piece.text, final=bool(ended)) if reader else [piece.text]
       scores = chat_scores(self._service, piece.scores) if self._told else []
       if ended and not any(found) and not self._response["output"]:
         found = [""]  # An answer of no text is a message of none.
       for one in found:
-        if isinstance(one, ToolCall):
-          for event in [*(self._end_text() if grows else ()), *self._call(one)]:
+        if one or (ended and not self._response["output"]):
+          for event in self._grow(one, scores):
             yield event
-          grows = False
-        elif one or (ended and not self._response["output"]):
-          for event in [*(() if grows else self._begin_text()), self._text(one, scores)]:
-            yield event
-          grows, scores = True, []
+          scores = []
       if ended:
-        for event in [*(self._end_text() if grows else ()), self._end(piece)]:
+        status = "completed" if ended == "stop" else "incomplete"
+        for event in [*self._close(status), self._end(piece, status)]:
           yield event
 
-  def _begin_text(self) -> Iterator[dict[str, Any]]:
-    item = {"id": f"msg_{secrets.token_hex(16)}", "type": "message", "role": "assistant"}
-    item |= {"status": "in_progress", "content": []}
-    yield self._begin(item)
-    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-    yield self._event("content_part.added", **self._place(), part={**part})
-    item["content"].append(part)
+  def _grow(
+    self, one: str | ToolCall | Arguments, scores: list[dict[str, Any]]
+  ) -> Iterator[dict[str, Any]]:
+    """Tells a piece of the answer, which may begin an item."""
+    match one:
+      case ToolCall():
+        yield from self._close("completed")
+        yield self._begin("fc", type="function_call", call_id=one.id, name=one.name, arguments="")
+      case Arguments():
+        self._item["arguments"] += one.text
+        yield self._event("function_call_arguments.delta", **self._place(), delta=one.text)
+      case _:
+        if not self._item or self._item["type"] != "message":
+          yield from self._close("completed")
+          yield self._begin("msg", type="message", role="assistant", content=[])
+          part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+          yield self._event("content_part.added", **self._place(0), part={**part})
+          self._item["content"].append(part)
+        (part,) = self._item["content"]
+        part["text"] += one
+        part["logprobs"] = part["logprobs"] + scores
+        yield self._event("output_text.delta", **self._place(0), delta=one, logprobs=scores)
 
-  def _text(self, text: str, scores: list[dict[str, Any]]) -> dict[str, Any]:
-    (part,) = self._response["output"][-1]["content"]
-    part["text"] += text
-    part["logprobs"] = part["logprobs"] + scores
-    return self._event("output_text.delta", **self._place(), delta=text, logprobs=scores)
-
-  def _end_text(self) -> Iterator[dict[str, Any]]:
-    (part,) = self._response["output"][-1]["content"]
-    told = {"text": part["text"], "logprobs": part["logprobs"]}
-    yield self._event("output_text.done", **self._place(), **told)
-    yield self._event("content_part.done", **self._place(), part=part)
-    yield self._done()
-
-  def _call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
-    item = {"id": f"fc_{secrets.token_hex(16)}", "type": "function_call", "call_id": call.id}
-    item |= {"name": call.name, "arguments": "", "status": "in_progress"}
-    yield self._begin(item)
-    item["arguments"] = call.arguments
-    place = {"item_id": item["id"], "output_index": len(self._response["output"]) - 1}
-    yield self._event("function_call_arguments.delta", **place, delta=call.arguments)
-    told = {"name": call.name, "arguments": call.arguments}
-    yield self._event("function_call_arguments.done", **place, **told)
-    yield self._done()
-
-  def _begin(self, item: dict[str, Any]) -> dict[str, Any]:
-    self._response["output"].append(item)
+  def _begin(self, prefix: str, **fields: Any) -> dict[str, Any]:
+    self._item = {"id": f"{prefix}_{secrets.token_hex(16)}", **fields, "status": "in_progress"}
+    self._response["output"].append(self._item)
     index = len(self._response["output"]) - 1
-    return self._event("output_item.added", output_index=index, item=copy.deepcopy(item))
+    return self._event("output_item.added", output_index=index, item=copy.deepcopy(self._item))
 
-  def _done(self) -> dict[str, Any]:
-    index = len(self._response["output"]) - 1
-    item = self._response["output"][index]
-    item["status"] = "completed"
-    return self._event("output_item.done", output_index=index, item=item)
+  def _close(self, status: str) -> Iterator[dict[str, Any]]:
+    """Ends the item that grows, if there is one."""
+    if self._item and self._item["type"] == "message":
+      (part,) = self._item["content"]
+      told = {"text": part["text"], "logprobs": part["logprobs"]}
+      yield self._event("output_text.done", **self._place(0), **told)
+      yield self._event("content_part.done", **self._place(0), part=part)
+    elif self._item:
+      told = {"name": self._item["name"], "arguments": self._item["arguments"]}
+      yield self._event("function_call_arguments.done", **self._place(), **told)
+    if self._item:
+      self._item["status"] = status
+      index = len(self._response["output"]) - 1
+      yield self._event("output_item.done", output_index=index, item=self._item)
+    self._item = None
 
-  def _place(self) -> dict[str, Any]:
-    index = len(self._response["output"]) - 1
-    return {
-      "item_id": self._response["output"][index]["id"],
-      "output_index": index,
-      "content_index": 0,
-    }
+  def _place(self, part: int | None = None) -> dict[str, Any]:
+    place = {"item_id": self._item["id"], "output_index": len(self._response["output"]) - 1}
+    return place if part is None else place | {"content_index": part}
 
-  def _end(self, piece: Piece) -> dict[str, Any]:
+  def _end(self, piece: Piece, status: str) -> dict[str, Any]:
     counts = usage(self._plan.requests, [Result(answer=piece.answer)], 1)
     self._response["usage"] = {
       "input_tokens": counts["prompt_tokens"],
@@ -220,11 +213,8 @@ class _Output:
       "output_tokens_details": {"reasoning_tokens": 0},
       "total_tokens": counts["total_tokens"],
     }
-    if piece.finish_reason == "stop":
-      self._response["status"] = "completed"
-      return self._event("completed", response=self._response)
-    reason = {"length": "max_output_tokens"}.get(piece.finish_reason, piece.finish_reason)
-    self._response |= {"status": "incomplete", "incomplete_details": {"reason": reason}}
-    if self._response["output"]:
-      self._response["output"][-1]["status"] = "incomplete"
-    return self._event("incomplete", response=self._response)
+    self._response["status"] = status
+    if status == "incomplete":
+      reason = {"length": "max_output_tokens"}.get(piece.finish_reason, piece.finish_reason)
+      self._response["incomplete_details"] = {"reason": reason}
+    return self._event(status, response=self._response)

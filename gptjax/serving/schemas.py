@@ -62,12 +62,10 @@ COMPLETION = record(
   ["model", "prompt"],
 )
 
-_TEXT_PART = variants("type", {"text": record({"text": STRING}, ["text"])})
-_CONTENT = either(STRING, array(_TEXT_PART, 1))
-_ANSWER_PART = variants(
-  "type",
-  {"text": record({"text": STRING}, ["text"]), "refusal": record({"refusal": STRING}, ["refusal"])},
-)
+_PART = record({"text": STRING}, ["text"])
+_REFUSAL = record({"refusal": STRING}, ["refusal"])
+_CONTENT = either(STRING, array(variants("type", {"text": _PART}), 1))
+_ANSWER_PART = variants("type", {"text": _PART, "refusal": _REFUSAL})
 _CALL = record(
   {
     "id": STRING,
@@ -105,6 +103,8 @@ TOOL = variants(
   "type", {"function": record({"function": record(_FUNCTION, ["name"])}, ["function"])}
 )
 _NAMED = record({"name": _NAME}, ["name"])
+_CHOICE = choice("none", "auto", "required")
+_CHOSEN = record({"function": _NAMED}, ["function"])
 _JSON_SCHEMA = {"name": _NAME, "description": STRING, "schema": OBJECT, "strict": BOOLEAN}
 _FORMATS = {
   "text": record({}),
@@ -130,10 +130,7 @@ CHAT_COMPLETION = record(
       },
     ),
     "tools": array(TOOL),
-    "tool_choice": either(
-      choice("none", "auto", "required"),
-      variants("type", {"function": record({"function": _NAMED}, ["function"])}),
-    ),
+    "tool_choice": either(_CHOICE, variants("type", {"function": _CHOSEN})),
     "parallel_tool_calls": BOOLEAN,
     "modalities": array(choice("text"), 1),
     "reasoning_effort": STRING,
@@ -146,10 +143,8 @@ CHAT_COMPLETION = record(
   ["model", "messages"],
 )
 
-_PART = record({"text": STRING}, ["text"])
 _WRITTEN = record({"text": STRING, "annotations": array(_ANY), "logprobs": array(_ANY)}, ["text"])
 _PARTS = {"input_text": _PART, "output_text": _WRITTEN, "text": _PART}
-_REFUSAL = record({"refusal": STRING}, ["refusal"])
 _ITEM_CONTENT = either(STRING, array(variants("type", {**_PARTS, "refusal": _REFUSAL})))
 _ITEM = {"id": STRING, "status": STRING}
 _ROLE = choice("system", "developer", "user", "assistant")
@@ -181,9 +176,7 @@ RESPONSE = record(
       }
     ),
     "tools": array(record({"type": STRING}, ["type"], closed=False)),
-    "tool_choice": either(
-      choice("none", "auto", "required"), variants("type", {"function": _NAMED})
-    ),
+    "tool_choice": either(_CHOICE, variants("type", {"function": _NAMED})),
     "parallel_tool_calls": BOOLEAN,
     "stream": BOOLEAN,
     "stream_options": record({"include_obfuscation": BOOLEAN}),

@@ -1,55 +1,53 @@
 """Answers that are sent while they grow, as server-sent events."""
 
-import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from starlette.responses import StreamingResponse
 
+from gptjax.serving.engine_thread import Piece
 from gptjax.serving.errors import ApiError, failed
 
 logger = logging.getLogger(__name__)
 
 
 class EventStream(StreamingResponse):
-  """Events as they come; when the last is sent or the client is gone, what they need is closed."""
+  """Events as they come; when the last is sent or the client is gone, what they tell of is left."""
 
   media_type = "text/event-stream"
 
   def __init__(
     self,
-    events: AsyncIterator[Mapping[str, Any]],
-    resources: contextlib.AsyncExitStack,
+    asked: AbstractAsyncContextManager[AsyncIterator[Piece]],
+    tell: Callable[[AsyncIterator[Piece]], AsyncIterator[Mapping[str, Any]]],
     *,
     named: bool = False,
   ):
     """Prepares the answer.
 
     Args:
-      events: what to send, each as JSON.
-      resources: closed at the end.
+      asked: gives the pieces of answers; what it raises when it is entered is told as an error.
+      tell: makes what to send of them, each event as JSON.
       named: whether events are named by their 'type', as in /v1/responses, without '[DONE]'.
     """
     # What buffers answers on their way is asked not to.
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    super().__init__(_lines(events, named), headers=headers)
-    self._resources = resources
+    super().__init__((), headers=headers)
+    self._asked, self._tell, self._named = asked, tell, named
 
   async def __call__(self, scope, receive, send) -> None:
-    try:
+    async with self._asked as pieces:
+      self.body_iterator = _lines(self._tell(pieces), self._named)
       await super().__call__(scope, receive, send)
-    finally:
-      await self._resources.aclose()
 
 
 async def _lines(events: AsyncIterator[Mapping[str, Any]], named: bool) -> AsyncIterator[str]:
   try:
     async for event in events:
       yield _line(event, named)
-  except ApiError as error:
-    yield _error(error, named)
   except Exception as error:  # noqa: BLE001 (it is logged)
     yield _error(failed(logger, "in a stream", error), named)
   else:

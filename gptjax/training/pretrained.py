@@ -212,7 +212,7 @@ def load_params_into(
     config_of_run = config_lib.open_saved(source)
     if not make_adaptation(config_of_run.get("peft")).is_whole:
       return _load_merged(source, abstract)
-    best = _makes_best(config_of_run)
+    best = makes_best(config_of_run)
     loaded, report = restore_params(source / CHECKPOINTS, abstract, best=best)
     if report.mismatched or not report.matched:
       raise UserError(f"init_from={source} does not fit the model of this config.\n{report}")
@@ -305,7 +305,7 @@ def _restore(
     abstract(state.filter(adaptation.kind)),
     ema=ema,
     near=near,
-    best=_makes_best(config),
+    best=makes_best(config),
   )
   if report.missing or report.mismatched:
     raise UserError(f"{workdir}: its checkpoint does not fit its config.\n{report}")
@@ -319,7 +319,7 @@ def _restore(
   return nnx.merge(graph, params, frozen or {}), int(report.source.name)
 
 
-def _makes_best(config: Any) -> bool:
+def makes_best(config: Any) -> bool:
   """Whether the result of a run is its best checkpoint, not its newest."""
   return config.get("checkpoint", {}).get("final") == "best"
 

@@ -94,7 +94,9 @@ def test_each_row_is_written_by_its_adapter(make_model, model_config, trained):
 def test_what_cannot_be_chosen_is_named(make_model, trained, logits):
   config = CONFIGS["float32"][0]
   model = put_several_on(make_model(), [(config, trained(config))])
-  with pytest.raises(UserError, match="adapters are chosen for 0 rows, the batch has 2"):
+  np.testing.assert_allclose(logits(model), logits(make_model()), atol=1e-6)
+  choose(model, [0, 0, None])
+  with pytest.raises(UserError, match="adapters are chosen for 3 rows, the batch has 2"):
     logits(model)
   for wrong in (1, -1):
     with pytest.raises(UserError, match=f"row 1: no adapter {wrong}; the model has 1"):

@@ -75,6 +75,11 @@ class TestOpenAI:
     (streamed,) = final.message.tool_calls
     assert streamed.function.arguments == call.function.arguments
     assert final.finish_reason == choice.finish_reason == "tool_calls"
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    pieces = [call.function for one in chunks for call in one.choices[0].delta.tool_calls or ()]
+    assert (pieces[0].name, pieces[0].arguments) == ("report", "")
+    assert "".join(piece.arguments for piece in pieces) == call.function.arguments
+    assert len(pieces) > 5
     messages = [
       *HELLO,
       choice.message.model_dump(exclude_none=True),
@@ -101,6 +106,18 @@ class TestOpenAI:
       model="tiny", input="hello", tools=tools, tool_choice="required", parallel_tool_calls=False
     )
     assert told.output[0].name == "report"
+
+  def test_a_call_that_is_streamed(self, client):
+    tools, choice = [{"type": "function", **FUNCTION}], {"type": "function", "name": "report"}
+    options = {"model": "tiny", "input": "hello", "tools": tools, "tool_choice": choice}
+    options["extra_body"] = {"seed": 1}
+    (whole,) = client.responses.create(**options).output
+    with client.responses.stream(**options) as stream:
+      events = list(stream)
+      (call,) = stream.get_final_response().output
+    pieces = [one.delta for one in events if one.type == "response.function_call_arguments.delta"]
+    assert "".join(pieces) == call.arguments == whole.arguments
+    assert len(pieces) > 5
 
   def test_embeddings(self, client):
     told = client.embeddings.create(model="tiny", input=["hello", "hello", "other"])

@@ -1,6 +1,7 @@
 """The server as a process of its own: signals, clients that leave, and slow ones."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import signal
@@ -10,7 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flax import nnx, traverse_util
+
+from gptjax.peft.config import PeftConfig
+from gptjax.peft.surgery import describe_adapters
+from gptjax.training.checkpoints import Checkpoints, checksum
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -97,13 +104,44 @@ def test_after_a_kill_it_starts_again(start_process):
   assert process.post(LONG | {"max_tokens": 1}).status == 200
 
 
+def test_adapters_are_models_beside_their_base(start_process, random_model, tmp_path):
+  rng, flags, names = np.random.default_rng(0), [], ["tiny", "a", "b"]
+  base = np.uint32(checksum(nnx.to_pure_dict(nnx.state(random_model))))
+  for name, rank in (("a", 2), ("b", 5)):
+    lora = {"method": "lora", "targets": ["attention", "mlp"], "rank": rank}
+    shapes = describe_adapters(random_model.config, PeftConfig(**lora))
+    values = {leaf: rng.normal(size=info.shape) for leaf, info in shapes.items()}
+    (tmp_path / name).mkdir()
+    config = {"model": dataclasses.asdict(random_model.config), "peft": lora}
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
+    with Checkpoints(tmp_path / name / "checkpoints", keep=1) as checkpoints:
+      params = traverse_util.unflatten_dict(values, sep="/")
+      checkpoints.save(1, {"params": params, "base_checksum": base})
+      checkpoints.wait()
+    flags.append(f"--adapter={name}={tmp_path / name}")
+  process = start_process("--name=tiny", "--rows=4", *flags)
+  assert [one["id"] for one in json.loads(process.get("/v1/models")[1])["data"]] == names
+
+  def ask(server, name):
+    response = server.post({"model": name, "prompt": "a", "max_tokens": 20, "temperature": 0})
+    return json.loads(response.read())["choices"][0]["text"]
+
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    together = list(pool.map(lambda name: ask(process, name), names))
+  assert len(set(together)) == 3
+  assert together[0] == ask(start_process("--name=tiny", "--rows=1"), "tiny")
+  assert together == [ask(process, name) for name in names]
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
     (["--rate_limit=often"], "--rate_limit='often' is no rate"),
     (["--max_memory=lots"], "--max_memory='lots' is no size; write one like 500MB or 2GB."),
     (["--adapter=x"], "--adapter='x': write NAME=PATH."),
-    (["--adapter=x=y"], "adapters beside each other are not loaded from files yet"),
+    (["--adapter=x=y", "--adapter=x=z"], "another model has the name 'x'; choose one."),
+    (["--adapter=tiny=y", "--name=tiny"], "another model has the name 'tiny'; choose one."),
+    (["--adapter=x=y"], "adapter x=y: no adapters; name a run"),
     (["--timeout=0"], "--timeout is 0.0; it must be above 0"),
     (["--max_memory=1KB"], "--max_memory=1KB: a page of 16 tokens has"),
   ],

@@ -119,7 +119,11 @@ def test_a_function_is_called(serve, random_engine):
   assert (call["type"], call["name"], call["arguments"]) == ("function_call", "time", "{}")
   assert told["status"] == "completed"
   events = named_events(ask(client, stream=True, **options))
-  assert [event["type"].removeprefix("response.") for event in events[2:]] == [
+  kinds = [event["type"].removeprefix("response.") for event in events[2:]]
+  deltas = [event["delta"] for event in events if event["type"].endswith("arguments.delta")]
+  assert "".join(deltas) == call["arguments"]
+  assert len(deltas) > 1
+  assert list(dict.fromkeys(kinds)) == [
     "output_item.added",
     "function_call_arguments.delta",
     "function_call_arguments.done",
