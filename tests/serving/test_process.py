@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -27,6 +28,18 @@ pytestmark = pytest.mark.slow
 def server(start_process):
   """One server for the tests that leave it running."""
   return start_process("--name=tiny", "--rows=2")
+
+
+@pytest.fixture
+def many_files():
+  """Room for a thousand connections at both of their ends."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = 2048
+  if hard != resource.RLIM_INFINITY and hard < wanted:
+    pytest.skip(f"this machine lets a process have {hard} files at most")
+  resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+  yield
+  resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": 900, "ignore_eos": True}
@@ -56,8 +69,9 @@ def test_a_client_that_leaves_frees_its_row(server, stream):
   assert server.measure("written_tokens_total") - written < 600
 
 
-def test_hundreds_of_idle_connections_hold_nobody_up(server):
-  idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(300)]
+def test_a_thousand_idle_connections_hold_nobody_up(many_files, start_process):
+  server = start_process("--name=tiny", "--rows=2")
+  idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(1000)]
   half = socket.create_connection(("127.0.0.1", server.port))
   half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
   start = time.monotonic()
