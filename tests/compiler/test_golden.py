@@ -16,10 +16,13 @@ from gptjax.objectives import cross_entropy as losses
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import make_setup
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None,
-  reason="libtpu, the TPU compiler, is not installed (it exists for Linux on x86-64 only)",
-)
+pytestmark = [
+  pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed (it exists for Linux on x86-64 only)",
+  ),
+  pytest.mark.slow,
+]
 
 LAYERS, WIDTH, MLP, VOCAB, LENGTH, ROWS = 4, 512, 2048, 4096, 512, 32
 SMALL = {
@@ -64,7 +67,7 @@ def tensor_v5p(chunked):
   return compile_small("v5p-16", fsdp=4, tensor=2)
 
 
-@pytest.fixture(params=["fsdp_v5e", pytest.param("tensor_v5p", marks=pytest.mark.slow)])
+@pytest.fixture(params=["fsdp_v5e", "tensor_v5p"])
 def compiled(request):
   """The setup and the report of each of the two."""
   return request.getfixturevalue(request.param)
@@ -124,7 +127,6 @@ def test_no_large_parameter_is_whole_on_a_device(compiled):
     assert not whole or leaf.size <= LAYERS * MLP
 
 
-@pytest.mark.slow
 def test_tensor_parallel_norms_are_split_over_the_sequence(tensor_v5p):
   _, report = tensor_v5p
   # Two reduce-scatters a layer forward, and again backward, where plain tensor parallelism has
@@ -171,7 +173,6 @@ def _logit_shapes(shape, vocab):
   return found
 
 
-@pytest.mark.slow
 def test_context_parallelism_gathers_keys_and_scatters_their_gradients(chunked):
   setup, report = compile_small("v5e-16", fsdp=4, context=4)
   in_layers = [one for one in Program(report.program).collectives(16) if one.count >= LAYERS]

@@ -158,6 +158,7 @@ def test_a_table(subject_of, records, tmp_path):
   assert {"label", "p(bad)", "p(fine)", "p(good)"} <= rows[0].keys()
 
 
+@pytest.mark.slow
 def test_the_program_labels_a_file(subject_of, records, tmp_path):
   config, model = subject_of("classification")
   run = tmp_path / "run"

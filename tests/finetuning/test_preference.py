@@ -107,6 +107,7 @@ def test_answers_that_are_cut_alike_are_left_out(tmp_path):
   assert batch.weights.sum() == 1
 
 
+@pytest.mark.slow
 def test_a_reward_is_learnt_and_evaluated_and_resumed(pairs, tmp_path):
   result = train(load(pairs), tmp_path / "run")
   assert result["val/accuracy"] > 0.9

@@ -110,8 +110,10 @@ def gpt2(reference, tiny_config, random_params, tmp_path_factory):
   return nnx.merge(model_graph(config), params), theirs
 
 
-@pytest.mark.parametrize("beams", [2, 4])
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize("beams", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "penalty", [1.0, *(pytest.param(penalty, marks=pytest.mark.slow) for penalty in (0.0, 2.0, -1.0))]
+)
 def test_completions_and_scores_are_those_of_transformers(reference, gpt2, beams, penalty):
   torch, _ = reference
   model, theirs = gpt2
@@ -180,6 +182,7 @@ def test_a_stop_string_ends_a_completion(few_model):
   assert "" in {one.completion for one in stopped}
 
 
+@pytest.mark.slow
 def test_a_translation_is_searched_behind_its_encoder(tiny_config, random_params):
   config = tiny_config(
     vocab_size=264, **{"encoder_layers": 1, "position.kind": "t5", "decoder_start": 7}

@@ -189,6 +189,7 @@ def pair(request, make_reference, tmp_path_factory):
   return model, HuggingFaceModel(str(folder))
 
 
+@pytest.mark.slow
 def test_the_text_of_a_multimodal_gemma_3_is_read_and_written_as_a_gemma_3_of_text(
   make_reference, reference, load_params, tmp_path
 ):
