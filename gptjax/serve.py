@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
+import jax
 from absl import flags
 
 from gptjax import config as config_lib
@@ -25,6 +26,7 @@ from gptjax.training.pretrained import load_model
 
 FLAGS = flags.FLAGS
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SHORTEST_KEPT = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -78,6 +80,9 @@ def main(overrides) -> None:
   name = FLAGS.name or _name(FLAGS.checkpoint)
   adapters = _adapters(name, FLAGS.adapter)
   keys = [*FLAGS.api_key, *filter(None, os.environ.get("GPTJAX_API_KEYS", "").split(","))]
+  if _SHORTEST_KEPT not in os.environ:
+    # Most of what each start compiles takes less than the second that JAX finds worth keeping.
+    jax.config.update(_SHORTEST_KEPT.lower(), 0.1)
   model, tokenizer = load_model(FLAGS.checkpoint, ema=FLAGS.ema)
   if adapters:
     load_adapters = wings.load("gptjax.peft.load:load_adapters", "--adapter")

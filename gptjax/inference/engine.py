@@ -38,7 +38,7 @@ from gptjax.inference.speculation import Drafter, Speculation, make_drafter
 from gptjax.model.gpt import GPT
 
 # The fewest tokens of a prompt that are read together: fewer shapes to compile.
-_SHORTEST = 16
+SHORTEST = 16
 _GREEDY = Sampling(temperature=0)
 
 
@@ -275,7 +275,7 @@ class Engine:
     new = answer.unread if self.config.visibility == "prefix" else answer.unread[:most]
     if not self._make_room(answer, len(new)):
       return 0
-    logits_1CV = self.reader.read([row], [new], least=_SHORTEST, all_scored=scores)
+    logits_1CV = self.reader.read([row], [new], least=SHORTEST, all_scored=scores)
     if scores:
       self._score_prompt(answer, logits_1CV, len(new))
       logits_1CV = logits_1CV[:, len(new) - 1 :][:, :1]
@@ -350,14 +350,14 @@ class Engine:
     for place, answer, drafted in places:
       samplings[place], seeds[place] = answer.request.sampling, answer.request.seed
       lengths[place] = len(answer.tokens) + len(drafted)
-    told = {answer.request.log_probs for answer in answers} - {None}
+    told = any(answer.request.log_probs is not None for answer in answers)
     choice: Choice = jax.device_get(
       choose(
         logits_BTV,
         Settings.of(samplings, seeds, lengths),
         _adjust(places, R, V),
         vocab_size=V,
-        candidates=_candidates_of(told, V) if told else None,
+        candidates=min(MAX_CANDIDATES, V) if told else None,
       )
     )
     for row, (answer, draft) in enumerate(zip(answers, drafts, strict=True)):
@@ -393,7 +393,7 @@ class Engine:
     targets_T = np.zeros(logits_1TV.shape[1], np.int32)
     targets_T[: len(targets)] = targets
     size, told = self.tokenizer.vocab_size, answer.request.log_probs or 0
-    options = {"vocab_size": size, "candidates": _candidates_of({told}, size)}
+    options = {"vocab_size": size, "candidates": min(MAX_CANDIDATES, size) if told else 0}
     choice = jax.device_get(score_tokens(logits_1TV[0], targets_T, **options))
     for place, token in enumerate(targets):
       score = TokenScore(token, float(choice.log_probs[place]), _candidates(choice, place, told))
@@ -451,11 +451,6 @@ def _adjust(
       added[place, ~request.constraint.allowed()] = -np.inf
       request.constraint.take_back(len(drafted))
   return Adjustment(added, seen)
-
-
-def _candidates_of(told: set[int], vocab_size: int) -> int:
-  """How many of the likeliest tokens are looked for: none or the most, so that few are compiled."""
-  return min(MAX_CANDIDATES, vocab_size) if any(told) else 0
 
 
 def _candidates(choice: Choice, place: int, count: int) -> tuple[tuple[int, float], ...]:

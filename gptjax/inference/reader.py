@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gptjax.inference.form import inference_form
+from gptjax.inference.form import PagedAttention, inference_form
 from gptjax.inference.forward import copy_page, encode, forward, make_pools, put_row
 from gptjax.inference.lengths import round_up
 from gptjax.inference.pages import PAGE, Pages, page_bytes
-from gptjax.inference.tpu import joins_pages
+from gptjax.inference.tpu import RaggedAttention, joins_pages
+from gptjax.model.attention import Attention
 from gptjax.model.gpt import GPT
 from gptjax.model.stack import Encoded
 
@@ -66,6 +67,10 @@ class Reader:
     self.joined = joins_pages(model)
     options = {"weights": weights, "length": length, "joined": self.joined}
     self.form, self.arrays = inference_form(model, **options)
+    # Whether all attention reads the pages where they lie, and only those in use.
+    parts = nnx.iter_modules(self.form.model(self.arrays))
+    readers = [m for path, m in parts if isinstance(m, Attention) and path[0] != "encoder"]
+    self._in_place = all(isinstance(m, PagedAttention | RaggedAttention) for m in readers)
     self.pages = Pages(pages or self._default_pages())
     self._pools = make_pools(self.config, self.pages.count, joined=self.joined)
     self._encoded: Encoded | None = None
@@ -125,6 +130,12 @@ class Reader:
     self.pages.release(row.pages)
     row.pages, row.read = [], 0
 
+  def width(self, pages: int) -> int:
+    """Pages in the tables of a step whose longest row has so many: rounded up, so that few sizes
+    are compiled, or the most, where a step takes no longer for pages that are not in use."""
+    most = -(-self.length // PAGE)
+    return most if self._in_place else min(most, max(8, 1 << (pages - 1).bit_length()))
+
   def read(
     self,
     rows: Sequence[Row],
@@ -141,8 +152,7 @@ class Reader:
     B, T = (1 << (size - 1).bit_length() for size in (len(rows), max(map(len, tokens))))
     T = max(T, least)
     tokens_BT, positions_BT = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
-    longest = max(len(row.pages) for row in rows)
-    I = min(-(-self.length // PAGE), max(8, 1 << (longest - 1).bit_length()))
+    I = self.width(max(len(row.pages) for row in rows))
     tables_BI = np.zeros((B, I), np.int32)
     scored_BC = np.zeros((B, T if all_scored else 1), np.int32)
     for i, (row, new) in enumerate(zip(rows, tokens, strict=True)):

@@ -16,6 +16,7 @@ from typing import Any
 
 from gptjax.inference.engine import Counts, Engine, Update
 from gptjax.inference.request import Answer, Request, TokenScore
+from gptjax.inference.warm_up import warm_up
 from gptjax.serving.errors import ApiError, busy, failed
 
 logger = logging.getLogger(__name__)
@@ -245,27 +246,17 @@ class EngineThread:
     self._places.pop(id(answer), None)
 
   def _compile(self) -> None:
-    """Answers requests of each size, so that what they need is compiled."""
-    engine, number = self.engine, 0
-
-    def request(length: int, **options: Any) -> Request:
-      nonlocal number
-      number += 1  # No two begin alike, or the second would not be read.
-      tokens = [number % engine.tokenizer.vocab_size] * length
-      return Request(tokens, 2, ignore_end=True, **options)
-
-    length, longest = 16, min(engine.chunk, self.room - 2)
+    """Compiles what answers need; a failure leaves it to those who ask."""
+    engine = self.engine
     try:
-      while length <= longest:
-        engine.run([request(length)])
-        length *= 2
-      rows = 1
-      while rows <= engine.rows:
-        engine.run([request(8) for _ in range(rows)])
-        rows *= 2
-      engine.run([request(8, log_probs=1, logit_bias={0: 0.0})])
+      for done, total in warm_up(engine):
+        if self.draining:
+          return
+        if done % 5 == 0 or done == total:
+          logger.info("compiled %d of %d programs", done, total)
     except Exception:
       logger.exception("what requests need could not be compiled ahead")
       for answer in [*engine.running, *engine.waiting]:
         engine.cancel(answer)
+      engine.reader.clear()
     engine.counts = Counts()

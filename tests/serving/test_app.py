@@ -10,6 +10,7 @@ import pytest
 
 from gptjax.errors import UserError
 from gptjax.inference.engine import Engine
+from gptjax.inference.sampling import compilations
 from gptjax.serving.middleware import parse_rate
 from gptjax.serving.service import Limits
 
@@ -286,6 +287,11 @@ def test_the_usual_is_compiled_before_the_server_is_ready(serve, random_engine):
   until(lambda: client.get("/readyz").status_code == 200)
   assert random_engine.counts.steps == 0
   assert np.isclose(random_engine.reader.pages.used, 0)
+  before = compilations.copy()
+  long = {"prompt": [1] * 1000, "max_tokens": 20, "ignore_eos": True, "frequency_penalty": 1}
+  for fields in (long, long | {"temperature": 1.0, "logprobs": 2, "n": 3}):
+    assert client.post("/v1/completions", json=ASK | fields).status_code == 200
+  assert compilations - before == {}
 
 
 # --- A filter ------------------------------------------------------------------------------------
