@@ -27,7 +27,7 @@ from gptjax.model.gpt import GPT
 from gptjax.model.layers import Embedding, Linear, adopt
 
 try:
-  from gptjax.cpu import kernels
+  from gptjax.cpu import kernels, memory
 except ModuleNotFoundError:  # A wing that can be deleted.
   kernels = None
 
@@ -79,6 +79,8 @@ def inference_form(
   own = len(devices) <= 1 and kernels is not None and kernels.available()
   options = {"own": own, "weights": weights, "length": length, "joined": joined}
   arrays, treedef = jax.tree.flatten(_make_arrays(graphdef, params, **options))
+  if own:
+    arrays = memory.in_large_pages(arrays)
   form = nnx.eval_shape(functools.partial(make_form, graphdef, params, **options))
   return Form(nnx.graphdef(form), treedef), arrays
 

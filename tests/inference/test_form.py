@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -176,3 +177,23 @@ def test_int8_spares_the_router_and_the_experts(make, monkeypatch):
   block = model.blocks[0]
   assert block.mlp.router.kernel.dtype == block.mlp.up.kernel.dtype == "float32"
   assert block.attention.query.kernel.values.dtype == model.embed.embedding.dtype == "int8"
+
+
+def test_weights_lie_in_large_pages(make):
+  if not form.kernels.available() or not Path("/proc/self/smaps").exists():
+    pytest.skip("needs numba and Linux")
+  reader = Reader(make(), rows=1, length=LENGTH, pages=4)
+  for array in reader.arrays:
+    assert array.is_fully_addressable
+    assert "hg" in flags_at(array.unsafe_buffer_pointer())
+
+
+def flags_at(address: int) -> list[str]:
+  """What the system was told of the memory at an address."""
+  inside = False
+  for line in Path("/proc/self/smaps").read_text().splitlines():
+    if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+      inside = int(found[1], 16) <= address < int(found[2], 16)
+    elif inside and line.startswith("VmFlags:"):
+      return line.split()[1:]
+  raise AssertionError("no such memory")
