@@ -322,6 +322,7 @@ def test_flags_of_chats_that_mean_nothing_are_refused(generate_main):
     generate_main(prompt=["hello"], system="kind")
 
 
+@pytest.mark.slow
 def test_beams_search_for_the_likeliest_completion(generate_main):
   answer = said(3 + 4 + 10)
   found = generate_main(chat=True, prompt=["hello"], system="kind", beams=3)

@@ -30,6 +30,8 @@ from gptjax.training.loop import train
 from gptjax.training.pretrained import load_model
 from tests.interop.conftest import LLAMA, save_folder
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["the quick", "fox", "over the lazy", "a dog"]
 GREEDY = Sampling(temperature=0)
 # Of another rank than the run's, and on other projections.
@@ -172,7 +174,6 @@ def test_what_cannot_be_served_is_named(base, run, folder, make_folder, tmp_path
     load_adapters(adapt(load_model(base)[0], OF_RUN, nnx.Rngs(0)), "x", {"good": str(folder)})
 
 
-@pytest.mark.slow
 def test_adapters_of_a_training_run_are_read(base, tmp_path):
   (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 99)
   changes = {
