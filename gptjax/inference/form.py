@@ -52,6 +52,10 @@ class Form:
     return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, arrays))
 
 
+# One for all that are equal, or jit would compare them in each step.
+_forms: dict[Form, Form] = {}
+
+
 def inference_form(
   model: GPT, *, weights: str | None = None, length: int, joined: bool
 ) -> tuple[Form, list[jax.Array]]:
@@ -82,7 +86,8 @@ def inference_form(
   if own:
     arrays = memory.in_large_pages(arrays)
   form = nnx.eval_shape(functools.partial(make_form, graphdef, params, **options))
-  return Form(nnx.graphdef(form), treedef), arrays
+  form = Form(nnx.graphdef(form), treedef)
+  return _forms.setdefault(form, form), arrays
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "own", "weights", "length", "joined"))

@@ -179,6 +179,11 @@ def test_int8_spares_the_router_and_the_experts(make, monkeypatch):
   assert block.attention.query.kernel.values.dtype == model.embed.embedding.dtype == "int8"
 
 
+def test_forms_of_alike_models_are_one(make):
+  first, second = (Reader(make(), rows=1, length=LENGTH, pages=4) for _ in range(2))
+  assert first.form is second.form
+
+
 def test_weights_lie_in_large_pages(make):
   if not form.kernels.available() or not Path("/proc/self/smaps").exists():
     pytest.skip("needs numba and Linux")
