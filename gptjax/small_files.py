@@ -1,10 +1,12 @@
-"""Small files: written atomically, named within their folder, parsed within limits."""
+"""Small files: written atomically, named within their folder, parsed within limits; new folders."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,34 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
+
+
+def check_new(folder: Path) -> None:
+  """Raises UserError if a folder that is to be written (--to) has anything in it already."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f"--to={folder} is there already and not empty; nothing is overwritten.")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+  """Yields an empty folder that takes the name of `folder` when all is in it, or is removed.
+
+  Raises:
+    UserError: as `check_new`, or it cannot be written.
+  """
+  check_new(folder)
+  partial = folder.with_name(f"{folder.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+      folder.rmdir()
+    partial.rename(folder)
+  except OSError as error:
+    raise UserError(f"--to={folder}: cannot be written ({error}).") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def plain_name(name: Any, source: object) -> str:

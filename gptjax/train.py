@@ -14,9 +14,9 @@ from absl import flags
 from etils import epath
 
 from gptjax import config as config_lib
+from gptjax import wings
 from gptjax.devices.hosts import join_hosts, leaves_at_once
 from gptjax.errors import UserError
-from gptjax.training.dry_run import dry_run
 from gptjax.training.loop import train
 
 FLAGS = flags.FLAGS
@@ -53,7 +53,7 @@ def main(overrides: Mapping[str, str]) -> None:
     join_hosts(*explicit)
   config = config_lib.load(FLAGS.config or config_of_run(FLAGS.workdir), overrides)
   if FLAGS.dry_run:
-    dry_run(config)
+    wings.load("gptjax.diagnosis.dry_run:dry_run", "--dry_run")(config)
   elif not FLAGS.workdir:
     raise UserError("--workdir is missing: the directory that the run lives in.")
   else:

@@ -14,10 +14,10 @@ from gptjax import config as config_lib
 from gptjax import diagnose, sweep
 from gptjax.compiler import gpu, topology
 from gptjax.data import tokenizer as tokenizers
+from gptjax.diagnosis.dry_run import dry_run
 from gptjax.interop import huggingface
 from gptjax.objectives import task
 from gptjax.sweeps import definition
-from gptjax.training.dry_run import dry_run
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -1,11 +1,7 @@
 """Converts a model or its adapters from one format to another."""
 
-import dataclasses
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 from flax import nnx
@@ -13,7 +9,6 @@ from safetensors import SafetensorError
 
 from gptjax import config as config_lib
 from gptjax import wings
-from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.family import Family
@@ -21,12 +16,10 @@ from gptjax.interop.labels import config_fields, transformers_task
 from gptjax.interop.model_card import model_card
 from gptjax.interop.tokenizer_export import export
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import GPT, describe, describe_parameters
+from gptjax.model.gpt import describe, describe_parameters
+from gptjax.small_files import check_new, new_folder
 from gptjax.training.adaptation import make_adaptation
-from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.pretrained import (
-  CHECKPOINTS,
-  TOKENIZER,
   Labels,
   is_run,
   labels_of,
@@ -36,6 +29,7 @@ from gptjax.training.pretrained import (
   name_checkpoint,
   open_foreign,
   read_model_config,
+  save_model,
 )
 
 FORMATS = ("gptjax", "hf", "peft")
@@ -66,24 +60,16 @@ def convert(
       cannot express the model, the dtype cannot hold a weight, or the adapters cannot be merged or
       written.
   """
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise UserError(f"--to={target} is there already and not empty; nothing is overwritten.")
+  check_new(target)
   if to == "peft":
     write = _adapters_of(source, family)
   else:
     write = _model_of(source, to, family, dtype, adapter)
-  partial = target.with_name(f"{target.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
   try:
-    partial.mkdir(parents=True)
-    write(partial)
-    if target.exists():
-      target.rmdir()
-    partial.rename(target)
-  except (OSError, SafetensorError) as error:
+    with new_folder(target) as folder:
+      write(folder)
+  except SafetensorError as error:
     raise UserError(f"--to={target}: cannot be written ({error}).") from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _model_of(
@@ -104,7 +90,7 @@ def _model_of(
 
   def write(folder: Path) -> None:
     if to == "gptjax":
-      _save_run(folder, model, tokenizer, labels)
+      save_model(folder, model, tokenizer, labels)
       return
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     fields = tokenizer.token_ids | (config_fields(labels) if labels else {})
@@ -155,15 +141,3 @@ def family_of(source: str, config: ModelConfig, name: str | None = None, task: s
       return foreign.family
     name = foreign.family.model_type
   return huggingface.find_family(config, name, task)
-
-
-def _save_run(folder: Path, model: GPT, tokenizer: Tokenizer, labels: Labels | None) -> None:
-  """Writes a work directory for `pretrained.load_model`, with a run at step 0."""
-  values: dict[str, Any] = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer.spec}
-  if labels:
-    values["task"] = {"name": labels.task, "labels": labels.names}
-  (folder / config_lib.CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-  tokenizer.save(folder / TOKENIZER)
-  with Checkpoints(folder / CHECKPOINTS, keep=1) as checkpoints:
-    checkpoints.save(0, {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))})
-    checkpoints.wait()

@@ -5,6 +5,7 @@ GGUF file (FILE.gguf, or gguf:FILE under another name).
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, LABEL_HEAD, ParameterInfo, abstract_model, describe_parameters
 from gptjax.training.adaptation import make_adaptation
-from gptjax.training.checkpoints import checksum, restore_params
+from gptjax.training.checkpoints import Checkpoints, checksum, restore_params
 from gptjax.training.metrics import waiting
 
 CHECKPOINTS = "checkpoints"
@@ -144,6 +145,22 @@ def load_run(
   if (tokenizer := open_saved(folder)) is None:
     raise UserError(f"{folder}: no whole tokenizer, which a run keeps there.")
   return model, tokenizer, step
+
+
+def save_model(
+  folder: epath.PathLike, model: GPT, tokenizer: Tokenizer, labels: Labels | None
+) -> None:
+  """Writes a model into a folder as a run at step 0, which `load_model` loads."""
+  folder = epath.Path(folder)
+  values: dict[str, Any] = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer.spec}
+  if labels:
+    values["task"] = {"name": labels.task, "labels": labels.names}
+  text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+  (folder / config_lib.CONFIG_FILE).write_text(text)
+  tokenizer.save(folder / TOKENIZER)
+  with Checkpoints(folder / CHECKPOINTS, keep=1) as checkpoints:
+    checkpoints.save(0, {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))})
+    checkpoints.wait()
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: str) -> None:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from gptjax import tree
 from gptjax.devices import sharding
+from gptjax.diagnosis.dry_run import dry_run
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, describe_parameters
 from gptjax.peft.config import PeftConfig
@@ -16,7 +17,6 @@ from gptjax.peft.quantized import NF4, QuantizedKernel, quantize, quantize_param
 from gptjax.peft.surgery import abstract_model, adapt, merge, unmerge
 from gptjax.presets.parts.peft import DEFAULTS, PEFT
 from gptjax.training.checkpoints import checksum, restore_params
-from gptjax.training.dry_run import dry_run
 from gptjax.training.loop import train
 from gptjax.training.pretrained import load_checkpoint, load_model, load_params_into
 from gptjax.training.resolve import resolve

@@ -10,11 +10,11 @@ from flax import nnx
 
 from gptjax import config as config_lib
 from gptjax import tree
+from gptjax.diagnosis.dry_run import dry_run
 from gptjax.errors import UserError
 from gptjax.inference.generate import generate
 from gptjax.model.gpt import GPT
 from gptjax.peft.layers import Adapter
-from gptjax.training.dry_run import dry_run
 from gptjax.training.loop import train
 from gptjax.training.pretrained import load_checkpoint, load_model
 from gptjax.training.resolve import resolve

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from gptjax import config as config_lib
+from gptjax.diagnosis.dry_run import dry_run
 from gptjax.errors import UserError, check_number
 from gptjax.inference.sampling import Sampling
-from gptjax.training.dry_run import dry_run
 
 ROOT = Path(__file__).parents[2]
 
