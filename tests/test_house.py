@@ -15,7 +15,7 @@ SPINE = (
 )
 # A capability each; who may import whom is in pyproject.toml, and `make lint` checks it.
 WINGS = (
-  *("compiler", "cpu", "diagnosis", "evals", "finetuning", "gguf", "inference"),
+  *("compiler", "compress", "cpu", "diagnosis", "evals", "finetuning", "gguf", "inference"),
   *("interop", "peft", "scores", "serving", "sweeps"),
 )
 COMMANDS = (

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # The wings, and what goes with each: the wings that stand on it, commands and presets.
 GOES_WITH = {
   "compiler": {"commands": ["compile"]},
+  "compress": {},
   "cpu": {},
   "diagnosis": {"commands": ["diagnose"]},
   "evals": {"commands": ["evaluate"]},

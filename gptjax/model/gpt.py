@@ -119,7 +119,7 @@ class GPT(Stack):
       raise UserError("model.visibility='bidirectional': the model cannot write token by token.")
     keys = (None, None) if key is None else jax.random.split(key)
     length = None if cache is None else cache[0].length
-    x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, keys[0], length)
+    x_BTD = self.embedded(tokens_BT, positions_BT, token_types_BT, keys[0], length)
     if positions_BT is None:
       positions_BT = _count(tokens_BT)
     return self.run(
@@ -146,7 +146,7 @@ class GPT(Stack):
     """Runs the encoder; arguments as for `hidden`. `for_decoding` also makes the keys and values of
     each layer of the decoder, which do not change from token to token."""
     keys = (None, None) if key is None else jax.random.split(key)
-    x_BSD = self._embed(tokens_BS, positions_BS, None, keys[0])
+    x_BSD = self.embedded(tokens_BS, positions_BS, key=keys[0])
     if positions_BS is None:
       positions_BS = _count(tokens_BS)
     hidden_BSD, _ = self.encoder.run(
@@ -157,8 +157,11 @@ class GPT(Stack):
       pairs = [block.cross_attention.keys_and_values(hidden_BSD) for block in self.layers()]
     return Encoded(hidden_BSD, segment_ids_BS, pairs)
 
-  def _embed(self, tokens_BT, positions_BT, token_types_BT, key, length=None) -> jax.Array:
-    """Embeddings [B, T, D] in the compute dtype; `length` is the cache's."""
+  def embedded(
+    self, tokens_BT, positions_BT=None, token_types_BT=None, key=None, length=None
+  ) -> jax.Array:
+    """What the first layer reads, [B, T, D] in the compute dtype; arguments as for `hidden`, and
+    the cache's `length`."""
     config = self.config
     if positions_BT is None:
       positions_BT = _count(tokens_BT)

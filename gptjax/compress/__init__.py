@@ -1,0 +1,1 @@
+"""Compression: quantised, pruned, distilled and averaged models, each an ordinary checkpoint."""
