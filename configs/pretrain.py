@@ -19,6 +19,7 @@ from gptjax.config import override, parse_argument
 from gptjax.model.config import ModelConfig
 from gptjax.objectives.task import OF_THE_MODEL, TASKS, find_task, task_defaults
 from gptjax.presets.parts import compiler, data, mesh, models, optim, peft, tuned
+from gptjax.training.adaptation import NOT_ROUNDED
 
 # The preset of a model, and the tokenizer, that are those of the checkpoint of `init_from`.
 INIT_FROM = "init_from"
@@ -75,6 +76,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "optim": optim.DEFAULTS | optim.OPTIMIZERS[parts["optim"]],
       # Few parameters in the place of all, beside a frozen model; see gptjax/peft/config.py.
       "peft": peft.DEFAULTS | peft.PEFT[parts["peft"]],
+      # Weights, and activations if wanted, rounded to few bits in the forward pass of training; see
+      # gptjax/compression/rounding.py.
+      "quantize": dict(NOT_ROUNDED),
       "mesh": mesh.DEFAULTS | mesh.MESHES[parts["mesh"]],
       "compile": compiler.DEFAULTS,
       # Durations of 0 are never; evaluation at the start and the end, and a last checkpoint, always

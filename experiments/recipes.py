@@ -147,7 +147,7 @@ def alpaca(files: Files) -> Iterator[Example]:
 _LONGEST_BODY, _LONGEST_SESSION = 2000, 1000
 
 
-def _modules() -> Iterator[tuple[str, str]]:
+def stdlib_modules() -> Iterator[tuple[str, str]]:
   """(name, source) of the standard library's modules that are neither tests nor benchmarks."""
   root = Path(sysconfig.get_path("stdlib"))
   for path in sorted(root.rglob("*.py")):
@@ -166,7 +166,7 @@ def _functions(source: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def stdlib_code(files: Files) -> Iterator[Example | LeftOut]:
-  return chain.from_iterable(_bodies(*module) for module in _modules())
+  return chain.from_iterable(_bodies(*module) for module in stdlib_modules())
 
 
 def _bodies(module: str, source: str) -> Iterator[Example | LeftOut]:
@@ -187,7 +187,7 @@ def _bodies(module: str, source: str) -> Iterator[Example | LeftOut]:
 
 
 def stdlib_doctest(files: Files) -> Iterator[Example | LeftOut]:
-  return chain.from_iterable(_results(*module) for module in _modules())
+  return chain.from_iterable(_results(*module) for module in stdlib_modules())
 
 
 def _results(module: str, source: str) -> Iterator[Example | LeftOut]:

@@ -37,6 +37,7 @@ def main(overrides) -> None:
     context=args.context,
     seed=args.seed,
     weights=args.weights,
+    cache=args.cache,
     draft=args.draft,
   )
   print("Ctrl-C stops an answer, Ctrl-D ends, /help lists the commands.")

@@ -50,7 +50,8 @@ def main(overrides) -> None:
   model, tokenizer = load_model(FLAGS.checkpoint, ema=FLAGS.ema)
   prompts = FLAGS.prompt or [""]
   asked = chat_prompts(tokenizer, prompts, FLAGS.system) if FLAGS.chat else prompts
-  options = {"max_tokens": FLAGS.max_tokens, "stop": FLAGS.stop, "weights": FLAGS.weights}
+  options = {"max_tokens": FLAGS.max_tokens, "stop": FLAGS.stop}
+  options |= {"weights": FLAGS.weights, "cache": FLAGS.cache}
   if FLAGS.beams is not None:
     options |= {"beams": FLAGS.beams, "length_penalty": FLAGS.length_penalty}
     _print(prompts, [found[0] for found in beam_search(model, tokenizer, asked, **options)])

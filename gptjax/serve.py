@@ -21,7 +21,7 @@ from gptjax.errors import UserError, check_number
 from gptjax.inference.engine import Engine
 from gptjax.inference.flags import define_model_flags
 from gptjax.inference.pages import PAGE, page_bytes
-from gptjax.inference.tpu import joins_pages
+from gptjax.inference.reader import page_options
 from gptjax.training.pretrained import load_model
 
 FLAGS = flags.FLAGS
@@ -87,7 +87,7 @@ def main(overrides) -> None:
   if adapters:
     load_adapters = wings.load("gptjax.peft.load:load_adapters", "--adapter")
     model = load_adapters(model, FLAGS.checkpoint, adapters)
-  least = page_bytes(model.config, joined=joins_pages(model))
+  least = page_bytes(model.config, **page_options(model, FLAGS.cache))
   pages = memory and memory // least
   if memory and not pages:
     raise UserError(f"--max_memory={FLAGS.max_memory}: a page of {PAGE} tokens has {least} bytes.")
@@ -98,6 +98,7 @@ def main(overrides) -> None:
     length=FLAGS.context or None,
     pages=pages,
     weights=FLAGS.weights,
+    cache=FLAGS.cache,
     draft=FLAGS.draft,
   )
   del model  # The engine has its own form of it.

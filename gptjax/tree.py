@@ -1,5 +1,6 @@
 """Parameters by name: turns a tree into names and matches names to rules."""
 
+import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,16 @@ def without(params: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
   flat = traverse_util.flatten_dict(params, sep="/")
   kept = {name: x for name, x in flat.items() if name not in names}
   return traverse_util.unflatten_dict(kept, sep="/")
+
+
+def count_bytes(abstract: Any) -> tuple[int, int]:
+  """Bytes of the arrays of an abstract tree, in total and on one device."""
+  leaves = jax.tree.leaves(abstract)
+  total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  shard = sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+  )
+  return total, shard
 
 
 def name_roles(rules: Sequence[tuple[str, Any]], roles: Mapping[str, str]) -> list[tuple[str, Any]]:

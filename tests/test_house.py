@@ -15,11 +15,11 @@ SPINE = (
 )
 # A capability each; who may import whom is in pyproject.toml, and `make lint` checks it.
 WINGS = (
-  *("compiler", "compress", "cpu", "diagnosis", "evals", "finetuning", "gguf", "inference"),
-  *("interop", "peft", "scores", "serving", "sweeps"),
+  *("compiler", "compression", "cpu", "diagnosis", "evals", "finetuning", "gguf", "inference"),
+  *("interop", "peft", "quantization", "scores", "serving", "sweeps", "templates"),
 )
 COMMANDS = (
-  *("chat", "compile", "convert", "diagnose", "evaluate"),
+  *("chat", "compile", "compress", "convert", "diagnose", "evaluate"),
   *("generate", "predict", "serve", "show", "sweep", "train"),
 )
 

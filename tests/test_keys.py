@@ -25,6 +25,7 @@ _OF_MIXTURE = ("weight",)
 TAKES_SECTION = {
   "optim": [(path, None) for path in sorted((ROOT / "gptjax/optim").glob("*.py"))],
   "profile": [(ROOT / "gptjax/training/loop.py", "profile")],
+  "quantize": [(ROOT / "gptjax/compression/rounding.py", "from_config")],
   "sample": [(ROOT / "gptjax/inference/generate.py", "continue_prompts")],
 }
 # Where `config` is the whole one.

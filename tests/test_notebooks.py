@@ -12,6 +12,7 @@ NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 RESULTS = {
   "ablation": ("total: 6 trials", "adamw seed 2: done", "## Verdict", "p is corrected by Holm"),
   "chat": ("Paris", "the server is ready", "answer in the schema: {'city': ", "ended with 0"),
+  "compress": ("bytes of parameters", "int4-gptq", "KL from the original", "8 at once", "import "),
   "pretrain_tpu": ("mesh: ", "killed after step", "resuming at step", "tokens_per_second"),
   "quickstart": ("validation bits per byte:",),
 }

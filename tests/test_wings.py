@@ -14,25 +14,34 @@ ROOT = Path(__file__).parents[1]
 # The wings, and what goes with each: the wings that stand on it, commands and presets.
 GOES_WITH = {
   "compiler": {"commands": ["compile"]},
-  "compress": {},
+  "compression": {"commands": ["compress"]},
   "cpu": {},
   "diagnosis": {"commands": ["diagnose"]},
   "evals": {"commands": ["evaluate"]},
   "finetuning": {"commands": ["predict"], "presets": ["finetune.py"]},
   "inference": {
-    "wings": ["compiler", "evals", "serving"],
-    "commands": ["chat", "compile", "evaluate", "generate", "serve"],
+    "wings": ["compiler", "compression", "evals", "serving"],
+    "commands": ["chat", "compile", "compress", "evaluate", "generate", "serve"],
   },
   "gguf": {},
   "interop": {"wings": ["gguf", "peft"], "commands": ["convert"]},
   "peft": {},
+  "quantization": {
+    "wings": ["compiler", "compression", "cpu", "evals", "inference", "peft", "serving"],
+    "commands": ["chat", "compile", "compress", "evaluate", "generate", "serve"],
+  },
   "scores": {
-    "wings": ["evals", "finetuning"],
-    "commands": ["evaluate", "predict"],
+    "wings": ["compression", "evals", "finetuning"],
+    "commands": ["compress", "evaluate", "predict"],
     "presets": ["finetune.py"],
   },
   "serving": {"commands": ["serve"]},
   "sweeps": {"commands": ["sweep"]},
+  "templates": {
+    "wings": ["compiler", "compression", "evals", "finetuning", "inference", "serving"],
+    "commands": ["chat", "compile", "compress", "evaluate", "generate", "predict", "serve"],
+    "presets": ["finetune.py"],
+  },
 }
 
 # Every module that is left is imported, every command says how it is used, a model is trained, and

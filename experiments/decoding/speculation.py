@@ -30,7 +30,6 @@ from experiments.decoding.compare import busy_seconds, describe_machine
 from experiments.decoding.models import FORMATS, MODELS, prepare
 from experiments.decoding.readme import HERE, NOT_MEASURED, write_part
 from gptjax import config as config_lib
-from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.devices.hosts import prepare_cpu
 from gptjax.errors import UserError, check_choice, check_number
@@ -38,6 +37,7 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.pages import PAGE
 from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling, compilations
+from gptjax.templates.chat import ChatTemplate
 from gptjax.training.pretrained import load_model
 
 FLAGS = flags.FLAGS

@@ -14,9 +14,9 @@ from absl import app, flags
 from experiments.datasets import fetch
 from experiments.finetune.run import SEEDS, checkpoint_of
 from experiments.finetune.tasks import FULL, LORA, SMOLLM2
-from gptjax.data.chat import ChatTemplate
 from gptjax.inference.generate import generate
 from gptjax.inference.sampling import Sampling
+from gptjax.templates.chat import ChatTemplate
 from gptjax.training.pretrained import load_model
 
 FLAGS = flags.FLAGS

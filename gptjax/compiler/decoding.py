@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
+from gptjax import tree
 from gptjax.compiler.report import Report, Work, compile_report
 from gptjax.compiler.topology import Target
 from gptjax.devices import sharding
@@ -21,7 +22,6 @@ from gptjax.inference.pages import PAGE, Pools, empty_pools
 from gptjax.inference.tpu import joins_pages
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, ParameterInfo, abstract_model, describe
-from gptjax.training.dry_run import tree_bytes
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import Setup, make_setup
 
@@ -192,7 +192,10 @@ def _work(
   split = (*sharding.RULES["batch"], *sharding.RULES["kv_heads"])
   values = batch * keys * 2 * model.num_kv_heads * model.head_dim
   cache = values * jnp.dtype(model.dtype).itemsize // math.prod(mesh.shape[axis] for axis in split)
-  held = {"parameters": tree_bytes(params)[1], "kv_cache": tree_bytes(decoding.pools)[1]}
+  held = {
+    "parameters": tree.count_bytes(params)[1],
+    "kv_cache": tree.count_bytes(decoding.pools)[1],
+  }
   advice = {
     "parameters": "parameters: --weights=int8, a longer mesh.tensor or mesh.fsdp",
     "kv_cache": "the cache: a smaller --batch or --context, or a longer mesh.tensor or mesh.data",

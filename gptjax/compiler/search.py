@@ -23,11 +23,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from gptjax import config as config_lib
+from gptjax import tree
 from gptjax.compiler.topology import Slice
 from gptjax.devices.hosts import cache_root
 from gptjax.devices.sharding import MAX_RING
 from gptjax.errors import UserError
-from gptjax.training.dry_run import tree_bytes
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import make_setup
 
@@ -222,7 +222,7 @@ def misfit(config: ConfigDict, target: Slice) -> str:
     state = setup.abstract_state(setup.make_optimizer(setup.run_length))
   except UserError as error:
     return str(error)
-  held = tree_bytes(state)[1] + tree_bytes(state.params)[1]
+  held = tree.count_bytes(state)[1] + tree.count_bytes(state.params)[1]
   mesh, model = setup.mesh.shape, setup.model
   rows = config.batch_size // (mesh["data"] * mesh["fsdp"] * config.grad_accumulation)
   widths, wide = _SAVED[model.execution.remat]

@@ -116,6 +116,53 @@ def product(name, kind, R):
   return register(name, begin, part)
 
 
+def grouped_product(name, kind, R, group, has_zeros):
+  """Compiles `kernels.grouped_product` for weights of a kind and R rows at most; 0 is any."""
+  X, W, SCALES, ZEROS, Y, M, D, F, G, ROW, WIDTH, ROW_PARTS = range(12)
+  C = COLUMNS[R]
+  R = R or ROWS
+  dots = vectors.grouped_dots(kind, R, C, group, has_zeros, AHEAD)
+
+  @word_function(2)
+  def begin(frame, job):
+    m, d, f = argument_size(frame, 0, 0), argument_size(frame, 0, 1), argument_size(frame, 1, 0)
+    row = argument_size(frame, 1, 1)
+    for word, i in ((X, 0), (W, 1), (SCALES, 2), (ZEROS, 3)):
+      put(job, word, argument(frame, i))
+    put(job, Y, result(frame, 0))
+    put(job, M, m)
+    put(job, D, d)
+    put(job, F, f)
+    put(job, G, argument_size(frame, 2, 1))
+    put(job, ROW, row)
+    width = PART_BYTES // max(1, row) if m <= ROWS else PART_COLUMNS
+    width = max(C, min(width, f // 16) // C * C)
+    put(job, WIDTH, width)
+    put(job, ROW_PARTS, (m + PART_ROWS - 1) // PART_ROWS)
+    parts = (f + width - 1) // width * get(job, ROW_PARTS)
+    return parts if m * d * f >= SMALL else -parts
+
+  @word_function(2)
+  def part(job, i):
+    d, f, groups, row_parts = get(job, D), get(job, F), get(job, G), get(job, ROW_PARTS)
+    first_row, first = i % row_parts * PART_ROWS, i // row_parts * get(job, WIDTH)
+    last_row, last = min(first_row + PART_ROWS, get(job, M)), min(first + get(job, WIDTH), f)
+    x_step, w_step, y_step = 4 * d, get(job, ROW), 4 * f
+    for row in range(first_row, last_row, R):
+      rows = min(R, last_row - row)
+      x, y = get(job, X) + row * x_step, get(job, Y) + row * y_step
+      for column in range(first, last, C):
+        columns = min(C, last - column)
+        w, scales = get(job, W) + column * w_step, get(job, SCALES) + 4 * groups * column
+        zeros, out = get(job, ZEROS) + groups * column, y + 4 * column
+        dots(
+          x, x_step, rows, w, w_step, columns, d, scales, 4 * groups, zeros, groups, out, y_step
+        )  # fmt: skip
+    return 0
+
+  return register(name, begin, part)
+
+
 def attention(name, kind):
   """Compiles `kernels.attend` for pools of a kind.
 
@@ -123,12 +170,13 @@ def attention(name, kind):
   """
   Q, KEYS, VALUES, TABLES, POSITIONS, SINKS, BIAS, PREFIX, OUT = range(9)
   T, N, K, H, P, Z, S, X = range(9, 17)
-  SCALE, CAP, WINDOW, BLOCKS = range(17, 21)
+  SCALE, CAP, WINDOW, BLOCKS, KEY_SCALES, VALUE_SCALES = range(17, 23)
   size, R, C = SIZES[kind], QUERIES, COLUMNS[QUERIES]
   dots_of_all, sums_of_all = vectors.dots(kind, R, C), vectors.weighted_sum(kind, R)
   dots_of_one, sum_of_one = vectors.dots(kind, 1, C), vectors.weighted_sum(kind, 1)
   own_words = vectors.stack(2 * R)
-  write = _write_float32 if kind == "float32" else _write_bfloat16
+  write = {"float32": _write_float32, "bfloat16": _write_bfloat16, "int8": _write_int8}[kind]
+  is_scaled = kind == "int8"
 
   @word_function(3)
   def place_of(job, b, position):
@@ -151,6 +199,9 @@ def attention(name, kind):
       put(job, word, argument_size(frame, 3, i))
     put(job, S, argument_size(frame, 5, 1))
     put(job, X, argument_size(frame, 8, 1))
+    if is_scaled:
+      put(job, KEY_SCALES, result(frame, 3))
+      put(job, VALUE_SCALES, result(frame, 4))
     put(job, CAP, attribute(frame, 0))
     put(job, SCALE, attribute(frame, 1))
     put(job, WINDOW, get(attribute(frame, 2), 0))
@@ -161,8 +212,10 @@ def attention(name, kind):
       position = get_int32(get(job, POSITIONS), i)
       place = -1 if position < 0 else place_of(job, i // length, position)
       if place >= 0:
-        write(argument(frame, 1) + 4 * width * i, get(job, KEYS) + size * width * place, width)
-        write(argument(frame, 2) + 4 * width * i, get(job, VALUES) + size * width * place, width)
+        for word, scale_word, given in ((KEYS, KEY_SCALES, 1), (VALUES, VALUE_SCALES, 2)):
+          source, target = argument(frame, given) + 4 * width * i, get(job, word)
+          scales = get(job, scale_word) + 4 * kv_heads * place if is_scaled else 0
+          write(source, target + size * width * place, width, scales, kv_heads)
       seen += position + 1
     put(job, BLOCKS, (length * (get(job, N) // kv_heads) + R - 1) // R)
     parts = rows * kv_heads * get(job, BLOCKS)
@@ -202,7 +255,7 @@ def attention(name, kind):
     for r in range(queries):
       t, n = (first + r) // group, k * group + (first + r) % group
       given = get(job, Q) + 4 * width * ((b * length + t) * heads + n)
-      _write_float32(given, q + 4 * width * r, width)
+      _write_float32(given, q + 4 * width * r, width, 0, 1)
     step = size * width * kv_heads
 
     for s in range(low // page * page, high, page):
@@ -215,12 +268,19 @@ def attention(name, kind):
         for c in range(start, end, C):
           at, out = keys + (c - s) * step, logits + 4 * (c - low)
           dots_of_all(q, 4 * width, queries, at, step, min(C, end - c), width, out, 4 * row)
-        continue
-      for r in range(queries):
-        start, end = max(s, get(bounds, 2 * r)), min(s + page, get(bounds, 2 * r + 1))
-        for c in range(start, end, C):
-          at, out = keys + (c - s) * step, logits + 4 * (r * row + c - low)
-          dots_of_one(q + 4 * width * r, 0, 1, at, step, min(C, end - c), width, out, 0)
+      else:
+        for r in range(queries):
+          start, end = max(s, get(bounds, 2 * r)), min(s + page, get(bounds, 2 * r + 1))
+          for c in range(start, end, C):
+            at, out = keys + (c - s) * step, logits + 4 * (r * row + c - low)
+            dots_of_one(q + 4 * width * r, 0, 1, at, step, min(C, end - c), width, out, 0)
+      if is_scaled:
+        place = max(place_of(job, b, s), 0)
+        first_scale = get(job, KEY_SCALES) + 4 * (place * kv_heads + k)
+        at = logits + 4 * (max(s, low) - low)
+        skipped = max(s, low) - s
+        count = min(s + page, high) - max(s, low)
+        _scale(at, row, queries, first_scale + 4 * kv_heads * skipped, kv_heads, count)
 
     for r in range(queries):
       start, end = get(bounds, 2 * r), get(bounds, 2 * r + 1)
@@ -238,6 +298,10 @@ def attention(name, kind):
         place = max(place_of(job, b, s + page), 0)
         vectors.fetch(get(job, VALUES) + place * step + size * width * k, step, page, size * width)
       start, end = max(s, low), min(s + page, high)
+      if is_scaled:
+        first_scale = get(job, VALUE_SCALES) + 4 * (max(place_of(job, b, s), 0) * kv_heads + k)
+        first_scale += 4 * kv_heads * (start - s)
+        _scale(logits + 4 * (start - low), row, queries, first_scale, kv_heads, end - start)
       if queries > 1 and all_low <= start and end <= all_high:
         at, first_value = logits + 4 * (start - low), values + (start - s) * step
         sums_of_all(at, 4 * row, queries, first_value, step, end - start, width, sums)
@@ -288,16 +352,42 @@ def _softmax(address, count, scale, cap, bias, distances, behind, sink):
   return vectors.exponentials(address, whole, vectors.largest(address, whole))
 
 
-@word_function(3)
-def _write_float32(source, target, count):
+@word_function(6)
+def _scale(address, row, rows, scales, step, count):
+  """Multiplies numbers of each of some rows by scales that are `step` numbers apart."""
+  numbers, factors = floats(address, rows * row), floats(scales, step * count)
+  for r in range(rows):
+    for i in range(count):
+      numbers[r * row + i] *= factors[step * i]
+  return 0
+
+
+@word_function(5)
+def _write_float32(source, target, count, scales, heads):
   x, y = floats(source, count), floats(target, count)
   for i in range(count):
     y[i] = x[i]
   return 0
 
 
-@word_function(3)
-def _write_bfloat16(source, target, count):
+@word_function(5)
+def _write_int8(source, target, count, scales, heads):
+  """Rounds each head by its largest number, as `gptjax.quantization.formats` does."""
+  x, y = floats(source, count), numba.carray(vectors.pointer(target, numba.int8), count)
+  width = count // heads
+  for k in range(heads):
+    largest = np.float32(0)
+    for h in range(k * width, (k + 1) * width):
+      largest = max(largest, abs(x[h]))
+    scale = (largest if largest != 0 else np.float32(1)) / np.float32(127)
+    floats(scales, heads)[k] = scale
+    for h in range(k * width, (k + 1) * width):
+      y[h] = np.int8(min(max(np.rint(x[h] / scale), np.float32(-127)), np.float32(127)))
+  return 0
+
+
+@word_function(5)
+def _write_bfloat16(source, target, count, scales, heads):
   """Rounds to the nearest, and to the even one of two."""
   x = numba.carray(vectors.pointer(source, numba.uint32), count)
   y = numba.carray(vectors.pointer(target, numba.uint16), count)

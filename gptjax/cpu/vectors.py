@@ -168,6 +168,59 @@ def partial_dots(kind, R, C):
   return add, finish
 
 
+def grouped_dots(kind, R, C, group, has_zeros, ahead):
+  """Makes a function like that of `dots`, for whole numbers in groups with a scale each.
+
+  w is int8, or int4 as `gptjax.quantization.formats` packs it. A weight is (number - zero) * scale.
+  The function also takes, after how many numbers are in a row, the scales (float32) of row 0 of w
+  and the distance to those of the next, and the same of zeros (int8). `group` is how many numbers
+  share a scale, a multiple of those that are read at once; 0 is all of a row.
+  """
+  parts = 2 if kind == "int4" else 1
+
+  @emitted(_int, *[_int] * 13)
+  def products(
+    b, x, x_step, rows, w, w_step, columns, count, scales, scales_step, zeros, zeros_step, out,
+    out_step,
+  ):  # fmt: skip
+    xs, ws = _rows(b, x, x_step, rows, R), _rows(b, w, w_step, columns, C)
+    scale_rows = _rows(b, scales, scales_step, columns, C)
+    zero_rows = _rows(b, zeros, zeros_step, columns, C)
+
+    def body(i, sums):
+      total, tile = list(sums), []
+      at = b.sdiv(i, _i64(group)) if group else _i64(0)
+      byte = b.sdiv(i, _i64(2)) if kind == "int4" else i
+      for row, scale_row, zero_row in zip(ws, scale_rows, zero_rows, strict=True):
+        place = b.add(row, byte)
+        if ahead:
+          _prefetch(b, b.add(place, _i64(ahead)))
+        scale = _load(b, "float32", b.add(scale_row, b.mul(at, _i64(4))), 1)
+        zero = _whole(8 if kind == "int4" else 0)
+        if has_zeros:
+          own = b.load(b.inttoptr(b.add(zero_row, at), _i8_pointer), align=1)
+          zero = b.add(zero, _spread(b, b.sext(own, _i32)))
+        numbers = _load_whole(b, kind, place)
+        scale = _spread(b, scale)
+        tile.append([b.fmul(b.sitofp(b.sub(n, zero), _vector), scale) for n in numbers])
+      for r, row in enumerate(xs):
+        start = b.add(row, b.mul(i, _i64(4)))
+        values = [
+          _load(b, "float32", b.add(start, _i64(4 * LANES * n)), LANES) for n in range(parts)
+        ]
+        for c, weights in enumerate(tile, r * C):
+          for value, weight in zip(values, weights, strict=True):
+            total[c] = _fma(b, value, weight, total[c])
+      return total
+
+    sums = _loop(b, _i64(0), count, parts * LANES, [_constant(0.0)] * (R * C), body)
+    outs = _outs(b, out, out_step, rows, columns, R, C)
+    for total, place in zip(_add_lanes(b, sums), outs, strict=True):
+      _store(b, total, place)
+
+  return products
+
+
 def weighted_sum(kind, R):
   """Makes a function that adds rows of v, of a kind, to R sums, each row times its weight.
 
@@ -383,6 +436,16 @@ def _load(b, kind, address, width):
       return b.sitofp(value, real)
 
 
+def _load_whole(b, kind, address):
+  """Loads `LANES` bytes: vectors of int32, one of int8, or two of int4 from 0 to 15."""
+  read = _wide(ir.IntType(8), LANES)
+  value = b.load(b.inttoptr(address, read.as_pointer()), align=1)
+  if kind == "int8":
+    return [b.sext(value, _wide(_i32, LANES))]
+  four, mask = (ir.Constant(read, [number] * LANES) for number in (4, 15))
+  return [b.zext(part, _wide(_i32, LANES)) for part in (b.and_(value, mask), b.lshr(value, four))]
+
+
 def _store(b, value, address):
   b.store(value, b.inttoptr(address, value.type.as_pointer()), align=4)
 
@@ -409,7 +472,8 @@ def _math(b, name, *arguments):
 
 def _spread(b, value):
   """A vector of one number."""
-  first = b.insert_element(ir.Constant(_vector, ir.Undefined), value, _i32(0))
+  kind = _wide(value.type, LANES)
+  first = b.insert_element(ir.Constant(kind, ir.Undefined), value, _i32(0))
   return b.shuffle_vector(first, first, _places([0] * LANES))
 
 

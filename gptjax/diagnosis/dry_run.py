@@ -1,10 +1,10 @@
 """Prints the size and memory of a run without allocating anything."""
 
-import math
 from typing import Any
 
 import jax
 
+from gptjax import tree
 from gptjax.config import to_text
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import make_setup
@@ -34,15 +34,5 @@ def dry_run(config: Any) -> None:
     ("parameters", (state.params, frozen)),
     ("optimizer", (state.opt_state, state.ema)),
   ):
-    total, shard = tree_bytes(part)
+    total, shard = tree.count_bytes(part)
     print(f"memory of {name}: {total / 2**20:.1f} MiB in all, {shard / 2**20:.1f} MiB a device")
-
-
-def tree_bytes(abstract: Any) -> tuple[int, int]:
-  """Bytes of the arrays of an abstract tree, in total and on one device."""
-  leaves = jax.tree.leaves(abstract)
-  total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-  shard = sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-  )
-  return total, shard

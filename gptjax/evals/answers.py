@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from gptjax.data import files
-from gptjax.data.templates import Example, Template
 from gptjax.errors import UserError
 from gptjax.evals import sandbox
 from gptjax.evals.sandbox import Isolation
@@ -26,6 +25,7 @@ from gptjax.evals.task import Task, choose, choose_shots, evaluated_examples
 from gptjax.inference.sampling import Sampling
 from gptjax.scores import scores
 from gptjax.scores.scores import Measure, Metric
+from gptjax.templates.prompts import Example, Template
 
 # Content-free texts for calibration (Zhao et al. 2021, section 5).
 CONTENT_FREE = ("N/A", "[MASK]", "")

@@ -15,11 +15,11 @@ from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from gptjax.data.chat import ChatTemplate
 from gptjax.errors import UserError, did_you_mean
 from gptjax.evals.score import Pair, rolling_windows
 from gptjax.evals.subject import Subject
 from gptjax.inference.sampling import Sampling
+from gptjax.templates.chat import ChatTemplate
 
 # lm-eval's default of `max_gen_toks`.
 _MAX_TOKENS = 256

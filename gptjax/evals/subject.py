@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.evals import score as scoring
@@ -16,6 +15,7 @@ from gptjax.inference.lengths import round_up
 from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT
+from gptjax.templates.chat import ChatTemplate
 
 Prompt = str | list[int]
 

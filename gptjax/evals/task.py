@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 
 from gptjax.data.files import find_files
-from gptjax.data.templates import Example, Template, open_template
 from gptjax.errors import UserError, check_number, did_you_mean
 from gptjax.small_files import parse_json, read_json
+from gptjax.templates.prompts import Example, Template, open_template
 
 # Required keys of each kind.
 KINDS = {

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from gptjax.data import cache, sources, templates
+from gptjax.data import cache, sources
 from gptjax.data.cache import TokenCache
 from gptjax.data.options import DataOptions, PartOptions, check_records
 from gptjax.data.sources import Source
@@ -19,6 +19,7 @@ from gptjax.finetuning.prompts import PromptEncoder, Prompts
 from gptjax.finetuning.record_packing import PackedConversations
 from gptjax.model.config import ModelConfig
 from gptjax.objectives.text import TokenTask
+from gptjax.templates.prompts import Template, open_template
 
 OVERLONG = ("truncate", "drop")
 
@@ -112,8 +113,8 @@ class Prompt(AnswerTask):
   def open_pair(self, part: PartOptions, data: DataOptions) -> tuple[Source, Source]:
     if not (self.prompt and self.answer):
       raise UserError("task='prompt' needs task.prompt, a template's file, and task.answer.")
-    prompt = templates.open_template(self.prompt, Path(), "task.prompt")
-    answer = templates.Template("task.answer", self.answer)
+    prompt = open_template(self.prompt, Path(), "task.prompt")
+    answer = Template("task.answer", self.answer)
     return tuple(Prompts(side, prompt, answer) for side in self.open_records(part, data))
 
   def texts(self, source: Source, indices: Iterable[int] | None = None) -> Iterator[str]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.finetuning.conversations import Conversation
+from gptjax.templates.chat import ChatTemplate
 
 _VERSION = 1
 # A template may print the date, but a conversation must have the same tokens every day. This is the

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data.chat import ROLES, Message
 from gptjax.data.sources import Source, documents
 from gptjax.errors import UserError, did_you_mean
 from gptjax.small_files import parse_json
+from gptjax.templates.chat import ROLES, Message
 
 _SHAREGPT_ROLES = {
   "human": "user",

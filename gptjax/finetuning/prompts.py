@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from gptjax.data.sources import Source, documents
-from gptjax.data.templates import Example, Template
 from gptjax.errors import UserError
 from gptjax.finetuning.chat_encoding import FlaggingEncoder, encode_pieces
+from gptjax.templates.prompts import Example, Template
 
 _VERSION = 2
 

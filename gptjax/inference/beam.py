@@ -50,6 +50,7 @@ def beam_search(
   stop: Sequence[str] = (),
   rows: int = 32,
   weights: str | None = None,
+  cache: str | None = None,
 ) -> list[list[Hypothesis]]:
   """Returns the best completions of each prompt, the best first, at most `beams` of them.
 
@@ -60,7 +61,7 @@ def beam_search(
   higher than the worst of them if it ended now.
 
   Args:
-    model, tokenizer, prompts, max_tokens, stop, weights: as for `generate`.
+    model, tokenizer, prompts, max_tokens, stop, weights, cache: as for `generate`.
     beams: completions that grow at the same time; 1 takes the likeliest token each time.
     length_penalty: above 0 favours long completions, below 0 short ones; 0 is the log-likelihood.
     rows: beams of all prompts that are read together, at most, but those of one prompt.
@@ -75,7 +76,8 @@ def beam_search(
   # Beams share the prompt's full pages and have their own after those, of which the first and the
   # last may be begun, and for a moment a copy.
   pages = together * (max(map(len, starts)) // PAGE + beams * (max_tokens // PAGE + 3))
-  reader = Reader(model, rows=together, length=length, pages=pages, weights=weights)
+  options = {"pages": pages, "weights": weights, "cache": cache}
+  reader = Reader(model, rows=together, length=length, **options)
   searches = [
     _Search(tokenizer, prompt, start, beams, length_penalty, max_tokens, stop)
     for prompt, start in zip(prompts, starts, strict=True)

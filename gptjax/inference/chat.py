@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
-from gptjax.data.chat import ChatTemplate, Message
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, did_you_mean
 from gptjax.inference.engine import Engine
 from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
 from gptjax.model.gpt import GPT
+from gptjax.templates.chat import ChatTemplate, Message
 
 with contextlib.suppress(ImportError):
   import readline  # noqa: F401 (gives `input` a line editor, if the system has one)
@@ -48,6 +48,7 @@ class Conversation:
     context: int = 0,
     seed: int = 0,
     weights: str | None = None,
+    cache: str | None = None,
     draft: str | None = None,
   ):
     """Starts an empty conversation.
@@ -60,14 +61,14 @@ class Conversation:
       max_tokens: the most tokens of an answer, which never exceeds half of the context.
       context: tokens of a conversation that the model sees; 0 is its `max_positions`.
       seed: seed of the random choices.
-      weights, draft: as for `Engine`.
+      weights, cache, draft: as for `Engine`.
 
     Raises:
       UserError: the tokenizer has no chat template.
     """
     self.template = ChatTemplate(tokenizer)
     self.system, self.sampling, self.seed = system, sampling, seed
-    options = {"weights": weights, "draft": draft}
+    options = {"weights": weights, "cache": cache, "draft": draft}
     self.engine = Engine(model, tokenizer, rows=1, length=context or None, **options)
     self.context = self.engine.room
     self.max_tokens = min(max_tokens, self.context // 2)

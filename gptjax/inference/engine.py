@@ -84,6 +84,7 @@ class Engine:
     pages: int | None = None,
     chunk: int = 256,
     weights: str | None = None,
+    cache: str | None = None,
     draft: str | Drafter | None = None,
   ):
     """Brings the model into its inference form and makes an empty cache.
@@ -96,6 +97,7 @@ class Engine:
       pages: pages of the cache, of `PAGE` tokens each; by default enough for all rows.
       chunk: tokens of prompts that are read in one step, so that other answers do not wait.
       weights: see `inference_form`.
+      cache: format of keys and values, one of `pages.CACHES`; None is the compute dtype.
       draft: what guesses the next tokens of an answer, so that several are checked in one step;
         see `make_drafter`. It changes no answer.
 
@@ -112,7 +114,9 @@ class Engine:
       )
     self.config, self.tokenizer = model.config, tokenizer
     self.rows, self.chunk = rows, chunk
-    self.reader = Reader(model, rows=rows, length=self.length, pages=pages, weights=weights)
+    self.reader = Reader(
+      model, rows=rows, length=self.length, pages=pages, weights=weights, cache=cache
+    )
     self.waiting: deque[Answer] = deque()
     self.running: list[Answer] = []
     self.counts = Counts()

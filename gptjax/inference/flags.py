@@ -3,6 +3,7 @@
 from absl import flags
 
 from gptjax.inference.form import WEIGHTS
+from gptjax.inference.pages import CACHES
 from gptjax.inference.sampling import Sampling
 
 FLAGS = flags.FLAGS
@@ -22,6 +23,9 @@ def define_model_flags() -> None:
   flags.DEFINE_bool("ema", False, "Use the exponential moving average of the weights.")
   flags.DEFINE_enum(
     "weights", None, WEIGHTS, "In what the weights are kept; by default the model's dtype."
+  )
+  flags.DEFINE_enum(
+    "cache", None, CACHES, "In what keys and values are kept; by default the model's dtype."
   )
   flags.DEFINE_string(
     "draft",

@@ -2,32 +2,28 @@
 
 On one CPU, products and attention go to kernels of this package, whose sums have one order whatever
 the batch; on TPUs attention goes to JAX's kernel for pages; elsewhere both stay XLA's.
-
-Axes: N query heads, D width, F outputs of a product, V vocabulary, X distances of positions.
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.errors import check_choice
-from gptjax.inference.int8 import Int8Embedding, Int8Kernel, quantize
-from gptjax.inference.pages import PagedCache
+from gptjax.errors import UserError, check_choice
 from gptjax.inference.sampling import compilations
 from gptjax.inference.tpu import RaggedAttention
-from gptjax.model.attention import Attention, KeysAndValues
-from gptjax.model.config import ModelConfig
-from gptjax.model.feedforward import FeedForward
+from gptjax.model.attention import Attention
 from gptjax.model.gpt import GPT
-from gptjax.model.layers import Embedding, Linear, adopt
+from gptjax.model.layers import Linear, find
+from gptjax.quantization.int8 import Int8Embedding, Int8Kernel
+from gptjax.quantization.stored import is_stored
 
 try:
   from gptjax.cpu import kernels, memory
+  from gptjax.cpu.model import use_kernels
 except ModuleNotFoundError:  # A wing that can be deleted.
   kernels = None
 
@@ -73,8 +69,10 @@ def inference_form(
     The form and its arrays.
 
   Raises:
-    UserError: there is no such format.
+    UserError: there is no such format, or the model's weights are stored in few bits already.
   """
+  if weights and is_stored(model):
+    raise UserError(f"weights={weights!r}: the checkpoint stores its weights in few bits already.")
   weights = weights or model.config.dtype
   check_choice("weights", weights, WEIGHTS)
   graphdef, params = nnx.split(model)
@@ -103,7 +101,7 @@ def make_form(
   model = nnx.merge(graphdef, params)
   model.unstack()
   if own:
-    _use_kernels(model, weights, length)
+    use_kernels(model, _decoder_modules(model), weights, length)
     return model
   if weights == "int8":
     _quantize(model)
@@ -111,7 +109,7 @@ def make_form(
   if joined:
     for path, module in _decoder_modules(model):
       if type(module) is Attention:
-        _replace(model, path, RaggedAttention(module))
+        setattr(find(model, path[:-1]), path[-1], RaggedAttention(module))
   return model
 
 
@@ -131,10 +129,6 @@ def _decoder_modules(model: GPT) -> list[tuple[tuple[str | int, ...], Any]]:
   return [found for found in nnx.iter_modules(model) if found[0][:1] != ("encoder",)]
 
 
-def _replace(model: GPT, path: tuple[str | int, ...], module: nnx.Module) -> None:
-  setattr(functools.reduce(_child, path[:-1], model), path[-1], module)
-
-
 def _round(model: GPT, dtype: str) -> None:
   """Keeps the matrices that are not in int8 in a dtype, so that a step need not convert them."""
   for _, module in nnx.iter_modules(model):
@@ -144,145 +138,3 @@ def _round(model: GPT, dtype: str) -> None:
       if not is_kept and getattr(parameter, "role", None) != "router":
         told = parameter.get_metadata()
         setattr(module, name, type(parameter)(parameter[...].astype(dtype), **told))
-
-
-def _use_kernels(model: GPT, weights: str, length: int) -> None:
-  """Replaces what decoding spends its time on. Activations are then float32, whatever the dtype of
-  the weights: a CPU is no faster with others."""
-  bias_NX = _bias_by_distance(model, length)
-  modules = _decoder_modules(model)
-  for _, module in modules:
-    if isinstance(getattr(module, "config", None), ModelConfig):
-      module.config = module.config.replace({"dtype": "float32"})
-    if isinstance(module, Attention):
-      _pack_kernels([module.query, module.key, module.value], weights)
-    elif isinstance(module, FeedForward) and module.gate is not None:
-      _pack_kernels([module.gate, module.up], weights)
-  for path, module in modules:
-    if isinstance(module, Linear):
-      module.dtype = "float32"
-      _pack_kernels([module], weights)
-    elif type(module) is Attention:
-      _replace(model, path, PagedAttention(module, bias_NX))
-  if model.head is None:
-    model.embed = PackedEmbedding(model.embed, weights)
-
-
-def _child(module: Any, name: str | int) -> Any:
-  return module[name] if isinstance(name, int) else getattr(module, name)
-
-
-def _bias_by_distance(model: GPT, length: int) -> jax.Array | None:
-  """The bias of attention logits by how far back a key is, float32 [N, X]; None without one."""
-  positions = jnp.arange(length)[None]
-  bias_1N1X = model.attention_bias(positions[:, -1:], positions[:, ::-1])
-  return None if bias_1N1X is None else bias_1N1X[0, :, 0]
-
-
-def _pack_kernels(projections: list[Linear], weights: str) -> None:
-  """Replaces the kernels of projections of the same input, unless they are replaced already."""
-  if not all(isinstance(one.kernel, nnx.Param) for one in projections):
-    return
-  # A rounding error of the router could change its choice of experts.
-  weights = "float32" if projections[0].kernel.role == "router" else weights
-  matrices_FD, shapes = [], []
-  for one in projections:
-    inputs = math.prod(one.kernel.shape[: one.contracted_axes])
-    matrices_FD.append(one.kernel[...].reshape(inputs, -1).T)
-    shapes.append(one.kernel.shape[one.contracted_axes :])
-  packed = _pack(jnp.concatenate(matrices_FD), weights)
-  first = 0
-  for one, shape in zip(projections, shapes, strict=True):
-    one.kernel = PackedKernel(*packed, first, shape)
-    first += math.prod(shape)
-
-
-class PackedKernel(nnx.Module):
-  """A projection's kernel, one row of memory for each output, beside those of other projections.
-
-  Each projection asks for the product with all of them, and takes its part. As the input is the
-  same, XLA multiplies once.
-
-  Attributes:
-    matrix_FD: [F, D] in the format of the weights.
-    scales_F: float32, for int8; else None.
-    first: the projection's first output.
-    out_shape: the axes that it produces.
-  """
-
-  def __init__(
-    self,
-    matrix_FD: nnx.Variable,
-    scales_F: nnx.Variable | None,
-    first: int,
-    out_shape: tuple[int, ...],
-  ):
-    self.matrix_FD, self.scales_F = matrix_FD, scales_F
-    self.first, self.out_shape = first, tuple(out_shape)
-
-  def product(self, x: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
-    """Multiplies as `layers.contract` does."""
-    del axes  # One device holds all.
-    leading = x.shape[: x.ndim - count]
-    y_MF = _multiply(x.reshape(math.prod(leading), -1), self.matrix_FD, self.scales_F)
-    y_MF = y_MF[:, self.first : self.first + math.prod(self.out_shape)]
-    return y_MF.reshape(*leading, *self.out_shape)
-
-
-class PackedEmbedding(Embedding):
-  """A table that is both looked up and multiplied with: the embedding of a tied head.
-
-  matrix_VD: [V, D] in the format of the weights. scales_V: float32, for int8; else None.
-  """
-
-  def __init__(self, base: Embedding, weights: str):
-    self.matrix_VD, self.scales_V = _pack(base.embedding[...], weights)
-
-  def __call__(self, indices: jax.Array) -> jax.Array:
-    rows = jnp.take(self.matrix_VD[...], indices, axis=0, mode="clip").astype(jnp.float32)
-    if self.scales_V is None:
-      return rows
-    return rows * jnp.take(self.scales_V[...], indices, mode="clip")[..., None]
-
-  def scores(self, x: jax.Array) -> jax.Array:
-    y_MV = _multiply(x.reshape(-1, x.shape[-1]), self.matrix_VD, self.scales_V)
-    return y_MV.reshape(*x.shape[:-1], -1)
-
-
-class PagedAttention(Attention):
-  """Attention that reads a paged cache where it lies."""
-
-  def __init__(self, base: Attention, bias_NX: jax.Array | None):
-    adopt(self, base)
-    self.bias_NX = None if bias_NX is None else nnx.Variable(bias_NX)
-
-  def _attend_cached(
-    self, q_BTNH, k_BTKH, v_BTKH, positions_BT, mask, bias_BNTS, cache: PagedCache
-  ) -> tuple[jax.Array, PagedCache]:
-    attended_BTNH, *pool = kernels.attend(
-      q_BTNH,
-      k_BTKH,
-      v_BTKH,
-      *cache.pool,
-      cache.tables_BI,
-      positions_BT,
-      scale=self._scale,
-      cap=self.config.attention.soft_cap,
-      window=mask.window,
-      sinks_N=None if self.sinks is None else self.sinks[...],
-      bias_NX=None if self.bias_NX is None else self.bias_NX[...],
-      prefix_B=cache.prefix_B,
-    )
-    return attended_BTNH, cache.with_pool(KeysAndValues(*pool))
-
-
-def _pack(matrix: jax.Array, weights: str) -> tuple[nnx.Variable, nnx.Variable | None]:
-  """A matrix in the format of the weights, and for int8 the scale of each row."""
-  if weights != "int8":
-    return nnx.Variable(matrix.astype(weights)), None
-  values, scales = quantize(matrix, (1,))
-  return nnx.Variable(values), nnx.Variable(scales)
-
-
-def _multiply(x_MD: jax.Array, matrix: nnx.Variable, scales: nnx.Variable | None) -> jax.Array:
-  return kernels.product(x_MD, matrix[...], None if scales is None else scales[...])

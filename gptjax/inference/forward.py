@@ -76,11 +76,11 @@ def forward(
   return model.logits(x_BCD), [layer.pool for layer in cache]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "pages", "joined"))
-def make_pools(config: ModelConfig, pages: int, *, joined: bool) -> Pools:
+@functools.partial(jax.jit, static_argnames=("config", "pages", "joined", "cache"))
+def make_pools(config: ModelConfig, pages: int, *, joined: bool, cache: str | None) -> Pools:
   """Empty pools, split over the mesh by heads."""
   compilations["make_pools"] += 1
-  return empty_pools(config, pages, joined=joined)
+  return empty_pools(config, pages, joined=joined, cache=cache)
 
 
 @functools.partial(jax.jit, donate_argnames=("pools",))

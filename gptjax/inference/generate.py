@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.inference.engine import Engine, check_writes
@@ -13,6 +12,7 @@ from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
 from gptjax.inference.speculation import Drafter
 from gptjax.model.gpt import GPT
+from gptjax.templates.chat import ChatTemplate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ def generate(
   on_text: Callable[[int, str], None] | None = None,
   rows: int = 32,
   weights: str | None = None,
+  cache: str | None = None,
   draft: str | Drafter | None = None,
 ) -> list[Completion]:
   """Continues each prompt; a completion does not depend on the rest of the batch.
@@ -58,7 +59,7 @@ def generate(
     adapters: the adapter of each prompt, in a model that has several; None is none.
     on_text: called with (prompt index, new text) as text becomes certain.
     rows: prompts that are continued at the same time, at most.
-    weights, draft: as for `Engine`.
+    weights, cache, draft: as for `Engine`.
 
   Raises:
     UserError: there are no prompts, one has no ids, one and `max_tokens` do not fit the learned
@@ -71,7 +72,8 @@ def generate(
     if len(values) != len(prompts):
       raise UserError(f"{name}: {len(values)} for {len(prompts)} prompts; give one for each.")
   rows = min(rows, len(prompts))
-  engine = Engine(model, tokenizer, rows=rows, length=length, weights=weights, draft=draft)
+  options = {"weights": weights, "cache": cache, "draft": draft}
+  engine = Engine(model, tokenizer, rows=rows, length=length, **options)
   answers = [
     engine.submit(Request(start, max_tokens, sampling, one, stop, adapter=adapter))
     for start, one, adapter in zip(starts, seeds, chosen, strict=True)

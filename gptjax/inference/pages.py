@@ -1,50 +1,118 @@
 """The key-value cache in pages, which sequences that begin alike share.
 
 Kwon et al. 2023 (arXiv:2309.06180), section 4. Axes: B batch, T query positions, S positions of a
-row, K key-value heads, H head width, P pages, Z positions of a page, I pages of a row.
+row, K key-value heads, H head width, P pages, Z positions of a page, I pages of a row, X stored
+numbers of a head, G groups of a head that share a scale.
 """
 
 import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
 
 from gptjax.devices.sharding import constrain, per_shard
+from gptjax.errors import UserError
 from gptjax.model.attention import KeysAndValues
 from gptjax.model.config import ModelConfig
 from gptjax.model.kernels import LANES
+from gptjax.quantization.formats import Format, Grid, from_codes, make_grid, pack, to_codes, unpack
 
 # Positions of a page.
 PAGE = 16
-# Keys and values of all pages in each layer, [P, Z, K, H] each; or joined, [P, Z, 2K, W], the key
-# of each head before its value, and W the head width rounded up to whole registers of a TPU.
+# Formats of a cache in few bits. int4 is of keys and values that a Hadamard matrix has turned: it
+# spreads what stands out in a head over all of it (Ashkboos et al. 2024, arXiv:2404.00456).
+CACHES = ("int8", "int4")
+
+
+class FewBits(NamedTuple):
+  """Keys or values of all pages of a layer in few bits: numbers times the scale of their group.
+
+  values: [P, Z, K, X], int8, or uint8 with two numbers of 4 bits. scales: float32 [P, Z, K, G].
+  """
+
+  values: jax.Array
+  scales: jax.Array
+
+
+# Keys and values of all pages in each layer, [P, Z, K, H] each, or `FewBits`; or joined,
+# [P, Z, 2K, W], the key of each head before its value, and W the head width rounded up to whole
+# registers of a TPU.
 Pools = list[KeysAndValues] | list[jax.Array]
 
 
-def empty_pools(config: ModelConfig, pages: int, *, joined: bool) -> Pools:
-  """Pages without content, in the compute dtype; `joined` is `tpu.joins_pages` of the model."""
+def empty_pools(
+  config: ModelConfig, pages: int, *, joined: bool, cache: str | None = None
+) -> Pools:
+  """Pages without content.
 
-  def zeros() -> jax.Array:
-    shape = _page_shape(config, joined)
-    return constrain(jnp.zeros((pages, *shape), config.dtype), None, None, "kv_heads", None)
+  Args:
+    config: the model.
+    pages: how many.
+    joined: `tpu.joins_pages` of the model.
+    cache: one of `CACHES`; None is the compute dtype.
+  """
 
-  layers = range(config.num_layers)
-  return [zeros() if joined else KeysAndValues(zeros(), zeros()) for _ in layers]
+  def zeros(shape: Sequence[int], dtype: str) -> jax.Array:
+    return constrain(jnp.zeros((pages, PAGE, *shape), dtype), None, None, "kv_heads", None)
+
+  def one() -> jax.Array | FewBits:
+    if cache is None:
+      return zeros(_head_shape(config, joined), config.dtype)
+    kept = _encode(jnp.zeros(_head_shape(config, joined)), _format(config.head_dim, cache))
+    return FewBits(*(zeros(x.shape, x.dtype) for x in kept))
+
+  return [one() if joined else KeysAndValues(one(), one()) for _ in range(config.num_layers)]
 
 
-def page_bytes(config: ModelConfig, *, joined: bool) -> int:
-  """Bytes of one page in all layers."""
-  values = math.prod(_page_shape(config, joined)) * (1 if joined else 2)
-  return config.num_layers * values * jnp.dtype(config.dtype).itemsize
+def page_bytes(config: ModelConfig, *, joined: bool, cache: str | None = None) -> int:
+  """Bytes of one page in all layers; arguments as for `empty_pools`."""
+  abstract = jax.eval_shape(lambda: empty_pools(config, 1, joined=joined, cache=cache))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
 
 
-def _page_shape(config: ModelConfig, joined: bool) -> tuple[int, int, int]:
-  """Shape of a page, or of the keys of one."""
+def check_cache(config: ModelConfig, cache: str) -> None:
+  """Raises UserError if a model's heads cannot be turned for a cache of 4 bits."""
+  if cache == "int4" and config.head_dim & (config.head_dim - 1):
+    raise UserError(
+      f"cache='int4' is of heads whose width is a power of 2, not {config.head_dim}: take int8."
+    )
+
+
+def _head_shape(config: ModelConfig, joined: bool) -> tuple[int, int]:
+  """Shape of a position in a page, or of its keys."""
   K, H = config.num_kv_heads, config.head_dim
-  return (PAGE, 2 * K, -(-H // LANES) * LANES) if joined else (PAGE, K, H)
+  return (2 * K, -(-H // LANES) * LANES) if joined else (K, H)
+
+
+def _format(width: int, cache: str) -> Format:
+  """How a head is stored: int8 with one scale, int4 in groups of 32."""
+  return Format(cache, 32 if cache == "int4" and width % 32 == 0 else 0)
+
+
+def _encode(x: jax.Array, form: Format) -> FewBits:
+  """Heads [..., K, H] in few bits."""
+  x = x.astype(jnp.float32)
+  if form.name == "int4":
+    x = x @ _hadamard(x.shape[-1])
+  grid = make_grid(x, form)
+  return FewBits(pack(to_codes(x, grid, form), form), grid.scales)
+
+
+def _decode(stored: FewBits, form: Format) -> jax.Array:
+  """The heads that few bits stand for, float32 [..., K, H]."""
+  x = from_codes(unpack(stored.values, form), Grid(stored.scales, None), form)
+  # The matrix is symmetric and its own inverse.
+  return x @ _hadamard(x.shape[-1]) if form.name == "int4" else x
+
+
+def _hadamard(width: int) -> np.ndarray:
+  return (scipy.linalg.hadamard(width) / math.sqrt(width)).astype(np.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -73,34 +141,46 @@ class PagedCache:
     Keys and values are not joined: what reads those writes them itself.
     """
     heads, rows = (self.rows_axis, None, "kv_heads", None), (self.rows_axis, None)
-    keys, values, *row = per_shard(
-      lambda *arrays: _write(*arrays, length=self.length),
-      [heads] * 4 + [rows] * 2,
-      [heads] * 4,
-    )(*self.pool, k_BTKH, v_BTKH, self.tables_BI, positions_BT)
-    return self.with_pool(KeysAndValues(keys, values)), KeysAndValues(*row)
+    arrays, structure = jax.tree.flatten(self.pool)
+
+    def write(*given):
+      pool = structure.unflatten(given[: len(arrays)])
+      pairs = zip(pool, given[len(arrays) : -2], strict=True)
+      written = [_write(*pair, *given[-2:], length=self.length) for pair in pairs]
+      pool, row = zip(*written, strict=True)
+      return *jax.tree.leaves(pool), *row
+
+    in_axes = [heads] * (len(arrays) + 2)
+    *arrays, keys, values = per_shard(write, [*in_axes, rows, rows], in_axes)(
+      *arrays, k_BTKH, v_BTKH, self.tables_BI, positions_BT
+    )
+    return self.with_pool(structure.unflatten(arrays)), KeysAndValues(keys, values)
 
   def with_pool(self, pool: KeysAndValues | jax.Array) -> "PagedCache":
     return dataclasses.replace(self, pool=pool)
 
 
-def _write(keys_PZKH, values_PZKH, k_BTKH, v_BTKH, tables_BI, positions_BT, *, length: int):
-  """Writes keys and values; returns both pools and all of the rows, each [B, S, K, H]."""
-  _, Z, K, H = keys_PZKH.shape
-  cells = cells_of(tables_BI, positions_BT, keys_PZKH.shape)
+def _write(pool, x_BTKH, tables_BI, positions_BT, *, length: int):
+  """Writes keys, or values; returns the pool and all of the rows, [B, S, K, H]."""
+  is_small = isinstance(pool, FewBits)
+  if is_small:
+    cache = "int4" if pool.values.dtype == jnp.uint8 else "int8"
+    form = _format(x_BTKH.shape[-1], cache)
 
-  def put(pool_PZKH, x_BTKH):
-    flat = pool_PZKH.reshape(-1, K, H)
-    flat = flat.at[cells].set(x_BTKH.reshape(-1, K, H).astype(flat.dtype), mode="drop")
-    return flat.reshape(pool_PZKH.shape)
+  def put(pool_PZKX, x_BTKX):
+    cells = cells_of(tables_BI, positions_BT, pool_PZKX.shape)
+    flat = pool_PZKX.reshape(-1, *pool_PZKX.shape[2:])
+    x = x_BTKX.reshape(-1, *flat.shape[1:]).astype(flat.dtype)
+    return flat.at[cells].set(x, mode="drop").reshape(pool_PZKX.shape)
 
-  def read(pool_PZKH):
+  def read(pool_PZKX):
     # All pages of a row's table, in the order of its positions.
-    rows = pool_PZKH[tables_BI].reshape(-1, tables_BI.shape[1] * Z, K, H)
-    return rows[:, :length].astype(k_BTKH.dtype)
+    pages = pool_PZKX[tables_BI]
+    return pages.reshape(len(pages), -1, *pages.shape[3:])[:, :length]
 
-  pools = put(keys_PZKH, k_BTKH), put(values_PZKH, v_BTKH)
-  return *pools, *map(read, pools)
+  pool = jax.tree.map(put, pool, _encode(x_BTKH, form) if is_small else x_BTKH)
+  rows = jax.tree.map(read, pool)
+  return pool, (_decode(rows, form) if is_small else rows).astype(x_BTKH.dtype)
 
 
 def cells_of(tables_BI: jax.Array, positions_BT: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -14,14 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gptjax.inference.form import PagedAttention, inference_form
+from gptjax.inference.form import inference_form
 from gptjax.inference.forward import copy_page, encode, forward, make_pools, put_row
 from gptjax.inference.lengths import round_up
-from gptjax.inference.pages import PAGE, Pages, page_bytes
-from gptjax.inference.tpu import RaggedAttention, joins_pages
+from gptjax.inference.pages import PAGE, Pages, check_cache, page_bytes
+from gptjax.inference.tpu import joins_pages
 from gptjax.model.attention import Attention
 from gptjax.model.gpt import GPT
 from gptjax.model.stack import Encoded
+
+
+def page_options(model: GPT, cache: str | None) -> dict[str, Any]:
+  """How the pages of a model's cache are kept, for `pages.page_bytes`; `cache` as for `Engine`."""
+  if cache is not None:
+    check_cache(model.config, cache)
+  # The TPU's kernel reads pages of the compute dtype.
+  return {"joined": cache is None and joins_pages(model), "cache": cache}
 
 
 @dataclasses.dataclass
@@ -56,7 +64,14 @@ class Reader:
   """
 
   def __init__(
-    self, model: GPT, *, rows: int, length: int, pages: int | None, weights: str | None = None
+    self,
+    model: GPT,
+    *,
+    rows: int,
+    length: int,
+    pages: int | None,
+    weights: str | None = None,
+    cache: str | None = None,
   ):
     """Makes the inference form and an empty cache; arguments as for `Engine`."""
     self.config, self.rows, self.length = model.config, rows, length
@@ -64,15 +79,17 @@ class Reader:
     self.shares = self.config.visibility == "causal" and not self.has_encoder
     modules = [module for _, module in nnx.iter_modules(model)]
     self.adapters = max(getattr(module, "adapters", 0) for module in modules)
-    self.joined = joins_pages(model)
+    self._page = page_options(model, cache)
+    self.joined = self._page["joined"]
     options = {"weights": weights, "length": length, "joined": self.joined}
     self.form, self.arrays = inference_form(model, **options)
     # Whether all attention reads the pages where they lie, and only those in use.
     parts = nnx.iter_modules(self.form.model(self.arrays))
     readers = [m for path, m in parts if isinstance(m, Attention) and path[0] != "encoder"]
-    self._in_place = all(isinstance(m, PagedAttention | RaggedAttention) for m in readers)
+    in_place = [getattr(module, "in_place", False) for module in readers]
+    self._in_place = cache != "int4" and all(in_place)
     self.pages = Pages(pages or self._default_pages())
-    self._pools = make_pools(self.config, self.pages.count, joined=self.joined)
+    self._pools = make_pools(self.config, self.pages.count, **self._page)
     self._encoded: Encoded | None = None
 
   def _default_pages(self) -> int:
@@ -82,13 +99,13 @@ class Reader:
       memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
       memory = (device.memory_stats() or {}).get("bytes_limit", 2**34)
-    most = max(memory // 8 // page_bytes(self.config, joined=self.joined), 1)
+    most = max(memory // 8 // page_bytes(self.config, **self._page), 1)
     return min(self.rows * -(-self.length // PAGE), most)
 
   def clear(self) -> None:
     """Empties the cache, also where a step that failed has left none."""
     self.pages = Pages(self.pages.count)
-    self._pools = make_pools(self.config, self.pages.count, joined=self.joined)
+    self._pools = make_pools(self.config, self.pages.count, **self._page)
 
   def make_room(self, row: Row, tokens: int) -> bool:
     """Takes the pages for the next tokens of a text; false, and none, if there are too few."""

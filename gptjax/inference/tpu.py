@@ -55,6 +55,8 @@ class RaggedAttention(Attention):
   it has.
   """
 
+  in_place = True
+
   def __init__(self, base: Attention):
     adopt(self, base)
 

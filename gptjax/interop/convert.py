@@ -80,7 +80,9 @@ def _model_of(
   if to == "hf" or adapter is not None:
     task = transformers_task(labels) if labels else ""
     chosen = family_of(source, read_model_config(source), family, task)
-  model, tokenizer, step = load_run(source) if is_run(source) else (*load_model(source), 0)
+  model, tokenizer, step = (
+    load_run(source, plain=True) if is_run(source) else (*load_model(source), 0)
+  )
   if adapter is not None:
     merge_folder = wings.load("gptjax.peft.huggingface:merge_folder", "--adapter")
     model = merge_folder(model, adapter, chosen)
@@ -121,7 +123,7 @@ def unwritable(config: ModelConfig, task: str) -> str:
 def _adapters_of(source: str, family: str | None) -> Callable[[Path], None]:
   """Loads the adapters of a run; returns the function that writes them into a folder."""
   config = None if open_foreign(source) else config_lib.open_saved(epath.Path(source))
-  adaptation = None if config is None else make_adaptation(config.get("peft"))
+  adaptation = None if config is None else make_adaptation(config)
   if adaptation is None or adaptation.is_whole:
     raise UserError(f"--format=peft: {source} is no run that trained adapters.")
   model_config = read_model_config(source)

@@ -5,7 +5,8 @@ quantisation, which treat parameters differently, read them through `ParameterIn
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,13 @@ def _random_bits(key: jax.Array, places: Sequence[jax.Array]) -> jax.Array:
   words = jax.random.key_data(key)
   first, second = threefry2x32_p.bind(words[0], words[1], *counters)
   return first ^ second
+
+
+def find(module: Any, path: Iterable[str | int]) -> Any:
+  """What is at a path of names and numbers below a module."""
+  for name in path:
+    module = module[name] if isinstance(name, int) else getattr(module, name)
+  return module
 
 
 def adopt(module: nnx.Module, base: nnx.Module) -> None:

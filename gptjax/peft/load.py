@@ -67,7 +67,7 @@ def _read_run(
 ) -> tuple[PeftConfig, dict[str, Any]]:
   """The adapters of a run, whose base must have the given config and parameters."""
   config = config_lib.open_saved(run)
-  adaptation = make_adaptation(config.get("peft"))
+  adaptation = make_adaptation(config)
   if adaptation.is_whole:
     raise UserError("a run that trained a whole model; load it as one.")
   own_config = ModelConfig.from_config(config.model)

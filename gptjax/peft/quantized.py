@@ -6,7 +6,6 @@ float32, and so does the router of experts, whose choices a rounding error could
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,27 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, ParameterInfo, describe
-from gptjax.model.layers import contract
+from gptjax.model.layers import contract, find
+from gptjax.quantization.formats import from_nf4, to_nf4
 
-# Quantiles of the normal distribution, with a 0, scaled to [-1, 1] (appendix E).
-NF4 = (
-  -1.0,
-  -0.6961928009986877,
-  -0.5250730514526367,
-  -0.39491748809814453,
-  -0.28444138169288635,
-  -0.18477343022823334,
-  -0.09105003625154495,
-  0.0,
-  0.07958029955625534,
-  0.16093020141124725,
-  0.24611230194568634,
-  0.33791524171829224,
-  0.44070982933044434,
-  0.5626170039176941,
-  0.7229568362236023,
-  1.0,
-)
 # Values of nf4 that share a scale.
 BLOCK = 64
 
@@ -76,7 +57,7 @@ class QuantizedKernel(nnx.Module):
   def __getitem__(self, index) -> jax.Array:
     values = self.values[...]
     if self.base == "nf4":
-      pairs = [_look_up(values & 15), _look_up(values >> 4)]
+      pairs = [from_nf4(values & 15), from_nf4(values >> 4)]
       values = jnp.stack(pairs, axis=values.ndim + self.last_contracted + 1)
     scales = self.scales[...]
     if (blocks := scales.shape[self.last_contracted]) > 1:
@@ -107,21 +88,9 @@ def quantize(kernel: jax.Array, base: str, contracted: Sequence[int]) -> dict[st
   blocks = kernel.reshape(*before, size // block, block, *after)
   scales = jnp.abs(blocks).max(axis + 1)
   blocks /= jnp.expand_dims(jnp.where(scales == 0, 1, scales), axis + 1)
-  codes = jnp.zeros(blocks.shape, jnp.uint8)
-  for below, above in itertools.pairwise(NF4):
-    codes += (blocks > (below + above) / 2).astype(jnp.uint8)
-  pairs = codes.reshape(*before, size // 2, 2, *after)
+  pairs = to_nf4(blocks).reshape(*before, size // 2, 2, *after)
   low, high = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
   return {"values": low | high << 4, "scales": scales}
-
-
-def _look_up(codes: jax.Array) -> jax.Array:
-  """NF4[codes] by selections, since accelerators gather element by element."""
-  values = [jnp.float32(value) for value in NF4]
-  for bit in range(4):
-    is_set = (codes >> bit & 1).astype(bool)
-    values = [jnp.where(is_set, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
-  return values[0]
 
 
 def quantize_model(model: GPT, base: str) -> None:
@@ -132,7 +101,7 @@ def quantize_model(model: GPT, base: str) -> None:
   """
   for name in quantized_names(describe(model), base):
     *path, leaf = name.split("/")
-    module = functools.reduce(getattr, path, model)
+    module = find(model, path)
     kernel = getattr(module, leaf)
     if base == "bfloat16":
       kernel.set_value(kernel[...].astype(jnp.bfloat16))

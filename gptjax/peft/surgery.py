@@ -12,7 +12,7 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.model.config import ModelConfig
 from gptjax.model.feedforward import FeedForward
 from gptjax.model.gpt import GPT, LABEL_HEAD, ParameterInfo, describe
-from gptjax.model.layers import Linear
+from gptjax.model.layers import Linear, find
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import (
   AdaLoRALinear,
@@ -54,7 +54,7 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
   quantize_model(model, config.base)
   for name in whole:
     *path, leaf = name.split("/")
-    _train(_find(model, path), leaf)
+    _train(find(model, path), leaf)
   match config.method:
     case "prompt":
       return add_prompt(model, config.virtual_tokens, rngs)
@@ -66,7 +66,7 @@ def adapt(model: GPT, config: PeftConfig, rngs: nnx.Rngs) -> GPT:
     *path, leaf = name.split("/")
     if config.method == "parallel":
       path = [*path, leaf]
-    parent, module = _find(model, path[:-1]), _find(model, path)
+    parent, module = find(model, path[:-1]), find(model, path)
     rank, alpha = options.get("rank", config.rank), options.get("alpha", config.alpha)
     low_rank = {"rank": rank, "scale": config.scale(rank, alpha), "rngs": rngs}
     match config.method:
@@ -160,12 +160,6 @@ def _candidates(model: GPT, method: str) -> tuple[str, list[str]]:
   if method == "parallel":
     return "feed-forward network", paths
   return "projection", [f"{path}/kernel" for path in paths]
-
-
-def _find(model: GPT, path: list[str]) -> nnx.Module:
-  for name in path:
-    model = getattr(model, name)
-  return model
 
 
 def _parameters(model: GPT) -> dict[str, nnx.Variable]:

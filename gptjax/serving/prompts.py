@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptjax.data.chat import ChatTemplate
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.serving.errors import blaming, wrong
 from gptjax.serving.service import Service, in_thread
+from gptjax.templates.chat import ChatTemplate
 
 # Put around what looks like a special token in a message. Unicode reserves these for programs.
 _OPEN, _CLOSE = "\ufdd2", "\ufdd3"

@@ -10,7 +10,6 @@ from typing import Any
 
 import anyio.to_thread
 
-from gptjax.data.chat import ChatTemplate
 from gptjax.inference.constraints import Languages
 from gptjax.inference.engine import Engine
 from gptjax.inference.request import Answer, Request, TokenScore
@@ -19,6 +18,7 @@ from gptjax.serving.errors import ApiError, blaming
 from gptjax.serving.filters import Filter, FilteredAnswer
 from gptjax.serving.metrics import Metrics
 from gptjax.serving.token_names import TokenNames
+from gptjax.templates.chat import ChatTemplate
 
 
 @dataclasses.dataclass(frozen=True)

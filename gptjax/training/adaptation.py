@@ -16,7 +16,9 @@ from gptjax.optim.optimizer import Optimizer
 class WholeModel:
   """Trains every parameter of the model.
 
-  The alternative, `gptjax.peft.adaptation.Adapters`, has the same attributes and methods.
+  The alternatives have the same attributes and methods: `gptjax.peft.adaptation.Adapters`,
+  `gptjax.compression.rounding.Rounded` and, of a checkpoint that is only used,
+  `gptjax.quantization.stored.Stored`.
 
   Attributes:
     method: `config.peft.method`.
@@ -70,20 +72,32 @@ class WholeModel:
     """The model for use, with adapters merged into it where that is possible."""
     return model
 
+  def plain(self, model: GPT) -> GPT:
+    """The model of float32 parameters that a model for use is, where there is one."""
+    return self.merge(model)
+
 
 WHOLE = WholeModel()
+# `config.quantize` of a run that trains no rounded weights.
+NOT_ROUNDED = {"format": "none", "group": 0, "symmetric": True, "activations": "none"}
 
 
-def make_adaptation(config: Mapping[str, Any] | None) -> WholeModel:
-  """Reads `config.peft`: adapters by their method, or the whole model.
+def make_adaptation(config: Mapping[str, Any]) -> WholeModel:
+  """Reads `peft` (adapters by their method), `quantize` and `stored` of a run's config.
 
   Raises:
     UserError: a value that cannot be used, by its key.
   """
-  method = config["method"] if config else WHOLE.method
-  if method != WHOLE.method:
+  if stored := config.get("stored"):
+    return wings.load("gptjax.quantization.stored:Stored", "stored").from_config(stored)
+  rounding, config = dict(config.get("quantize") or {}), config.get("peft") or {}
+  if rounding and rounding != NOT_ROUNDED:
+    if config.get("method", WHOLE.method) != WHOLE.method:
+      raise UserError("quantize is of a model that is trained whole; beside peft, set peft.base.")
+    return wings.load("gptjax.compression.rounding:Rounded", "quantize").from_config(rounding)
+  if (method := config.get("method", WHOLE.method)) != WHOLE.method:
     adapters = wings.load("gptjax.peft.adaptation:Adapters", f"peft.method={method!r}")
     return adapters.from_config(config)
-  if config and (base := config.get("base", "float32")) != "float32":
+  if (base := config.get("base", "float32")) != "float32":
     raise UserError(f"peft.base={base!r} is the format of a frozen model: choose a peft.method.")
   return WHOLE

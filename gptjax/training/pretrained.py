@@ -23,7 +23,7 @@ from gptjax.devices.hosts import keep_compiled_programs
 from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, LABEL_HEAD, ParameterInfo, abstract_model, describe_parameters
-from gptjax.training.adaptation import make_adaptation
+from gptjax.training.adaptation import WHOLE, make_adaptation
 from gptjax.training.checkpoints import Checkpoints, checksum, restore_params
 from gptjax.training.metrics import waiting
 
@@ -135,31 +135,40 @@ def load_model(
 
 
 def load_run(
-  run: epath.PathLike, *, ema: bool = False, progress: bool = True
+  run: epath.PathLike, *, ema: bool = False, plain: bool = False, progress: bool = True
 ) -> tuple[GPT, Tokenizer, int]:
-  """Loads a run like `load_model`, and tells the step of its checkpoint."""
+  """Loads a run like `load_model`, and tells the step of its checkpoint; `plain` is float32 also
+  where it is stored in few bits."""
   folder = epath.Path(run) / TOKENIZER
   with waiting(f"loading {run}", quiet=not progress):
     model, step = load_checkpoint(run, ema=ema)
-  model = make_adaptation(config_lib.open_saved(epath.Path(run)).get("peft")).merge(model)
+  adaptation = make_adaptation(config_lib.open_saved(epath.Path(run)))
+  model = adaptation.plain(model) if plain else adaptation.merge(model)
   if (tokenizer := open_saved(folder)) is None:
     raise UserError(f"{folder}: no whole tokenizer, which a run keeps there.")
   return model, tokenizer, step
 
 
 def save_model(
-  folder: epath.PathLike, model: GPT, tokenizer: Tokenizer, labels: Labels | None
+  folder: epath.PathLike,
+  model: GPT,
+  tokenizer: Tokenizer,
+  labels: Labels | None,
+  more: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes a model into a folder as a run at step 0, which `load_model` loads."""
+  """Writes a model into a folder as a run at step 0, which `load_model` loads; `more` are further
+  keys of its config."""
   folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
   values: dict[str, Any] = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer.spec}
+  values |= more or {}
   if labels:
     values["task"] = {"name": labels.task, "labels": labels.names}
   text = json.dumps(values, indent=2, sort_keys=True) + "\n"
   (folder / config_lib.CONFIG_FILE).write_text(text)
   tokenizer.save(folder / TOKENIZER)
   with Checkpoints(folder / CHECKPOINTS, keep=1) as checkpoints:
-    checkpoints.save(0, {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))})
+    checkpoints.save(0, {"params": nnx.to_pure_dict(nnx.state(model))})
     checkpoints.wait()
 
 
@@ -227,7 +236,7 @@ def load_params_into(
   if foreign is None:
     source = epath.Path(checkpoint)
     config_of_run = config_lib.open_saved(source)
-    if not make_adaptation(config_of_run.get("peft")).is_whole:
+    if make_adaptation(config_of_run) is not WHOLE:
       return _load_merged(source, abstract)
     best = makes_best(config_of_run)
     loaded, report = restore_params(source / CHECKPOINTS, abstract, best=best)
@@ -308,7 +317,7 @@ def _restore(
   """Loads like `load_checkpoint`, with the sharding `sharding_of` each parameter's name."""
   config = config_lib.open_saved(workdir)
   model_config = ModelConfig.from_config(config.model)
-  adaptation = make_adaptation(config.get("peft"))
+  adaptation = make_adaptation(config)
 
   def abstract(state: nnx.State) -> dict[str, Any]:
     return tree.map_named(
@@ -342,7 +351,8 @@ def makes_best(config: Any) -> bool:
 
 
 def _load_merged(source: epath.Path, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-  """Loads like `load_params_into`, from a run that trained adapters, merged into their base."""
+  """Loads like `load_params_into`, from a run that trained adapters, merged into their base, or a
+  model that is stored in few bits."""
   wanted = tree.named_leaves(abstract)
   of_adapters = next(iter(wanted.values())).sharding
   if isinstance(of_adapters, NamedSharding):
@@ -350,10 +360,10 @@ def _load_merged(source: epath.Path, abstract: Mapping[str, Any]) -> tuple[dict[
   model, step = _restore(
     source, lambda name: wanted[name].sharding if name in wanted else of_adapters
   )
-  adaptation = make_adaptation(config_lib.open_saved(source).get("peft"))
-  plain = nnx.to_pure_dict(nnx.state(adaptation.merge(model), nnx.Param))
+  model = make_adaptation(config_lib.open_saved(source)).plain(model)
+  plain = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   found = {name: x.shape for name, x in tree.named_leaves(plain).items()}
   if found != {name: leaf.shape for name, leaf in wanted.items()}:
     raise UserError(f"init_from={source} does not fit the model of this config.")
   placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), plain, abstract)
-  return placed, f"{source}, step {step}: all {len(found)} parameters, with its adapters merged"
+  return placed, f"{source}, step {step}: all {len(found)} parameters, as they are used"

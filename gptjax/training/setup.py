@@ -233,7 +233,7 @@ def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setu
       f"mesh.expert={mesh.shape['expert']} does not divide "
       f"model.experts.count={model.experts.count}."
     )
-  adaptation = make_adaptation(config.get("peft"))
+  adaptation = make_adaptation(config)
   if not adaptation.is_whole and not config.init_from:
     raise UserError(f"peft.method={adaptation.method!r} needs init_from, the model to adapt.")
   return Setup(

@@ -10,6 +10,8 @@ import pytest
 
 from gptjax.cpu import kernels
 from gptjax.model import attention
+from gptjax.quantization.formats import Format
+from gptjax.quantization.kernel import round_matrix
 
 
 def normal(seed, *shape):
@@ -54,6 +56,42 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(D, F, kind):
     np.testing.assert_array_equal(product(x_MD[:M], w_FD, scales_F)[:17], alone[:M])
   order = np.random.default_rng(0).permutation(17)
   np.testing.assert_array_equal(product(x_MD[order], w_FD, scales_F), alone[order])
+
+
+def grouped(form, F, D):
+  """A matrix in a format, as `grouped_product` takes it, and what it stands for."""
+  matrix = round_matrix(normal(1, F, D) + 0.3, form)
+  return (matrix.values[...], *matrix.grid), matrix.weights()
+
+
+FORMS = [
+  *(Format("int4", group, symmetric) for group in (0, 32, 64) for symmetric in (True, False)),
+  *(Format("int8", 16), Format("int8", 0, False), Format("int8", 64, False)),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("M", "D", "F"), [(1, 64, 7), (9, 192, 67), (70, 576, 300)])
+def test_a_product_of_few_bits_is_that_of_float64_and_of_each_row_alone(M, D, F, form):
+  x_MD, (stored, weights_FD) = normal(0, M, D), grouped(form, F, D)
+  multiply = jax.jit(kernels.grouped_product)
+  y_MF = multiply(x_MD, *stored)
+  expected = np.asarray(x_MD, np.float64) @ np.asarray(weights_FD, np.float64).T
+  np.testing.assert_allclose(y_MF, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+  for m in range(0, M, 11):
+    np.testing.assert_array_equal(multiply(x_MD[m : m + 1], *stored)[0], y_MF[m])
+  np.testing.assert_array_equal(multiply(x_MD[:5], *stored), y_MF[:5])
+
+
+def test_groups_that_no_kernel_reads_are_known():
+  assert kernels.multiplies("int4", 96, 3)
+  assert kernels.multiplies("int8", 48, 3)
+  assert not kernels.multiplies("int4", 96, 6)
+  assert not kernels.multiplies("int8", 48, 2)
+  assert not kernels.multiplies("nf4", 64, 1)
+  (values, scales, _), _ = grouped(Format("int4", 32), 4, 96)
+  with pytest.raises(ValueError, match="do not fit 96 inputs"):
+    kernels.grouped_product(normal(0, 1, 96), values, scales[:, :2])
 
 
 def test_programs_of_several_threads_run_at_once():
@@ -169,6 +207,33 @@ def test_attention_is_that_of_plain_jax(option, K, H, Z, kind):
     np.testing.assert_array_equal(
       pool.astype(jnp.float32), expected_pool.astype(jnp.float32), strict=True
     )
+
+
+@pytest.mark.parametrize("option", ["causal", "all"])
+def test_attention_to_pages_of_int8_is_that_to_what_they_stand_for(option):
+  options, form = OPTIONS[option], Format("int8")
+  K, H, Z = 6, 24, 16
+
+  def rounded(x):
+    matrix = round_matrix(x, form)
+    return (matrix.values[...], matrix.scales[...]), matrix.weights()
+
+  positions_BT = consecutive([0, 43, 0], [9, 1, 0], 9)
+  q, k, v = normal(0, 3, 9, 6, H), normal(1, 3, 9, K, H), normal(2, 3, 9, K, H)
+  keys, values, tables_BI = pages("float32", 3, 10, Z, K, H)
+  (stored_keys, keys), (stored_values, values) = rounded(keys), rounded(values)
+  expected = plain(
+    q, rounded(k)[1], rounded(v)[1], keys, values, tables_BI, positions_BT, scale=H**-0.5, **options
+  )
+  scales = stored_keys[1], stored_values[1]
+  run = jax.jit(functools.partial(attend, scale=H**-0.5, **options))
+  pools = stored_keys[0], stored_values[0]
+  got, *written = run(q, k, v, *pools, tables_BI, positions_BT, scales=scales)
+  np.testing.assert_allclose(got, expected[0], rtol=1e-4, atol=1e-5)
+  for numbers, scales, pool in zip(written[:2], written[2:], expected[1:], strict=True):
+    np.testing.assert_allclose(numbers * scales, pool, rtol=1e-6, atol=1e-6)
+  with pytest.raises(ValueError, match="int8 has some, others have none"):
+    run(q, k, v, *pools, tables_BI, positions_BT)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

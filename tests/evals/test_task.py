@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from gptjax.data.templates import Example
 from gptjax.errors import UserError
 from gptjax.evals import task as tasks
 from gptjax.evals.task import choose_shots, evaluated_examples, load_task, read_examples
+from gptjax.templates.prompts import Example
 
 SENTIMENT = {
   "kind": "classification",

@@ -8,7 +8,6 @@ import sentencepiece
 
 from gptjax.data import cache
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.chat import ChatTemplate
 from gptjax.data.sources import Records
 from gptjax.errors import UserError
 from gptjax.finetuning.chat_encoding import ChatEncoder, decode_flags, encode_pieces
@@ -16,7 +15,8 @@ from gptjax.finetuning.chat_templates import set_template
 from gptjax.finetuning.conversations import Conversation, Conversations
 from gptjax.finetuning.record_packing import PackedConversations
 from gptjax.show import text_of
-from tests.data.test_chat import (
+from gptjax.templates.chat import ChatTemplate
+from tests.templates.test_chat import (
   ANSWER,
   CHATML,
   INSTRUCTIONS,

@@ -1,9 +1,9 @@
 import pytest
 
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.chat import ChatTemplate
 from gptjax.errors import UserError
 from gptjax.finetuning.chat_templates import TEMPLATES, set_template
+from gptjax.templates.chat import ChatTemplate
 
 SYSTEM = {"role": "system", "content": "S"}
 USER = {"role": "user", "content": "U"}

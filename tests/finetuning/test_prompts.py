@@ -8,7 +8,6 @@ import pytest
 
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.sources import Records
-from gptjax.data.templates import PROMPTS, Example, Template, open_template
 from gptjax.errors import UserError
 from gptjax.evals import answers
 from gptjax.evals.score import Score, encode_pair
@@ -18,6 +17,7 @@ from gptjax.finetuning import prompts
 from gptjax.finetuning.chat_encoding import decode_flags
 from gptjax.finetuning.prompts import PromptEncoder, Prompts
 from gptjax.show import describe_row
+from gptjax.templates.prompts import PROMPTS, Example, Template, open_template
 from tests.data.conftest import open_dataset
 from tests.finetuning.test_chat_encoding import spaced  # noqa: F401
 

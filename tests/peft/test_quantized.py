@@ -13,9 +13,10 @@ from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, describe_parameters
 from gptjax.peft.config import PeftConfig
 from gptjax.peft.layers import Adapter
-from gptjax.peft.quantized import NF4, QuantizedKernel, quantize, quantize_params
+from gptjax.peft.quantized import QuantizedKernel, quantize, quantize_params
 from gptjax.peft.surgery import abstract_model, adapt, merge, unmerge
 from gptjax.presets.parts.peft import DEFAULTS, PEFT
+from gptjax.quantization.formats import NF4
 from gptjax.training.checkpoints import checksum, restore_params
 from gptjax.training.loop import train
 from gptjax.training.pretrained import load_checkpoint, load_model, load_params_into

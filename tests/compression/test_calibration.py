@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax.compress.calibration import read_rows, walk
+from gptjax.compression.calibration import read_rows, walk
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.model.gpt import model_graph

@@ -14,9 +14,9 @@ import jinja2.ext
 import jinja2.filters
 import jinja2.nodes
 
-from gptjax.data.template_sandbox import ERRORS, BoundedEnvironment
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, did_you_mean
+from gptjax.templates.sandbox import ERRORS, BoundedEnvironment
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 

@@ -5,9 +5,9 @@ import time
 import jinja2
 import pytest
 
-from gptjax.data.template_sandbox import BoundedEnvironment
-from gptjax.data.templates import Example, Template
 from gptjax.errors import UserError
+from gptjax.templates.prompts import Example, Template
+from gptjax.templates.sandbox import BoundedEnvironment
 
 # Starts with a text of two characters, and makes more of it 99 times.
 GROWING = (

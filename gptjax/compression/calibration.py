@@ -20,7 +20,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT
-from gptjax.model.layers import Linear, adopt
+from gptjax.model.layers import Linear, adopt, find
 from gptjax.model.stack import Stack
 
 # Rows that go through a layer at a time.
@@ -174,8 +174,7 @@ def _run(
     for path, module in list(nnx.iter_modules(stack.blocks)):
       # The router of experts is not compressed.
       if isinstance(module, Linear) and module.kernel.role != "router":
-        parent = functools.reduce(getattr, path[:-1], stack.blocks)
         noted = _Noted(module, "/".join(path), statistic, notes)
-        setattr(parent, path[-1], noted)
+        setattr(find(stack.blocks, path[:-1]), path[-1], noted)
   positions_RT = jnp.broadcast_to(jnp.arange(x_RTD.shape[1]), x_RTD.shape[:2])
   return stack.run(x_RTD, positions_RT)[0], notes.found

@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 
 from gptjax.config import PRESETS
-from gptjax.data.template_sandbox import ERRORS, BoundedEnvironment
 from gptjax.errors import UserError, did_you_mean
+from gptjax.templates.sandbox import ERRORS, BoundedEnvironment
 
 PROMPTS = PRESETS / "prompts"
 

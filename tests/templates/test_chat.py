@@ -3,8 +3,8 @@ import datetime
 import pytest
 
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.chat import ChatTemplate
 from gptjax.errors import UserError
+from gptjax.templates.chat import ChatTemplate
 
 CHATML = """{% for message in messages %}
     {% if loop.first and message['role'] != 'system' %}

@@ -1,0 +1,175 @@
+"""Quantises a model: a checkpoint whose matrices are stored in few bits.
+
+Axes: M tokens, I inputs, O outputs of a projection.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from gptjax.compression.awq import awq
+from gptjax.compression.calibration import Layer, walk
+from gptjax.compression.gptq import gptq
+from gptjax.errors import UserError, check_choice
+from gptjax.model.gpt import GPT, ParameterInfo, describe
+from gptjax.model.layers import find
+from gptjax.quantization.formats import Format, make_grid, to_codes
+from gptjax.quantization.kernel import StoredKernel, as_matrix, store_codes
+from gptjax.quantization.stored import KEY, Stored, is_stored, stored_kernels
+from gptjax.small_files import check_new, new_folder
+from gptjax.training.pretrained import labels_of, load_model, save_model
+
+# 'nearest' needs no text to calibrate on.
+METHODS = ("nearest", "gptq", "awq", "awq+gptq")
+# Projections that read the same.
+_SHARED = (("attention/query", "attention/key", "attention/value"), ("mlp/gate", "mlp/up"))
+_PREFIX = "blocks/"
+
+
+def quantize(
+  checkpoint: str,
+  target: Path,
+  stored: Stored,
+  *,
+  method: str = "nearest",
+  read_tokens: Any = None,
+  progress: bool = True,
+) -> dict[str, int]:
+  """Writes a quantised model as a checkpoint.
+
+  Args:
+    checkpoint: the model, as for `pretrained.load_model`.
+    target: the folder to write, which must not exist.
+    stored: how the weights are to be stored.
+    method: one of `METHODS`.
+    read_tokens: for all but 'nearest': a function of the tokenizer that returns the rows of text to
+      calibrate on, int32 [R, T].
+    progress: show bars on stderr.
+
+  Returns:
+    {'before', 'after'}: bytes of the parameters.
+
+  Raises:
+    UserError: the target exists, the checkpoint cannot be loaded or is quantised already, or a
+      matrix cannot be stored so.
+  """
+  check_choice("method", method, METHODS)
+  check_new(target)
+  labels = labels_of(checkpoint)
+  model, tokenizer = load_model(checkpoint, progress=progress)
+  before = count_bytes(model)
+  tokens_RT = None if method == "nearest" else read_tokens(tokenizer)
+  model, stored = quantized(model, stored, method=method, tokens_RT=tokens_RT, progress=progress)
+  with new_folder(target) as folder:
+    save_model(folder, model, tokenizer, labels, {KEY: stored.to_config()})
+  return {"before": before, "after": count_bytes(model)}
+
+
+def quantized(
+  model: GPT, stored: Stored, *, method: str, tokens_RT: np.ndarray | None, progress: bool = False
+) -> tuple[GPT, Stored]:
+  """Quantises a model in memory, and tells how it is stored then; arguments as for `quantize`. The
+  model itself is changed."""
+  refuse_stored(model)
+  stored = dataclasses.replace(stored, scales_inputs=method.startswith("awq"))
+  kernels = stored_kernels(describe(model))
+  found = {}
+  if method != "nearest":
+    _check_calibrated(kernels)
+    layers = walk(model, tokens_RT)
+    for layer in tqdm(layers, method, model.config.num_layers, disable=not progress):
+      found[layer.index] = _round_layer(layer, kernels, stored.weights, method)
+  model = stored.store(model)
+  for name in kernels if found else ():
+    parts = [found[index][name] for index in range(model.config.num_layers)]
+    of_layers = [nnx.state(part) for part in parts]
+    nnx.update(find(model, name.split("/")), jax.tree.map(lambda *x: jnp.stack(x), *of_layers))
+  return model, stored
+
+
+def refuse_stored(model: GPT) -> None:
+  """Raises UserError if a model is quantised already."""
+  if is_stored(model):
+    raise UserError(
+      "--checkpoint is quantised already: give the model that it was made from, or write the "
+      "weights that it stands for with gptjax.convert --format=gptjax first."
+    )
+
+
+def count_bytes(model: GPT) -> int:
+  """Bytes of the arrays of a model."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def measure_inputs(x_MI: jax.Array) -> dict[str, jax.Array]:
+  """What `gptq` and `awq` need to know of the inputs of a projection: sums over tokens."""
+  return {
+    "gram": x_MI.T @ x_MI,
+    "size": jnp.abs(x_MI).sum(0),
+    "count": jnp.float32(x_MI.shape[0]),
+  }
+
+
+def _round_layer(
+  layer: Layer, kernels: Mapping[str, ParameterInfo], form: Format, method: str
+) -> dict[str, StoredKernel]:
+  """Rounds the kernels of a layer, and has the layer go on with what they stand for."""
+  inputs = layer.measure(measure_inputs)
+  matrices, shapes = {}, {}
+  for name, info in kernels.items():
+    own = name.removeprefix(_PREFIX)
+    kernel, projection = layer.params[own], own.removesuffix("/kernel")
+    count = len(info.fan_in_axes)
+    shapes[projection] = kernel.shape[:count], kernel.shape[count:]
+    matrices[projection] = as_matrix(kernel, count, kernel.ndim - count)
+    form.check(name, matrices[projection].shape[-1])
+  factors = _input_factors(matrices, inputs, form) if method.startswith("awq") else {}
+  rounded = {}
+  for projection, matrix_OI in matrices.items():
+    factors_I, gram_II = factors.get(projection), inputs[projection]["gram"]
+    if factors_I is not None:
+      matrix_OI = matrix_OI * factors_I[None]
+      gram_II = gram_II / jnp.outer(factors_I, factors_I)
+    if method.endswith("gptq"):
+      codes_OI, grid = gptq(matrix_OI, gram_II, form)
+    else:
+      grid = make_grid(matrix_OI, form)
+      codes_OI = to_codes(matrix_OI, grid, form)
+    stored = store_codes(codes_OI, grid, form)
+    scales_I = None if factors_I is None else 1 / factors_I
+    kernel = StoredKernel(stored, *shapes[projection], scales_I)
+    rounded[f"{_PREFIX}{projection}/kernel"] = kernel
+    layer.params[f"{projection}/kernel"] = kernel[...]
+  return rounded
+
+
+def _input_factors(
+  matrices: Mapping[str, jax.Array], inputs: Mapping[str, Any], form: Format
+) -> dict[str, jax.Array]:
+  """The factors by AWQ of each projection, the same where projections read the same."""
+  shared = {name for names in _SHARED for name in names}
+  groups = [*_SHARED, *((name,) for name in matrices if name not in shared)]
+  factors = {}
+  for names in groups:
+    names = [name for name in names if name in matrices]
+    if names:
+      told = inputs[names[0]]
+      size_I = told["size"] / told["count"]
+      found = awq([matrices[name] for name in names], told["gram"], size_I, form)
+      factors |= dict.fromkeys(names, found)
+  return factors
+
+
+def _check_calibrated(kernels: Mapping[str, ParameterInfo]) -> None:
+  for name, info in kernels.items():
+    if "experts" in info.axes:
+      raise UserError(
+        f"{name!r}: experts read few tokens each, and are not calibrated: take --method=nearest."
+      )

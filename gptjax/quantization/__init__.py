@@ -1,0 +1,1 @@
+"""Numbers in few bits: formats, and the parts of a model that keep their weights in them."""

@@ -1,0 +1,1 @@
+"""Jinja templates of chats and prompts, rendered in a sandbox."""

@@ -1,0 +1,123 @@
+"""A stored model computes with the weights that it stands for, wherever it is used."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from gptjax.data import tokenizer as tokenizers
+from gptjax.errors import UserError
+from gptjax.inference.engine import Engine
+from gptjax.inference.request import Request
+from gptjax.inference.sampling import Sampling
+from gptjax.interop.convert import convert
+from gptjax.model.gpt import model_graph
+from gptjax.quantization.formats import Format
+from gptjax.quantization.stored import KEY, Stored, is_stored
+from gptjax.training.pretrained import load_model, load_params_into, save_model
+
+BYTES = tokenizers.load("bytes")
+TOKENS = np.random.default_rng(0).integers(0, 264, (3, 16)).astype(np.int32)
+LLAMA = {
+  **{"position.kind": "rope", "norm.kind": "rmsnorm", "bias": False, "mlp.activation": "swiglu"},
+  **{"num_kv_heads": 2, "head.tied": True},
+}
+GPT2 = {"position.max_positions": 64}
+EXPERTS = LLAMA | {"experts.count": 4, "experts.per_token": 2}
+PLANS = {
+  "int8": Stored(Format("int8"), Format("int8")),
+  "int4 in groups": Stored(Format("int4", 32), Format("int4", 32)),
+  "int4 with zeros": Stored(Format("int4", 64, False), Format("int8", 32)),
+  "int8 in groups": Stored(Format("int8", 32, False)),
+  "nf4": Stored(Format("nf4", 32), Format("float8")),
+  "scaled": Stored(Format("int4", 32), None, None, scales_inputs=True),
+}
+
+
+@pytest.fixture
+def make(tiny_config, random_params):
+  def make(**changes):
+    shape = {"vocab_size": 264, "embed_dim": 64, "mlp_dim": 128} | GPT2 | changes
+    config = tiny_config(**shape)
+    return nnx.merge(model_graph(config), random_params(config))
+
+  return make
+
+
+def stored(model, plan):
+  """A stored copy, with input scales that matter if there are any."""
+  copy = plan.store(nnx.merge(*nnx.split(model)))
+  for _, module in nnx.iter_modules(copy):
+    if getattr(module, "input_scales", None) is not None:
+      shape = module.input_scales.shape
+      # Projections of the same input have the same.
+      module.input_scales[...] = np.broadcast_to(np.exp(np.sin(np.arange(shape[-1]))), shape)
+  return copy
+
+
+@pytest.mark.parametrize("changes", [GPT2, LLAMA, EXPERTS], ids=["gpt2", "llama", "experts"])
+@pytest.mark.parametrize("plan", [PLANS["int4 in groups"], PLANS["scaled"]], ids=["int4", "scaled"])
+def test_logits_are_those_of_the_weights_that_it_stands_for(make, plan, changes):
+  model = make(**changes)
+  small = stored(model, plan)
+  plain = plan.plain(small)
+  assert is_stored(small)
+  assert not is_stored(plain)
+  np.testing.assert_allclose(small(TOKENS), plain(TOKENS), rtol=1e-4, atol=1e-4)
+  change = np.abs(plain(TOKENS) - model(TOKENS)).max()
+  assert change > 1e-3
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_engine_writes_what_the_weights_say(make, name):
+  small = stored(make(**LLAMA), PLANS[name])
+  requests = [
+    Request(BYTES.encode(text), max_tokens=8, sampling=Sampling(0), log_probs=1, ignore_end=True)
+    for text in ("a", "Several words of a prompt.", "def main")
+  ]
+  told = []
+  for model, rows in ((small, 1), (small, 4), (PLANS[name].plain(small), 4)):
+    engine = Engine(model, BYTES, rows=rows, length=64)
+    told.append(engine.run(requests))
+  for alone, together, plain in zip(*told, strict=True):
+    assert alone.tokens == together.tokens == plain.tokens
+    own, theirs = ([score.log_prob for score in answer.scores] for answer in (alone, together))
+    np.testing.assert_array_equal(own, theirs)
+    expected = [score.log_prob for score in plain.scores]
+    np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_checkpoint_is_loaded_continued_and_converted(make, tmp_path):
+  plan, model = PLANS["int4 in groups"], make(**LLAMA)
+  small = stored(model, plan)
+  run, plain, hf = tmp_path / "small", tmp_path / "plain", tmp_path / "hf"
+  save_model(run, small, BYTES, None, {KEY: plan.to_config()})
+  loaded, _ = load_model(run)
+  assert is_stored(loaded)
+  leaves = [jax.tree.leaves(nnx.state(one)) for one in (loaded, small)]
+  for own, theirs in zip(*leaves, strict=True):
+    assert own.dtype == theirs.dtype
+    np.testing.assert_array_equal(np.asarray(own, np.float32), np.asarray(theirs, np.float32))
+  expected = plan.plain(small)
+  # As init_from does, into a model of float32 parameters.
+  params = nnx.to_pure_dict(nnx.state(expected, nnx.Param))
+  where = SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params)
+  found, _ = load_params_into(run, model.config, abstract)
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  for target, form in ((plain, "gptjax"), (hf, "hf")):
+    convert(str(run), target, to=form)
+    again, _ = load_model(str(target))
+    assert not is_stored(again)
+    np.testing.assert_allclose(again(TOKENS), expected(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_its_weights_are_not_rounded_again(make):
+  with pytest.raises(UserError, match="stores its weights in few bits already"):
+    Engine(stored(make(), PLANS["int8"]), BYTES, weights="bfloat16")
+
+
+def test_a_matrix_that_does_not_fit_is_named(make):
+  with pytest.raises(UserError, match="group=40 does not divide the 64 inputs of 'blocks/"):
+    Stored(Format("int4", 40)).store(make())
