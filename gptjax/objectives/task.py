@@ -170,6 +170,11 @@ class Task(abc.ABC):
     """The number of scores that the model's head gives a token; 0 is a language model."""
     return 0
 
+  @property
+  def second_model(self) -> str:
+    """The checkpoint of a frozen model that the task reads at `model.second`; '' is none."""
+    return ""
+
   def check_model(self, model: ModelConfig) -> None:
     """Raises UserError for a model that cannot do the task."""
 
