@@ -18,7 +18,11 @@ GOES_WITH = {
   "cpu": {},
   "diagnosis": {"commands": ["diagnose"]},
   "evals": {"commands": ["evaluate"]},
-  "finetuning": {"commands": ["predict"], "presets": ["finetune.py"]},
+  "finetuning": {
+    "wings": ["compress"],
+    "commands": ["predict"],
+    "presets": ["finetune.py"],
+  },
   "inference": {
     "wings": ["compiler", "evals", "serving"],
     "commands": ["chat", "compile", "evaluate", "generate", "serve"],
@@ -27,7 +31,7 @@ GOES_WITH = {
   "interop": {"wings": ["gguf", "peft"], "commands": ["convert"]},
   "peft": {},
   "scores": {
-    "wings": ["evals", "finetuning"],
+    "wings": ["compress", "evals", "finetuning"],
     "commands": ["evaluate", "predict"],
     "presets": ["finetune.py"],
   },
@@ -104,6 +108,7 @@ ASKS = {
   ),
   "peft": ({"peft.method": "lora", "init_from": "x"}, "peft.method='lora' needs gptjax.peft"),
   "finetuning": ({"task.name": "chat"}, "task='chat' needs gptjax.finetuning"),
+  "compress": ({"task.name": "distill"}, "task='distill' needs gptjax.compress"),
 }
 
 

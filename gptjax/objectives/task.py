@@ -38,6 +38,9 @@ TASKS = {
   "tagging": "gptjax.finetuning.tagging:Tagging",
   "span": "gptjax.finetuning.span:Span",
   "preference": "gptjax.finetuning.preference:Preference",
+  "distill": "gptjax.compress.distillation:Distill",
+  "distill_chat": "gptjax.compress.distillation:DistillChat",
+  "distill_classification": "gptjax.compress.distillation:DistillClassification",
 }
 # Instead of a name: the task that the model of `init_from` was made for.
 OF_THE_MODEL = "of_the_model"
