@@ -50,7 +50,7 @@ class Distillation(Task):
   beta: float = 0.5
 
   # Of the model's config: what has to be the teacher's too.
-  shared: ClassVar[tuple[str, ...]] = ("vocab_size", "visibility", "label_head.num_labels")
+  shared: ClassVar[tuple[str, ...]] = ("visibility", "label_head.num_labels")
 
   def __post_init__(self):
     super().__post_init__()
@@ -81,8 +81,7 @@ class Distillation(Task):
       mine, other = (operator.attrgetter(key)(config) for config in (model, theirs))
       if mine != other:
         raise UserError(
-          f"model.{key}={mine!r}, but task.teacher={self.teacher} has {other!r}; a teacher is to "
-          "have the same."
+          f"model.{key}={mine!r}, but task.teacher={self.teacher} has {other!r}; make it the same."
         )
     try:
       super().check_model(theirs)
@@ -131,6 +130,8 @@ class _OfTokens(Distillation):
   """
 
   hidden_weight: float = 0.0
+
+  shared = ("vocab_size", *Distillation.shared)
 
   def __post_init__(self):
     super().__post_init__()
