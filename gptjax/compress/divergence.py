@@ -119,7 +119,7 @@ def compare(
     kernel, axes = one.output_kernel()
     arrays.append((kernel, None if one.head_bias is None else one.head_bias[...]))
     static += [axes, one.config.head.soft_cap]
-  features = (model.features(x_BTD), jax.lax.stop_gradient(model.second.features(y_BTE)))
+  features = (model.features(x_BTD), model.second.features(y_BTE))
   found = _compare(*features, *arrays, batch.targets, batch.weights, _Static(*static))
   return Comparison(*found)
 
