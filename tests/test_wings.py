@@ -16,7 +16,7 @@ GOES_WITH = {
   "compiler": {"commands": ["compile"]},
   "compress": {},
   "cpu": {},
-  "diagnosis": {"commands": ["diagnose"]},
+  "diagnosis": {"wings": ["compiler"], "commands": ["compile", "diagnose"]},
   "evals": {"commands": ["evaluate"]},
   "finetuning": {
     "wings": ["compress"],

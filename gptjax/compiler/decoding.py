@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from gptjax.compiler.report import Report, Work, compile_report
 from gptjax.compiler.topology import Target
 from gptjax.devices import sharding
+from gptjax.diagnosis.dry_run import tree_bytes
 from gptjax.errors import UserError
 from gptjax.inference.form import Form, make_form
 from gptjax.inference.forward import forward
@@ -21,7 +22,6 @@ from gptjax.inference.pages import PAGE, Pools, empty_pools
 from gptjax.inference.tpu import joins_pages
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, ParameterInfo, abstract_model, describe
-from gptjax.training.dry_run import tree_bytes
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import Setup, make_setup
 

@@ -26,8 +26,8 @@ from gptjax import config as config_lib
 from gptjax.compiler.topology import Slice
 from gptjax.devices.hosts import cache_root
 from gptjax.devices.sharding import MAX_RING
+from gptjax.diagnosis.dry_run import tree_bytes
 from gptjax.errors import UserError
-from gptjax.training.dry_run import tree_bytes
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import make_setup
 
