@@ -45,7 +45,7 @@ FLAGS = flags.FLAGS
 def compile_training(setup: Setup, target: Target) -> Report:
   """Compiles the step that `gptjax.train` would run, and reports on it."""
   optimizer = setup.make_optimizer(setup.run_length)
-  frozen = setup.frozen(setup.abstract_base())
+  frozen = setup.frozen(setup.abstract_base(), setup.abstract_second())
   arguments = (setup.abstract_state(optimizer), setup.abstract_batch(), frozen)
   tokens = setup.config.batch_size * setup.config.sequence_length
   work = Work(tokens, tokens * setup.flops_per_token)

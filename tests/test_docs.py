@@ -48,7 +48,8 @@ def commands(module: str) -> list:
 def foreign_model(tmp_path_factory, tiny_config, random_params):
   """A folder as Hugging Face's."""
   folder = tmp_path_factory.mktemp("foreign")
-  tokenizers.train("bpe:300", ["A text to make a few tokens of."]).save(folder)
+  # Of a text with so many tokens: the files do not tell of those that are not used.
+  tokenizers.train("bpe:300", [Path(__file__).read_text()]).save(folder)
   config = tiny_config(vocab_size=300, **{"position.max_positions": 1024})
   huggingface.save(folder, config, random_params(config), huggingface.find_family(config))
   return folder

@@ -18,7 +18,11 @@ GOES_WITH = {
   "cpu": {},
   "diagnosis": {"commands": ["diagnose"]},
   "evals": {"commands": ["evaluate"]},
-  "finetuning": {"commands": ["predict"], "presets": ["finetune.py"]},
+  "finetuning": {
+    "wings": ["compression"],
+    "commands": ["compress", "predict"],
+    "presets": ["finetune.py"],
+  },
   "inference": {
     "wings": ["compiler", "compression", "evals", "serving"],
     "commands": ["chat", "compile", "compress", "evaluate", "generate", "serve"],
@@ -113,6 +117,7 @@ ASKS = {
   ),
   "peft": ({"peft.method": "lora", "init_from": "x"}, "peft.method='lora' needs gptjax.peft"),
   "finetuning": ({"task.name": "chat"}, "task='chat' needs gptjax.finetuning"),
+  "compression": ({"task.name": "distill"}, "task='distill' needs gptjax.compression"),
 }
 
 

@@ -17,7 +17,7 @@ def dry_run(config: Any) -> None:
   optimizer = setup.make_optimizer(length)
   with jax.set_mesh(setup.mesh):
     state = setup.abstract_state(optimizer)
-    frozen = setup.frozen(setup.abstract_base())
+    frozen = setup.frozen(setup.abstract_base(), setup.abstract_second())
     setup.make_train_step(optimizer).trace(state, setup.abstract_batch(), frozen)
   print(to_text(config))
   print(f"parameters: {setup.num_parameters}")

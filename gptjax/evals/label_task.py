@@ -72,6 +72,7 @@ def evaluate(
   metrics = {
     name: scores.bootstrap(measures[name], len(examples), resamples=resamples, seed=records.seed)
     for name in task.metrics
+    if name in measures  # Others are of training, such as what a student has of its teacher.
   }
   golds, predicted = (
     [task.say(answer) for answer in answers] for answers in (outputs.golds, outputs.predicted)

@@ -457,6 +457,8 @@ class LabelOutputs:
     return np.array([answer.probabilities.max() for answer in self.answers])
 
   def metrics(self) -> dict[str, float]:
+    """The task's metrics of its answers; others are sums of `Task.evaluate`."""
     everything = np.arange(len(self.answers))
     measures = self._task.measures(self)
-    return {name: float(measures[name](everything)) for name in self._task.metrics}
+    names = (name for name in self._task.metrics if name in measures)
+    return {name: float(measures[name](everything)) for name in names}

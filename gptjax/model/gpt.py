@@ -40,6 +40,8 @@ class HeadTransform(nnx.Module):
 class GPT(Stack):
   """Tokens in, logits or scores of labels out. Parameters are float32, layers stacked [L, ...]."""
 
+  second = None  # A frozen model beside this one, where a task needs it (`Task.second_model`).
+
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, V, std = config.embed_dim, config.vocab_size, config.init.std
 

@@ -142,7 +142,7 @@ def _local_loss(
     added = jax.lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return (dhead[0] + added, dbias_V), (total, plain, sum_over(dx_CD, over_vocab))
 
-  chunks = _count_chunks(B * T, V)
+  chunks = count_chunks(B * T, V)
   chunked = jax.tree.map(
     lambda leaf: leaf.reshape(chunks, B * T // chunks, *leaf.shape[2:]),
     (x_BTD, targets_BT, weights_BT),
@@ -166,7 +166,7 @@ def _local_loss(
   return total, plain, results[2].reshape(B, T, D), dkernel, dbias_V
 
 
-def _count_chunks(tokens: int, vocab: int) -> int:
+def count_chunks(tokens: int, vocab: int) -> int:
   """The fewest equal chunks whose logits are at most MAX_LOGIT_BYTES."""
   return next(
     chunks

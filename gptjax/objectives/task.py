@@ -38,6 +38,9 @@ TASKS = {
   "tagging": "gptjax.finetuning.tagging:Tagging",
   "span": "gptjax.finetuning.span:Span",
   "preference": "gptjax.finetuning.preference:Preference",
+  "distill": "gptjax.compression.distillation:Distill",
+  "distill_chat": "gptjax.compression.distillation:DistillChat",
+  "distill_classification": "gptjax.compression.distillation:DistillClassification",
 }
 # Instead of a name: the task that the model of `init_from` was made for.
 OF_THE_MODEL = "of_the_model"
@@ -169,6 +172,11 @@ class Task(abc.ABC):
   def num_labels(self) -> int:
     """The number of scores that the model's head gives a token; 0 is a language model."""
     return 0
+
+  @property
+  def second_model(self) -> str:
+    """The checkpoint of a frozen model that the task reads at `model.second`; '' is none."""
+    return ""
 
   def check_model(self, model: ModelConfig) -> None:
     """Raises UserError for a model that cannot do the task."""

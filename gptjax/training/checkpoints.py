@@ -40,7 +40,7 @@ T = TypeVar("T")
 BASE_CHECKSUM = "base_checksum"
 
 _SCORES = "metrics.json"
-_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "ece", "mean_absolute_error")
+_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "kl", "ece", "mean_absolute_error")
 
 # Orbax logs each fault with several tracebacks before it raises; here the error becomes a sentence.
 python_logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)

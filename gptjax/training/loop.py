@@ -23,7 +23,7 @@ from gptjax.training.checkpoints import Checkpoints
 from gptjax.training.datasets import check_data, open_data
 from gptjax.training.metrics import StepLog, Writer, read_metrics, waiting
 from gptjax.training.preemption import Preemption
-from gptjax.training.pretrained import CHECKPOINTS, check_base, load_base, load_params_into
+from gptjax.training.pretrained import CHECKPOINTS, check_frozen, load_frozen, load_params_into
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import Setup, make_setup
 from gptjax.training.step import TrainState
@@ -171,29 +171,29 @@ def init_or_restore(
   setup: Setup, optimizer: Optimizer, checkpoints: Checkpoints
 ) -> tuple[TrainState, Any]:
   """The state from this run's newest whole checkpoint, another model's weights or a fresh start;
-  and the frozen parameters beside adapters."""
+  and the frozen parameters: those under adapters, and those of the task's second model."""
   abstract = setup.abstract_state(optimizer)
   restored = checkpoints.restore_latest(abstract)
+  source, base, second, checksums = setup.config.init_from, None, None, {}
   if not setup.adaptation.is_whole:
-    base, base_checksum = load_base(setup.config.init_from, setup.model, setup.abstract_base())
-    if restored is None:
-      state = step_lib.init_state(
-        setup.model, optimizer, setup.config.seed, abstract, setup.adaptation, base, base_checksum
-      )
-    else:
-      state = restored[0]
-      check_base(int(state.base_checksum), base_checksum, checkpoints.directory, setup.config)
-    return state, setup.frozen(base)
+    beside = (source, setup.model, setup.abstract_base())
+    base, checksums["base_checksum"] = load_frozen(*beside, head=False)
+  if setup.second is not None:
+    beside = (setup.task.second_model, setup.second, setup.abstract_second())
+    second, checksums["second_checksum"] = load_frozen(*beside)
   if restored is not None:
-    return restored[0], None
-  state = step_lib.init_state(setup.model, optimizer, setup.config.seed, abstract)
-  if setup.config.init_from:
+    check_frozen(restored[0], checksums, checkpoints.directory)
+    return restored[0], setup.frozen(base, second)
+  state = step_lib.init_state(
+    setup.model, optimizer, setup.config.seed, abstract, setup.adaptation, base, checksums
+  )
+  if setup.adaptation.is_whole and source:
     labels = setup.config.task.get("labels", ())
-    loaded, report = load_params_into(setup.config.init_from, setup.model, abstract.params, labels)
+    loaded, report = load_params_into(source, setup.model, abstract.params, labels)
     if jax.process_index() == 0:
       print(f"init_from {report}")
     state = step_lib.replace_params(state, loaded)
-  return state, None
+  return state, setup.frozen(base, second)
 
 
 def without_step(line: Mapping[str, Any]) -> dict[str, float]:
@@ -219,6 +219,7 @@ def write_samples(
     "gptjax.inference.generate:continue_prompts", "sample.every_steps (0 is never)"
   )
   model = nnx.merge(setup.graph, state.params, frozen or {})
+  model.second = None  # It writes alone.
   for number, text in enumerate(continue_prompts(model, dataset.tokenizer, setup.config.sample)):
     writer.write_text(step, f"sample/{number}", text)
 

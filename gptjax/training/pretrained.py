@@ -275,27 +275,28 @@ def _differences_of_heads(
   return [f"task.labels={','.join(labels)}, not {','.join(names)}"]
 
 
-def load_base(
-  checkpoint: epath.PathLike, config: ModelConfig, abstract: Mapping[str, Any]
+def load_frozen(
+  checkpoint: epath.PathLike, config: ModelConfig, abstract: Mapping[str, Any], *, head: bool = True
 ) -> tuple[dict[str, Any], int]:
-  """The parameters of the model that adapters are put on, and their checksum; like
-  `load_params_into`, but none is missing. A label head is trained with the adapters."""
-  abstract = tree.without(abstract, LABEL_HEAD)
+  """The parameters of a model that is not trained, and their checksum; like `load_params_into`, but
+  none is missing. The `head` of labels of a model under adapters is trained with them."""
+  abstract = abstract if head else tree.without(abstract, LABEL_HEAD)
   loaded, report = load_params_into(checkpoint, config, abstract)
   if missing := set(tree.named_leaves(abstract)) - set(tree.named_leaves(loaded)):
-    raise UserError(
-      f"init_from={checkpoint} lacks {min(missing)!r} of the model that is adapted.\n{report}"
-    )
+    raise UserError(f"{checkpoint} lacks {min(missing)!r} of a frozen model.\n{report}")
   return loaded, checksum(loaded)
 
 
-def check_base(saved: int | None, found: int, checkpoint: epath.PathLike, config: Any) -> None:
-  """Raises UserError if adapters were trained on another model than `init_from`."""
-  if saved != found:
-    raise UserError(
-      f"{checkpoint}: its adapters were trained on another model than init_from="
-      f"{config.init_from} is now (checksum {saved}, not {found})."
-    )
+def check_frozen(saved: Any, found: Mapping[str, int], checkpoint: epath.PathLike) -> None:
+  """Raises UserError if a run was trained beside other frozen models than those with the checksums
+  `found`; `saved` is its state, or a `ParamsReport`."""
+  for name, now in found.items():
+    if (before := getattr(saved, name)) is None or int(before) != now:
+      model = {"base_checksum": "init_from", "second_checksum": "its task"}[name]
+      raise UserError(
+        f"{checkpoint}: was trained beside another frozen model than {model} names now (checksum "
+        f"{before}, not {now}). Give that back, or start in another --workdir."
+      )
 
 
 def load_checkpoint(
@@ -338,8 +339,8 @@ def _restore(
   frozen = None
   if not adaptation.is_whole:
     base = abstract(nnx.state(abstract_model(model_config)))
-    base, found = load_base(config.init_from, model_config, base)
-    check_base(report.base_checksum, found, workdir, config)
+    base, found = load_frozen(config.init_from, model_config, base, head=False)
+    check_frozen(report, {"base_checksum": found}, workdir)
     described = describe_parameters(model_config)
     frozen = adaptation.freeze(base, described, adaptation.trained(model_config))
   return nnx.merge(graph, params, frozen or {}), int(report.source.name)

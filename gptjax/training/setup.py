@@ -17,10 +17,10 @@ from gptjax.data.options import DataOptions, read_options
 from gptjax.devices import chips, sharding
 from gptjax.errors import UserError, check_choice, check_number
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import ParameterInfo, count_parameters, describe_parameters
+from gptjax.model.gpt import ParameterInfo, abstract_model, count_parameters, describe_parameters
 from gptjax.objectives.task import Task, find_task, make_task
 from gptjax.optim.optimizer import Optimizer, check_numbers, make_optimizer, make_schedule
-from gptjax.training import flops, step
+from gptjax.training import flops, pretrained, step
 from gptjax.training.adaptation import WholeModel, make_adaptation
 from gptjax.training.step import TrainState
 
@@ -33,7 +33,8 @@ class Setup:
     parameters: {name: shape and axes} of the model.
     adaptation: decides which parameters are trained.
     trained: {name: shape and axes} of the trained parameters, which may be adapters.
-    graph: the model is `nnx.merge(graph, params)`; with adapters, `frozen` comes third.
+    graph: the model is `nnx.merge(graph, params)`; `frozen`, if there is any, comes third.
+    second: the task's second model, `model.second`; None without one.
   """
 
   config: Any
@@ -45,6 +46,7 @@ class Setup:
   mesh: Mesh
   adaptation: WholeModel
   trained: Mapping[str, ParameterInfo]
+  second: ModelConfig | None
 
   @property
   def num_parameters(self) -> int:
@@ -61,18 +63,18 @@ class Setup:
 
   @property
   def flops_per_token(self) -> float:
-    """FLOPs per token of a row, forward and backward (`flops.flops_per_token`)."""
-    return flops.flops_per_token(
-      self.model,
-      self.parameters,
-      self.trained,
-      self.config.sequence_length,
-      self.task.target_length(self.data),
-    )
+    """FLOPs per token of a row, forward and backward; a second model's are forward alone."""
+    lengths = (self.config.sequence_length, self.task.target_length(self.data))
+    own = flops.flops_per_token(self.model, self.parameters, self.trained, *lengths)
+    if self.second is None:
+      return own
+    described = describe_parameters(self.second)
+    return own + flops.flops_per_token(self.second, described, described, *lengths) / 3
 
   @property
   def flop_rule(self) -> str:
-    return chips.FLOP_RULE + ("" if self.adaptation.is_whole else " (4 N where frozen)")
+    rule = chips.FLOP_RULE + ("" if self.adaptation.is_whole else " (4 N where frozen)")
+    return rule if self.second is None else f"{rule}, a third of it for the second model"
 
   def make_optimizer(self, length: RunLength | None) -> Optimizer:
     """The optimizer of `config.optim`; without a length its learning rate is 0."""
@@ -94,29 +96,36 @@ class Setup:
 
   def abstract_state(self, optimizer: Optimizer) -> TrainState:
     ema = self.config.optim.ema_decay > 0
-    return step.abstract_state(
-      self.model, optimizer, self.trained, self.mesh, ema=ema, adaptation=self.adaptation
-    )
+    frozen = {"adaptation": self.adaptation, "has_second": self.second is not None}
+    return step.abstract_state(self.model, optimizer, self.trained, self.mesh, ema=ema, **frozen)
 
   def abstract_base(self) -> dict[str, Any]:
     """The parameters of the model that adapters are put on, with their shardings."""
-    shardings = sharding.parameter_shardings(self.parameters, self.mesh)
+    return self._abstract(self.parameters)
+
+  def abstract_second(self) -> dict[str, Any] | None:
+    """The same of the task's second model; None without one."""
+    return None if self.second is None else self._abstract(describe_parameters(self.second))
+
+  def _abstract(self, parameters: Mapping[str, ParameterInfo]) -> dict[str, Any]:
+    shardings = sharding.parameter_shardings(parameters, self.mesh)
     flat = {
       name: jax.ShapeDtypeStruct(info.shape, jnp.float32, sharding=shardings[name])
-      for name, info in self.parameters.items()
+      for name, info in parameters.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")
 
-  def frozen(self, base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The frozen parameters for the step, from `base`, which must not be used afterwards."""
-    return self.adaptation.freeze(base, self.parameters, self.trained)
+  def frozen(self, base: Any, second: Any = None) -> dict[str, Any] | None:
+    """The frozen parameters for the step, from the two models', which must not be used again."""
+    frozen = self.adaptation.freeze(base, self.parameters, self.trained)
+    return frozen if second is None else (frozen or {}) | {"second": second}
 
   def require_whole_model(self) -> None:
-    """Raises UserError if only adapters are trained."""
-    if not self.adaptation.is_whole:
+    """Raises UserError if there is a frozen model beside what is trained."""
+    if not self.adaptation.is_whole or self.second is not None:
       raise UserError(
-        f"peft.method={self.adaptation.method!r}: this looks at the training of whole models. "
-        "Set --config.peft.method=none."
+        f"peft.method={self.adaptation.method!r}, task={self.task.name!r}: this looks at the "
+        "training of one whole model. Set --config.peft.method=none, and another task if needed."
       )
 
   def make_train_step(self, optimizer: Optimizer) -> Callable:
@@ -201,7 +210,7 @@ def _check_numbers(config: Any) -> None:
 
 
 def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setup:
-  """Checks the model, the task, the mesh and the batch of a config; reads no file.
+  """Checks the model, task, mesh and batch of a config; reads a second model's config, no other.
 
   Args:
     config: as `resolve` returns it.
@@ -236,14 +245,19 @@ def make_setup(config: Any, devices: Sequence[jax.Device] | None = None) -> Setu
   adaptation = make_adaptation(config)
   if not adaptation.is_whole and not config.init_from:
     raise UserError(f"peft.method={adaptation.method!r} needs init_from, the model to adapt.")
+  whole, second = adaptation.abstract_model(model), None
+  if task.second_model:
+    second = pretrained.read_model_config(task.second_model)
+    whole.second = abstract_model(second)
   return Setup(
     config,
     task,
     data,
     model,
     describe_parameters(model),
-    nnx.graphdef(adaptation.abstract_model(model)),
+    nnx.graphdef(whole),
     mesh,
     adaptation,
     adaptation.trained(model),
+    second,
   )

@@ -32,6 +32,7 @@ class TrainState:
     params: trained parameters, a nested dict of float32.
     ema: moving average of the parameters, or None.
     base_checksum: uint32, `checkpoints.checksum` of the model under adapters; None without them.
+    second_checksum: uint32, the same of the task's second model; None without one.
   """
 
   step: jax.Array
@@ -40,6 +41,7 @@ class TrainState:
   opt_state: optax.OptState
   ema: Any
   base_checksum: jax.Array | None = None
+  second_checksum: jax.Array | None = None
 
 
 def make_state(
@@ -49,7 +51,7 @@ def make_state(
   ema: bool,
   adaptation: WholeModel = WHOLE,
   base: Mapping[str, Any] | None = None,
-  base_checksum: jax.Array | None = None,
+  checksums: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
   """The state at step 0. Meant for `jax.eval_shape`, or for `jax.jit` with output shardings.
 
@@ -60,7 +62,7 @@ def make_state(
     ema: whether a moving average of the parameters is kept.
     adaptation: decides which parameters are trained.
     base: the parameters of a frozen model under adapters.
-    base_checksum: uint32, checksum of `base`.
+    checksums: {field of the state: checksum} of the frozen models that there are.
   """
   params = adaptation.initial_params(model_config, seed, base)
   return TrainState(
@@ -70,7 +72,7 @@ def make_state(
     opt_state=optimizer.init(params),
     # A copy, since two outputs of one buffer could not both be donated to the step.
     ema=jax.tree.map(jnp.copy, params) if ema else None,
-    base_checksum=base_checksum,
+    **(checksums or {}),
   )
 
 
@@ -82,6 +84,7 @@ def abstract_state(
   *,
   ema: bool,
   adaptation: WholeModel = WHOLE,
+  has_second: bool = False,
 ) -> TrainState:
   """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
 
@@ -89,8 +92,9 @@ def abstract_state(
   """
 
   def make() -> TrainState:
-    checksum = None if adaptation.is_whole else jnp.uint32(0)
-    return make_state(model_config, optimizer, 0, ema, adaptation, base_checksum=checksum)
+    frozen = {"base_checksum": not adaptation.is_whole, "second_checksum": has_second}
+    checksums = {name: jnp.uint32(0) for name, is_there in frozen.items() if is_there}
+    return make_state(model_config, optimizer, 0, ema, adaptation, checksums=checksums)
 
   shapes = jax.eval_shape(make)
   shardings = sharding.parameter_shardings(parameters, mesh)
@@ -113,15 +117,15 @@ def init_state(
   abstract: TrainState,
   adaptation: WholeModel = WHOLE,
   base: Mapping[str, Any] | None = None,
-  base_checksum: int | None = None,
+  checksums: Mapping[str, int] | None = None,
 ) -> TrainState:
   """Makes the state of step 0 like `make_state`, each array on the devices that will hold it."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   ema = abstract.ema is not None
 
   def make(base: Mapping[str, Any] | None) -> TrainState:
-    checksum = None if base_checksum is None else jnp.uint32(base_checksum)
-    return make_state(model_config, optimizer, seed, ema, adaptation, base, checksum)
+    found = jax.tree.map(jnp.uint32, checksums)
+    return make_state(model_config, optimizer, seed, ema, adaptation, base, found)
 
   return jax.jit(make, out_shardings=shardings)(base)
 
@@ -253,13 +257,13 @@ def make_train_step(
     params, opt_state, ema = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), updated, kept
     )
-    new_state = TrainState(
+    new_state = dataclasses.replace(
+      state,
       step=state.step + 1,
       skipped=state.skipped + (1 - finite),
       params=params,
       opt_state=opt_state,
       ema=ema,
-      base_checksum=state.base_checksum,
     )
     return new_state, metrics | {
       "grad_norm": grad_norm,
