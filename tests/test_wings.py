@@ -102,6 +102,7 @@ ASKS = {
     {"init_from": "hf:somewhere", "model.num_layers": 0},
     "hf:somewhere needs gptjax.interop",
   ),
+  "compress": ({"peft.method": "sparse"}, "peft.method='sparse' needs gptjax.compress"),
   "peft": ({"peft.method": "lora", "init_from": "x"}, "peft.method='lora' needs gptjax.peft"),
   "finetuning": ({"task.name": "chat"}, "task='chat' needs gptjax.finetuning"),
 }
