@@ -7,6 +7,8 @@ from flax import nnx
 from gptjax.compress import average as averages
 from gptjax.compress.average import METHODS, average
 from gptjax.compress.models import params_of
+from gptjax.compress.prune import prune
+from gptjax.compress.structured import Sizes, shrink
 from gptjax.errors import UserError
 from gptjax.inference.generate import generate
 from gptjax.training.checkpoints import Checkpoints
@@ -167,6 +169,19 @@ def test_every_method_writes_a_model(runs, method, tmp_path):
   model, tokenizer = load_model(tmp_path / "to")
   assert found.parameters == sum(x.size for x in params_of(model).values())
   assert set(found.ingredients) <= set(names)
+  assert np.isfinite(model(np.array([tokenizer.encode("the")]))).all()
+
+
+@pytest.mark.slow
+def test_what_is_averaged_pruned_and_cut_writes_text(runs, tmp_path):
+  """Each result is a checkpoint like any other, which the next step reads."""
+  text = {"data": runs["text"], "rows": 3, "length": 16}
+  average([runs["a"], runs["b"]], tmp_path / "mean", method="mean", progress=False)
+  sizes = Sizes(layers=1, mlp_dim=16, kv_heads=1, embed_dim=12)
+  shrink(tmp_path / "mean", tmp_path / "small", sizes, progress=False, **text)
+  options = {"method": "sparsegpt", "sparsity": "2:4", "progress": False}
+  prune(tmp_path / "small", tmp_path / "sparse", **options, **text)
+  model, tokenizer = load_model(tmp_path / "sparse")
   assert generate(model, tokenizer, ["the"], max_tokens=2)[0].tokens
 
 
@@ -230,7 +245,7 @@ def test_what_cannot_be_averaged_is_named(runs, names, options, sentence, tmp_pa
 
 def test_a_model_of_labels_has_no_next_token(tiny_config):
   config = tiny_config(**{"label_head.num_labels": 2})
-  with pytest.raises(UserError, match="goes by the loss of the next token"):
+  with pytest.raises(UserError, match="scores models by the loss of the next token"):
     averages.text_score(config, np.zeros((1, 2), np.int32))
 
 

@@ -8,7 +8,6 @@ from gptjax.compress.calibration import walk
 from gptjax.compress.models import params_of
 from gptjax.compress.prune import METHODS, Sparsity, check_mask, prune, prune_model, sparsegpt
 from gptjax.errors import UserError
-from gptjax.inference.generate import generate
 from gptjax.model.gpt import describe_parameters
 from gptjax.training.pretrained import Labels, labels_of, load_model
 from tests.compress.saved import LLAMA, TEXT, VOCAB_SIZE, merge, save
@@ -218,7 +217,7 @@ def test_a_pruned_checkpoint_is_loaded_and_writes(checkpoint, tmp_path):
   assert found.zeros == found.weights // 2
   assert found.parameters == sum(x.size for x in params_of(model).values())
   assert found.weights == sum(x.size for x, _ in kernels(model).values())
-  assert generate(model, tokenizer, ["the"], max_tokens=2)[0].tokens
+  assert np.isfinite(model(jnp.array([tokenizer.encode("the")]))).all()
 
 
 def test_labels_go_along(tiny_config, random_params, tmp_path):

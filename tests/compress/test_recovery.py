@@ -25,7 +25,7 @@ from tests.compress.saved import LLAMA, TEXT, VOCAB_SIZE, merge, save
 
 SMALL = {
   "total_steps": 2,
-  "batch_size": 2,
+  "batch_size": 4,
   "sequence_length": 16,
   "log.tensorboard": False,
   "eval.every_steps": 0,
@@ -62,6 +62,7 @@ def run(folder, workdir, **changes):
   return train(config, workdir)
 
 
+@pytest.mark.slow
 def test_zeros_stay_and_the_rest_is_trained(folder, tmp_path):
   run(folder, tmp_path / "run", **{"peft.targets": (("role:hidden", {"pattern": "2:4"}),)})
   before = params_of(load_model(folder / "pruned")[0])

@@ -8,7 +8,6 @@ from gptjax.compress.calibration import walk
 from gptjax.compress.models import params_of
 from gptjax.compress.structured import Sizes, choose, cut, measure, shrink
 from gptjax.errors import UserError
-from gptjax.inference.generate import generate
 from gptjax.model.gpt import count_parameters, describe_parameters
 from gptjax.training.pretrained import Labels, labels_of, load_model
 from tests.compress.saved import LLAMA, TEXT, VOCAB_SIZE, merge, save
@@ -187,7 +186,7 @@ def test_a_smaller_checkpoint_is_loaded_and_writes(checkpoint, tmp_path):
   assert found.parameters == sum(x.size for x in params_of(model).values())
   assert found.parameters_before == sum(x.size for x in params_of(load_model(run)[0]).values())
   assert found.layers == (int(np.argmax(found.influence)),)
-  assert generate(model, tokenizer, ["the"], max_tokens=2)[0].tokens
+  assert np.isfinite(model(jnp.array([tokenizer.encode("the")]))).all()
 
 
 def test_labels_go_along(tiny_config, random_params, checkpoint, tmp_path):
@@ -210,14 +209,14 @@ def test_labels_go_along(tiny_config, random_params, checkpoint, tmp_path):
     ({"num_kv_heads": 2}, {"heads": 3}, "--heads=3 is not 1 to 2 times the 2 key-value heads"),
     ({"num_kv_heads": 2}, {"kv_heads": 1, "heads": 4}, "--heads=4 is not 1 to 2 times the 1 key"),
     ({}, {"kv_heads": 2, "heads": 4}, "--heads=4 is not 1 to 1 times the 2 key-value heads"),
-    ({"position.kind": "alibi"}, {"heads": 2}, "--heads cannot be cut .* position.kind='alibi'"),
+    ({"position.kind": "alibi"}, {"heads": 2}, "--heads cannot be cut .*position.kind='alibi'"),
     (
       {"attention.qk_norm": True, "attention.qk_norm_per_head": False},
       {"kv_heads": 2},
       "--kv_heads cannot be cut in a model with a norm over all heads",
     ),
-    ({"head.pooler": True}, {"embed_dim": 8}, "--embed_dim cannot be cut .* head.pooler"),
-    ({"head.transform": True}, {"embed_dim": 8}, "--embed_dim cannot be cut .* head.transform"),
+    ({"head.pooler": True}, {"embed_dim": 8}, "--embed_dim cannot be cut .*head.pooler"),
+    ({"head.transform": True}, {"embed_dim": 8}, "--embed_dim cannot be cut .*head.transform"),
     (
       {"experts.count": 2, "experts.per_token": 1},
       {"mlp_dim": 8},
@@ -226,7 +225,7 @@ def test_labels_go_along(tiny_config, random_params, checkpoint, tmp_path):
     (
       {"transfer.parametrization": "mup", "transfer.base_embed_dim": 8},
       {"embed_dim": 8},
-      "--embed_dim cannot be cut .* parametrization='mup'",
+      "--embed_dim cannot be cut .*parametrization='mup'",
     ),
   ],
 )
