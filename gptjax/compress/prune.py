@@ -292,7 +292,6 @@ def sparsegpt(
   step = sparsity.group or 1
   block = max(size for size in range(step, max(most, step) + 1, step) if inputs % size == 0)
   group = sparsity.group or block
-  kernel_IO = jnp.where(jnp.diagonal(gram_II)[:, None] == 0, 0.0, kernel_IO)
   mean = jnp.diagonal(gram_II).mean()
   hessian_II = gram_II + jnp.eye(inputs) * jnp.where(mean > 0, _DAMPING * mean, 1.0)
   # H = R R^T with R upper triangular, so that H^-1 = U^T U with U = R^-1, the Cholesky factor that

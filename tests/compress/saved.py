@@ -27,8 +27,8 @@ def merge(config, params):
   return nnx.merge(model_graph(config), traverse_util.unflatten_dict(arrays, sep="/"))
 
 
-def save(folder, config, params, labels=None, tokenizer="bytes"):
-  """Writes a model as a run of the tokenizer; returns the checkpoint's name."""
+def save(folder, config, params, labels=None, tokenizer=None):
+  """Writes a model as a run with a tokenizer, 'bytes' by default; returns the checkpoint's name."""
   folder.mkdir()
-  save_model(folder, merge(config, params), tokenizers.load(tokenizer), labels)
+  save_model(folder, merge(config, params), tokenizer or tokenizers.load("bytes"), labels)
   return str(folder)

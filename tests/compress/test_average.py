@@ -9,6 +9,7 @@ from gptjax.compress.average import METHODS, average
 from gptjax.compress.models import params_of
 from gptjax.compress.prune import prune
 from gptjax.compress.structured import Sizes, shrink
+from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.inference.generate import generate
 from gptjax.training.checkpoints import Checkpoints
@@ -134,11 +135,13 @@ def runs(tiny_config, random_params, tmp_path_factory):
     found[name] = save(folder / name, config, random_params(config, seed))
   wide = tiny_config(**LLAMA | {"vocab_size": VOCAB_SIZE, "mlp_dim": 48})
   found["wide"] = save(folder / "wide", wide, random_params(wide))
-  # As many tokens and other special ones.
-  larger = tiny_config(**LLAMA | {"vocab_size": 512})
-  for tokenizer in ("bytes", "bytes+mask"):
-    params = random_params(larger)
-    found[tokenizer] = save(folder / tokenizer, larger, params, tokenizer=tokenizer)
+  larger = tiny_config(**LLAMA | {"vocab_size": 270})
+  for name, text in (("dogs", TEXT), ("cats", "one cat and another cat watch a third cat. ")):
+    # As many tokens, but not the same.
+    bpe = tokenizers.train("bpe:270", [text])
+    found[name] = save(folder / name, larger, random_params(larger), tokenizer=bpe)
+    chat = bpe.with_chat_template("{{ messages }}")
+    found[f"{name}-chat"] = save(folder / f"{name}-chat", larger, random_params(larger), None, chat)
   for labels in (("no", "yes"), ("yes", "no"), ("no", "yes", "perhaps")):
     changes = {"vocab_size": VOCAB_SIZE, "label_head.num_labels": len(labels)}
     labelled = tiny_config(**LLAMA | changes)
@@ -209,6 +212,12 @@ def test_the_score_of_a_text_is_minus_its_loss(runs):
   np.testing.assert_allclose(score(params_of(model)), expected, rtol=1e-5)
 
 
+def test_another_chat_template_is_no_other_tokenizer(runs, tmp_path):
+  names = [runs["dogs-chat"], runs["dogs"]]
+  average(names, tmp_path / "to", method="mean", progress=False)
+  assert load_model(tmp_path / "to")[1].chat_template == "{{ messages }}"
+
+
 def test_labels_go_along(runs, tmp_path):
   average([runs["no-yes"]] * 2, tmp_path / "to", method="mean", progress=False)
   assert labels_of(tmp_path / "to").names == ("no", "yes")
@@ -218,7 +227,7 @@ def test_labels_go_along(runs, tmp_path):
   ("names", "options", "sentence"),
   [
     (["a", "wide"], {}, "a and .*wide are other models: model.mlp_dim=32, not 48"),
-    (["bytes", "bytes+mask"], {}, "bytes and .*bytes.mask have other tokens"),
+    (["dogs", "cats"], {}, "dogs and .*cats have other tokens"),
     (["no-yes", "yes-no"], {}, "no-yes and .*yes-no have other labels"),
     (["no-yes", "no-yes-perhaps"], {}, "label_head.num_labels=2, not 3"),
     ([], {}, "--method=mean takes at least 1 checkpoints, not 0"),

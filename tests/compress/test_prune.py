@@ -182,7 +182,7 @@ def test_an_input_that_is_always_zero_breaks_nothing():
   for gram in (x_MI.T @ x_MI, np.zeros((8, 8), np.float32)):
     pruned = np.asarray(sparsegpt(kernel_IO, gram, Sparsity.parse(0.5)))
     assert np.isfinite(pruned).all()
-    assert (pruned[2] == 0).all()
+    assert (pruned == 0).sum() == 12
 
 
 @pytest.mark.parametrize(

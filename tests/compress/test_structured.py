@@ -108,22 +108,24 @@ def test_what_does_nothing_is_cut(make_model):
   params = {name: np.array(x) for name, x in params_of(model).items()}
   params["blocks/attention/out/kernel"][2] = 0
   params["blocks/mlp/down/kernel"][2] = 0
-  dead_channels, dead_embed = [0, 5, 31], [3, 4]
-  params["blocks/mlp/gate/kernel"][:, :, dead_channels] = 0
-  params["blocks/attention/value/kernel"][:, :, 0] = 0
+  dead_channels = [[0, 5, 31], [1, 2, 3], [7, 8, 9], [4, 6, 30]]
+  dead_groups, dead_embed = [0, 1, 1, 0], [3, 4]
+  for layer in range(4):
+    params["blocks/mlp/gate/kernel"][layer][:, dead_channels[layer]] = 0
+    params["blocks/attention/value/kernel"][layer][:, dead_groups[layer]] = 0
   for norm in ("attention_norm", "mlp_norm"):
     params[f"blocks/{norm}/scale"][:, dead_embed] = 0
   model = merge(model.config, params)
   importance = measure(model, TOKENS)
   kept = choose(importance, Sizes(3, 29, 1, 2, 14), model.config)
   np.testing.assert_array_equal(kept["layers"], [0, 1, 3])
-  np.testing.assert_array_equal(kept["mlp"], [np.setdiff1d(np.arange(32), dead_channels)] * 3)
-  np.testing.assert_array_equal(kept["kv_heads"], [[1]] * 3)
-  np.testing.assert_array_equal(kept["heads"], [[2, 3]] * 3)
+  for channels, layer in zip(kept["mlp"], (0, 1, 3), strict=True):
+    np.testing.assert_array_equal(channels, np.setdiff1d(np.arange(32), dead_channels[layer]))
+  np.testing.assert_array_equal(kept["kv_heads"], [[1], [0], [1]])
+  np.testing.assert_array_equal(kept["heads"], [[2, 3], [0, 1], [2, 3]])
   np.testing.assert_array_equal(kept["embed"], np.setdiff1d(np.arange(16), dead_embed))
   np.testing.assert_allclose(importance.layers[2], 0, atol=1e-5)
   smaller = cut(model, kept)
-  # The zeroed channels counted in the norms of the wider model.
   assert smaller.config.num_layers == 3
   assert np.isfinite(smaller(TOKENS)).all()
 
