@@ -193,6 +193,18 @@ def test_what_is_no_sparsity_is_named(text):
     Sparsity.parse(text)
 
 
+def test_of_equal_weights_exactly_a_share_goes(make_model):
+  model = make_model()
+  params = params_of(model)
+  for name, info in describe_parameters(model.config).items():
+    if info.role == "hidden":  # Few values, as if they had been rounded.
+      params[name] = jnp.round(params[name] * 4) + 0.5
+  for sparsity, share in (("0.5", 0.5), ("1:4", 0.75), ("0.03", 0.0)):
+    pruned = prune_model(merge(model.config, params), "magnitude", Sparsity.parse(sparsity))
+    for kernel, info in kernels(pruned).values():
+      assert ((kernel == 0).sum(1) == int(share * info.fan_in)).all()
+
+
 def test_a_share_is_the_decimal_that_is_written():
   assert Sparsity.parse("0.29").count(100) == 29
   assert str(Sparsity.parse(0.29)) == "0.29"
