@@ -2,33 +2,38 @@
 
     python -m gptjax.compress quantize --checkpoint=runs/first --to=runs/first-int4 \\
       --format=int4 --group=32 --embedding=int8 --method=gptq --data=corpus/
+    python -m gptjax.compress prune --checkpoint=runs/first --to=runs/first-sparse \\
+      --sparsity=2:4 --method=wanda --data=corpus/
+    python -m gptjax.compress shrink --checkpoint=runs/first --to=runs/first-small --layers=3 \\
+      --data=corpus/
+    python -m gptjax.compress average --checkpoint=runs/a,runs/b --to=runs/soup --method=mean
     python -m gptjax.compress report --checkpoint=runs/first-int4 --original=runs/first \\
       --data=heldout/
 
-quantize: stores the kernels of all layers in few bits, embedding and head in formats of their own.
-report: perplexity and distance to the original on text, bytes, and tokens a second. What is written
-is a checkpoint as any other, for gptjax.generate, serve, evaluate, convert and init_from.
+quantize: stores the kernels of all layers in few bits. prune: zeroes weights, the shapes stay.
+shrink: leaves out layers, channels, heads or width. average: one model of several. report: how far
+predictions on text are from the original's, bytes, and tokens a second. What is written is a
+checkpoint as any other, for gptjax.generate, serve, evaluate, convert and init_from.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from gptjax import config as config_lib
-from gptjax.compression import report
-from gptjax.compression.calibration import read_rows
-from gptjax.compression.quantize import METHODS, count_bytes, quantize
-from gptjax.data.tokenizer import Tokenizer
+from gptjax.compression import average, prune, quantize, report, structured
+from gptjax.compression.models import calibration_rows
 from gptjax.devices.hosts import prepare_cpu
-from gptjax.errors import UserError, check_number, did_you_mean
+from gptjax.errors import UserError, did_you_mean
 from gptjax.quantization.formats import BITS, Format
 from gptjax.quantization.stored import Stored
 from gptjax.training.pretrained import load_model
 
 FLAGS = flags.FLAGS
-WORDS = ("quantize", "report")
+WORDS = ("quantize", "prune", "shrink", "average", "report")
+SIZES = ("layers", "mlp_dim", "kv_heads", "heads", "embed_dim")
+OF_AVERAGES = ("weights", "base", "scale", "fraction", "density", "drop")
 
 
 def need(name: str, what: str) -> str:
@@ -38,37 +43,59 @@ def need(name: str, what: str) -> str:
   return value
 
 
-def rows_of_text(tokenizer: Tokenizer) -> np.ndarray:
-  """Rows of the text in --data, int32 [R, T]."""
-  path = need("data", "text files or records, to calibrate or to measure on")
-  for name in ("rows", "length"):
-    check_number(f"--{name}", FLAGS[name].value, at_least=1)
-  return read_rows(path, tokenizer, rows=FLAGS.rows, length=FLAGS.length, seed=FLAGS.seed)
+def text() -> dict[str, object]:
+  """The text that is measured on, as the functions take it."""
+  return {name: FLAGS[name].value for name in ("data", "rows", "length", "seed")}
 
 
-def write_quantized() -> None:
+def write(word: str) -> str:
+  """Does what writes a checkpoint; returns what is to be said of it."""
   checkpoint, target = need("checkpoint", "the model"), need("to", "the folder to write")
-  if FLAGS.method == "nearest" and FLAGS.data:
-    raise UserError("--data is not used by --method=nearest: leave it out, or take gptq or awq.")
-  formats = [FLAGS.embedding, FLAGS.head]
-  embedding, head = (None if name == "float32" else Format(name) for name in formats)
-  stored = Stored(Format(FLAGS.format, FLAGS.group, FLAGS.symmetric), embedding, head)
-  options = {"method": FLAGS.method, "read_tokens": rows_of_text}
-  found = quantize(checkpoint, Path(target).expanduser(), stored, **options)
-  share = found["after"] / found["before"]
-  print(f"{target}: {found['after']:,} bytes of parameters, {share:.3f} of {found['before']:,}")
+  to, options = Path(target).expanduser(), {"ema": FLAGS.ema}
+  match word:
+    case "quantize":
+      formats = [FLAGS.embedding, FLAGS.head]
+      embedding, head = (None if name == "float32" else Format(name) for name in formats)
+      stored = Stored(Format(FLAGS.format, FLAGS.group, FLAGS.symmetric), embedding, head)
+      method = FLAGS.method or "nearest"
+      found = quantize.quantize(checkpoint, to, stored, method=method, **text(), **options)
+      share = found["after"] / found["before"]
+      return f"{found['after']:,} bytes of parameters, {share:.3f} of {found['before']:,}"
+    case "prune":
+      options |= {
+        "method": FLAGS.method or "magnitude",
+        "sparsity": need("sparsity", "as 0.5, 2:4"),
+      }
+      pruned = prune.prune(checkpoint, to, **text(), **options)
+      return f"{pruned.zeros:,} of {pruned.weights:,} weights of the layers' kernels are 0"
+    case "shrink":
+      need("data", "text to measure importance on")
+      sizes = structured.Sizes(**{name: FLAGS[name].value for name in SIZES})
+      small = structured.shrink(checkpoint, to, sizes, **text(), **options)
+      return f"{small.parameters:,} parameters of {small.parameters_before:,}"
+    case _:
+      named = {name: FLAGS[name].value for name in OF_AVERAGES}
+      if FLAGS.data:
+        named |= text()
+      options |= {name: value for name, value in named.items() if value is not None}
+      method = FLAGS.method or "mean"
+      averaged = average.average(checkpoint.split(","), to, method=method, **options)
+      return f"{averaged.parameters:,} parameters, of {len(averaged.ingredients)} models"
 
 
 def print_report() -> None:
-  names = [need("checkpoint", "the compressed model"), need("original", "what it was made from")]
+  names = [need("checkpoint", "the small model"), need("original", "what it was made from")]
+  need("data", "text that neither was trained or calibrated on")
   (model, tokenizer), (original, other) = (load_model(name) for name in names)
   if tokenizer.spec != other.spec and tokenizer.vocab_size != other.vocab_size:
     raise UserError(f"--checkpoint={names[0]} and --original={names[1]} have other tokenizers.")
-  tokens_RT = rows_of_text(tokenizer)
+  options = text()
+  tokens_RT = calibration_rows(options.pop("data"), tokenizer, **options)
   quality = report.measure_quality(model, original, tokens_RT, progress=True)
-  options = {"price": FLAGS.price}
-  speeds = [report.measure_speed(model, tokenizer, tokens_RT, rows=n, **options) for n in (1, 8)]
-  print(report.describe(quality, speeds, [count_bytes(one) for one in (model, original)]))
+  timed = (model, tokenizer, tokens_RT)
+  speeds = [report.measure_speed(*timed, rows=rows, price=FLAGS.price) for rows in (1, 8)]
+  memory = [quantize.count_bytes(one) for one in (model, original)]
+  print(report.describe(quality, speeds, memory))
   own, theirs = (report.disk(name) for name in names)
   print(f"on disk: {own:,} bytes, {own / theirs:.3f} of {theirs:,}")
 
@@ -78,10 +105,10 @@ def main(overrides: Mapping[str, str], words: Sequence[str]) -> None:
     raise UserError("gptjax.compress takes no --config.KEY flags.")
   prepare_cpu()
   match [*words]:
-    case ["quantize"]:
-      write_quantized()
     case ["report"]:
       print_report()
+    case [word] if word in WORDS:
+      print(f"{FLAGS.to}: {write(word)}")
     case [word, *_] if word not in WORDS:
       raise UserError(f"no way to compress {word!r}. {did_you_mean(word, WORDS)}")
     case _:
@@ -89,21 +116,33 @@ def main(overrides: Mapping[str, str], words: Sequence[str]) -> None:
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string("checkpoint", None, "A run, a folder of Hugging Face's files or FILE.gguf.")
-  flags.DEFINE_string("to", None, "Folder to write, which must not exist.")
+  string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+  string("checkpoint", None, "A run, a folder of Hugging Face's or FILE.gguf; average: by commas.")
+  string("to", None, "Folder to write, which must not exist.")
+  flags.DEFINE_bool("ema", False, "Take the moving average of a run's weights.")
+  methods = (*quantize.METHODS, *prune.METHODS, *average.METHODS)
+  flags.DEFINE_enum("method", None, methods, "How weights are rounded, pruned or averaged.")
   flags.DEFINE_enum("format", "int8", tuple(BITS), "quantize: of the kernels of all layers.")
-  flags.DEFINE_integer("group", 0, "quantize: inputs that share a scale; 0 is all of an output.")
+  integer("group", 0, "quantize: inputs that share a scale; 0 is all of an output.")
   flags.DEFINE_bool("symmetric", True, "quantize: without zero points.")
   formats = ("float32", *BITS)
   flags.DEFINE_enum("embedding", "float32", formats, "quantize: of the table of tokens.")
   flags.DEFINE_enum("head", "float32", formats, "quantize: of a head that is not the embedding.")
-  flags.DEFINE_enum("method", "nearest", METHODS, "quantize: how weights are rounded.")
-  flags.DEFINE_string("original", None, "report: the model to compare with.")
-  flags.DEFINE_string("data", None, "Text files or records, to calibrate or to measure on.")
-  flags.DEFINE_integer("rows", 128, "Rows of text.")
-  flags.DEFINE_integer("length", 512, "Tokens of a row.")
-  flags.DEFINE_integer("seed", 0, "Decides which places of the text the rows are.")
-  flags.DEFINE_float("price", None, "report: of an hour of this machine.")
+  string("sparsity", None, "prune: share of zeros, or N:M, of every M inputs in order N stay.")
+  for name in SIZES:
+    integer(name, None, "shrink: what is left of them.")
+  flags.DEFINE_list("weights", None, "average, mean: of each model.")
+  string("base", None, "average, task, ties and dare: what the models were made from.")
+  number("scale", None, "average, task, ties and dare: factor of the change.")
+  number("fraction", None, "average, slerp: how far from the first to the second.")
+  number("density", None, "average, ties: share of each change that is kept.")
+  number("drop", None, "average, dare: share of each change that is dropped.")
+  string("original", None, "report: the model to compare with.")
+  string("data", None, "Text files or records, to calibrate or to measure on.")
+  integer("rows", 128, "Rows of text.")
+  integer("length", 512, "Tokens of a row.")
+  integer("seed", 0, "Decides which places of the text the rows are.")
+  number("price", None, "report: of an hour of this machine.")
 
 
 if __name__ == "__main__":

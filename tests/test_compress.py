@@ -32,7 +32,8 @@ def test_the_commands_of_the_docstring_have_known_words_and_flags():
   commands = re.findall(r"python -m gptjax\.compress (.*)", text)
   assert {command.split()[0] for command in commands} == set(compress.WORDS)
   source = Path(compress.__file__).read_text()
-  known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))
+  known = set(re.findall(r'(?:DEFINE_\w+|string|integer|number)\(\s*"(\w+)"', source))
+  known |= set(compress.SIZES)
   for command in commands:
     assert set(re.findall(r"--(\w+)=", command)) <= known
 
@@ -65,7 +66,7 @@ def test_a_checkpoint_is_quantised_and_judged(tiny_config, random_params, tmp_pa
   again = call(*quantize)
   assert f"error: --to={small} is there already" in again.stderr
   unused = call(*quantize[:2], f"--to={tmp_path}/other", *data)
-  assert "error: --data is not used by --method=nearest" in unused.stderr
+  assert "error: --method=nearest: --data, text to calibrate on, is not used" in unused.stderr
   told = call("report", f"--checkpoint={small}", f"--original={run}", *data, "--price=1")
   assert told.returncode == 0, told.stderr
   for line in (

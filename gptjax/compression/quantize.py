@@ -17,14 +17,15 @@ from tqdm import tqdm
 from gptjax.compression.awq import awq
 from gptjax.compression.calibration import Layer, walk
 from gptjax.compression.gptq import gptq
+from gptjax.compression.models import calibration_rows, load_whole
 from gptjax.errors import UserError, check_choice
 from gptjax.model.gpt import GPT, ParameterInfo, describe
 from gptjax.model.layers import find
 from gptjax.quantization.formats import Format, make_grid, to_codes
 from gptjax.quantization.kernel import StoredKernel, as_matrix, store_codes
-from gptjax.quantization.stored import KEY, Stored, is_stored, stored_kernels
+from gptjax.quantization.stored import KEY, Stored, stored_kernels
 from gptjax.small_files import check_new, new_folder
-from gptjax.training.pretrained import labels_of, load_model, save_model
+from gptjax.training.pretrained import labels_of, save_model
 
 # 'nearest' needs no text to calibrate on.
 METHODS = ("nearest", "gptq", "awq", "awq+gptq")
@@ -39,7 +40,11 @@ def quantize(
   stored: Stored,
   *,
   method: str = "nearest",
-  read_tokens: Any = None,
+  data: str | None = None,
+  rows: int = 128,
+  length: int = 512,
+  seed: int = 0,
+  ema: bool = False,
   progress: bool = True,
 ) -> dict[str, int]:
   """Writes a quantised model as a checkpoint.
@@ -49,23 +54,27 @@ def quantize(
     target: the folder to write, which must not exist.
     stored: how the weights are to be stored.
     method: one of `METHODS`.
-    read_tokens: for all but 'nearest': a function of the tokenizer that returns the rows of text to
-      calibrate on, int32 [R, T].
+    data: text for all but 'nearest', with `rows`, `length` and `seed` as for `read_rows`.
+    ema: take the moving average of a run's weights.
     progress: show bars on stderr.
 
   Returns:
     {'before', 'after'}: bytes of the parameters.
 
   Raises:
-    UserError: the target exists, the checkpoint cannot be loaded or is quantised already, or a
-      matrix cannot be stored so.
+    UserError: the target exists, the checkpoint cannot be loaded or is quantised already, the text
+      is missing or not used, or a matrix cannot be stored so.
   """
-  check_choice("method", method, METHODS)
+  check_choice("--method", method, METHODS)
+  if (method == "nearest") == bool(data):
+    told = "is not used by it: leave it out, or take gptq or awq" if data else "is missing"
+    raise UserError(f"--method={method}: --data, text to calibrate on, {told}.")
   check_new(target)
   labels = labels_of(checkpoint)
-  model, tokenizer = load_model(checkpoint, progress=progress)
-  before = count_bytes(model)
-  tokens_RT = None if method == "nearest" else read_tokens(tokenizer)
+  model, tokenizer = load_whole(checkpoint, ema=ema, progress=progress)
+  before, tokens_RT = count_bytes(model), None
+  if data:
+    tokens_RT = calibration_rows(data, tokenizer, rows=rows, length=length, seed=seed)
   model, stored = quantized(model, stored, method=method, tokens_RT=tokens_RT, progress=progress)
   with new_folder(target) as folder:
     save_model(folder, model, tokenizer, labels, {KEY: stored.to_config()})
@@ -77,7 +86,6 @@ def quantized(
 ) -> tuple[GPT, Stored]:
   """Quantises a model in memory, and tells how it is stored then; arguments as for `quantize`. The
   model itself is changed."""
-  refuse_stored(model)
   stored = dataclasses.replace(stored, scales_inputs=method.startswith("awq"))
   kernels = stored_kernels(describe(model))
   found = {}
@@ -92,15 +100,6 @@ def quantized(
     of_layers = [nnx.state(part) for part in parts]
     nnx.update(find(model, name.split("/")), jax.tree.map(lambda *x: jnp.stack(x), *of_layers))
   return model, stored
-
-
-def refuse_stored(model: GPT) -> None:
-  """Raises UserError if a model is quantised already."""
-  if is_stored(model):
-    raise UserError(
-      "--checkpoint is quantised already: give the model that it was made from, or write the "
-      "weights that it stands for with gptjax.convert --format=gptjax first."
-    )
 
 
 def count_bytes(model: GPT) -> int:

@@ -12,6 +12,9 @@ from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, ParameterInfo, abstract_model, describe_parameters
 from gptjax.optim.optimizer import Optimizer
 
+# Methods that train a whole model in a wing's own way; others are of adapters.
+_METHODS = {"sparse": "gptjax.compression.recovery:SparseModel"}
+
 
 class WholeModel:
   """Trains every parameter of the model.
@@ -44,6 +47,9 @@ class WholeModel:
     """The trained parameters at step 0, a nested dict; `base` are a frozen model's parameters."""
     del base
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed)), nnx.Param))
+
+  def check_start(self, params: Any, parameters: Mapping[str, ParameterInfo]) -> None:
+    """Raises UserError for parameters that the method cannot start a run from."""
 
   def wrap(
     self, optimizer: Optimizer, trained: Mapping[str, ParameterInfo], length: RunLength | None
@@ -96,8 +102,8 @@ def make_adaptation(config: Mapping[str, Any]) -> WholeModel:
       raise UserError("quantize is of a model that is trained whole; beside peft, set peft.base.")
     return wings.load("gptjax.compression.rounding:Rounded", "quantize").from_config(rounding)
   if (method := config.get("method", WHOLE.method)) != WHOLE.method:
-    adapters = wings.load("gptjax.peft.adaptation:Adapters", f"peft.method={method!r}")
-    return adapters.from_config(config)
+    path = _METHODS.get(method, "gptjax.peft.adaptation:Adapters")
+    return wings.load(path, f"peft.method={method!r}").from_config(config)
   if (base := config.get("base", "float32")) != "float32":
     raise UserError(f"peft.base={base!r} is the format of a frozen model: choose a peft.method.")
   return WHOLE

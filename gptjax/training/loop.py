@@ -193,6 +193,7 @@ def init_or_restore(
     if jax.process_index() == 0:
       print(f"init_from {report}")
     state = step_lib.replace_params(state, loaded)
+  setup.adaptation.check_start(state.params, setup.parameters)
   return state, setup.frozen(base, second)
 
 
