@@ -40,7 +40,7 @@ FLAGS = flags.FLAGS
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 LARGEST_DIFFERENCE = 0.005
 # Rows of the text, and texts whose tokens are compared too.
-ROWS = 8
+ROWS = 4
 OTHERS = (
   TEXT,
   "Emoji 👩‍👩‍👧 and é, 12345 <= 2024!\n\n\tif x:  # 从明天起，做一个幸福的人\n",
@@ -73,7 +73,7 @@ class Comparison:
 def _define_flags() -> None:
   flags.DEFINE_list("models", list(MODELS), f"Of {', '.join(MODELS)}.")
   flags.DEFINE_list("dtypes", list(TYPES), f"Of {', '.join(TYPES)}.")
-  flags.DEFINE_integer("steps", 200, "Steps for which the small GPT-2 is trained.")
+  flags.DEFINE_integer("steps", 50, "Steps for which the small GPT-2 is trained.")
   flags.DEFINE_string("llama_python", sys.executable, "Interpreter that has llama-cpp-python.")
   flags.DEFINE_string("output", None, "File to write the table to, instead of README.md.")
 
