@@ -1,11 +1,13 @@
 """Converts models from one format to another, exactly.
 
     python -m gptjax.convert --from=MODEL --to=DIR [--format=gptjax|hf|peft] [--verify]
+    python -m gptjax.convert --from=MODEL --to=FILE.gguf --format=gguf [--dtype=q8_0] [--verify]
     python -m gptjax.convert --from=MODEL --to=DIR --adapter=FOLDER [--format=gptjax|hf]
 
 MODEL is a folder of Hugging Face's files, an id of its Hub, a .gguf file, or the work directory of
 a run. `--format=gptjax` writes what --checkpoint and init_from take; `hf` writes config.json,
-safetensors and the tokenizer, which `transformers` loads. `--verify` runs both and compares.
+safetensors and the tokenizer, which `transformers` loads; `gguf` writes one file, which llama.cpp
+runs. `--verify` runs `transformers` beside the result and compares.
 
 A label head, as trained by configs/finetune.py, is written for the classes
 ...ForSequenceClassification, ...ForTokenClassification or ...ForQuestionAnswering, with the names
@@ -40,15 +42,18 @@ from gptjax.training.pretrained import is_run, load_model, name_checkpoint, open
 FLAGS = flags.FLAGS
 # Relative to the largest logit: float32 sums of a few thousand terms in another order.
 _TOLERANCE = 1e-3
+# llama.cpp's types with a scale for 32 weights.
+_BLOCKS = ("q8_0", "q4_0")
 
 
 def _define_flags() -> None:
   flags.DEFINE_string("from", None, "Folder, Hub id, .gguf file or work directory.", required=True)
-  flags.DEFINE_string("to", None, "Folder to write, which must not exist.", required=True)
+  flags.DEFINE_string("to", None, "Folder or file to write, which must not exist.", required=True)
   flags.DEFINE_enum("format", "gptjax", FORMATS, "What to write.")
   flags.DEFINE_string("family", None, "Of Hugging Face's files: the architecture, as 'llama'.")
   flags.DEFINE_string("adapter", None, "Folder of the peft library, to merge into the model.")
-  flags.DEFINE_enum("dtype", "float32", tuple(DTYPES), "Of --format=hf: that of the weights.")
+  about = "That of the weights of --format=hf or gguf; q8_0 and q4_0 are of gguf alone."
+  flags.DEFINE_enum("dtype", "float32", (*DTYPES, *_BLOCKS), about)
   flags.DEFINE_bool("verify", False, "Hold the result against transformers.")
 
 
@@ -73,16 +78,18 @@ def check(model: GPT, tokenizer: Tokenizer, reference: str) -> int:
 def main(overrides: Mapping[str, str]) -> int:
   if overrides:
     raise UserError("gptjax.convert takes no --config.KEY flags.")
-  if FLAGS.format != "hf" and FLAGS.dtype != "float32":
-    raise UserError("--dtype is of --format=hf; a run's parameters are float32.")
-  if FLAGS.format == "gptjax" and FLAGS.family and not FLAGS.adapter:
+  if FLAGS.format not in ("hf", "gguf") and FLAGS.dtype != "float32":
+    raise UserError("--dtype is of --format=hf and gguf; a run's parameters are float32.")
+  if FLAGS.format == "hf" and FLAGS.dtype in _BLOCKS:
+    raise UserError(f"--dtype={FLAGS.dtype} is of --format=gguf.")
+  if FLAGS.format in ("gptjax", "gguf") and FLAGS.family and not FLAGS.adapter:
     raise UserError("--family is of --format=hf, --format=peft and --adapter.")
   if FLAGS.format == "peft" and FLAGS.adapter:
     raise UserError("--adapter is merged into a model, of which --format=peft writes none.")
   source, target = name_source(FLAGS["from"].value), Path(FLAGS.to).expanduser()
   is_foreign = source.startswith(("hf:", "gguf:"))
   unchanged = is_foreign and FLAGS.dtype == "float32" and not FLAGS.adapter
-  if FLAGS.verify and FLAGS.format != "hf" and not unchanged:
+  if FLAGS.verify and FLAGS.format not in ("hf", "gguf") and not unchanged:
     raise UserError("--verify: neither side is one that transformers could load.")
   adapter = Path(FLAGS.adapter).expanduser() if FLAGS.adapter else None
   options = {"family": FLAGS.family, "dtype": FLAGS.dtype, "adapter": adapter}
@@ -92,7 +99,7 @@ def main(overrides: Mapping[str, str]) -> int:
     tensors = safetensors.numpy.load_file(weights)
     print(f"{target}: {sum(x.size for x in tensors.values()):,} parameters of adapters")
     return 0
-  written = f"hf:{target}" if FLAGS.format == "hf" else str(target)
+  written = f"{FLAGS.format}:{target}" if FLAGS.format in ("hf", "gguf") else str(target)
   model, tokenizer = load_model(written)
   count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
   print(f"{target}: {count:,} parameters, {tokenizer.vocab_size:,} tokens")

@@ -33,7 +33,7 @@ from gptjax.data import tokenizer_settings as settings_lib
 from gptjax.errors import UserError, did_you_mean
 from gptjax.small_files import plain_name, read_json, write_atomically
 
-_META = "gptjax_tokenizer.json"
+META = "gptjax_tokenizer.json"
 _BPE = "bpe:"
 # Tokens that end a turn of a chat in the templates in use.
 _ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>")
@@ -224,7 +224,7 @@ class Tokenizer:
       "files": sorted(self._files),
       "fingerprint": self.fingerprint(),
     }
-    write_atomically(folder / _META, json.dumps(meta))
+    write_atomically(folder / META, json.dumps(meta))
 
 
 def open_saved(folder: epath.PathLike) -> Tokenizer | None:
@@ -233,7 +233,7 @@ def open_saved(folder: epath.PathLike) -> Tokenizer | None:
   Raises:
     UserError: a file is damaged, missing, outside the folder, or changed since it was saved.
   """
-  path = epath.Path(folder) / _META
+  path = epath.Path(folder) / META
   if not path.exists():
     return None
   meta = read_json(path)

@@ -17,10 +17,7 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 def open_gguf(path: Path) -> Any:
   """Opens a file as a gguf.GGUFReader; UserError if it is missing, damaged or cut short, or if
   `gguf` is not installed."""
-  try:
-    import gguf  # An extra: few need it.
-  except ImportError as error:
-    raise UserError(f"{path} needs the package gguf: pip install gguf.") from error
+  gguf = import_gguf(path)
   if not path.is_file():
     raise UserError(f"{path}: no such file.")
   try:
@@ -29,6 +26,16 @@ def open_gguf(path: Path) -> Any:
     return gguf.GGUFReader(path)
   except (ValueError, LookupError, ArithmeticError, TypeError, struct.error) as error:
     raise UserError(f"{path}: not a GGUF file, or cut short ({error}).") from error
+
+
+def import_gguf(path: Path) -> Any:
+  """Imports the library, an extra that few need; UserError, naming the file that needs it, if it is
+  not installed."""
+  try:
+    import gguf
+  except ImportError as error:
+    raise UserError(f"{path} needs the package gguf: pip install gguf.") from error
+  return gguf
 
 
 def _check_header(file: BinaryIO, size: int) -> None:

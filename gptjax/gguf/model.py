@@ -1,4 +1,4 @@
-"""Reads GGUF files of llama.cpp: Llama, Qwen 2 and Qwen 3, with weights dequantised on reading."""
+"""Reads GGUF files of llama.cpp, with weights dequantised on reading."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,78 +8,11 @@ import jax
 import numpy as np
 
 from gptjax.errors import UserError, did_you_mean
+from gptjax.gguf.families import FAMILIES, ROPE_FACTORS, rope_factors
 from gptjax.gguf.files import open_gguf
-from gptjax.interop.fields import Fields, Rule, always, copied, ignored, same
+from gptjax.interop.fields import Fields
 from gptjax.interop.load import Importer
-from gptjax.interop.tensors import Entry, linear, linears, norm, table
-from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import ParameterInfo, describe_parameters
-from gptjax.model.positions import rope_frequencies
-
-_ROPE_FACTORS = "rope_freqs.weight"
-# Scaling of Llama 3.1 to 3.3; files have only the factors that follow from it.
-_LLAMA3_ORIGINAL_POSITIONS = 8192
-
-
-def _scaling(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
-  kind = fields.take("rope.scaling.type", "none")
-  factor = fields.take("rope.scaling.factor", 1.0, float)
-  original = fields.take("rope.scaling.original_context_length", 0, int)
-  fields.take("rope.scaling.finetuned", None)
-  if kind not in ("none", "linear", "yarn"):
-    raise fields.refuse("rope.scaling.type", kind, ("none", "linear", "yarn"))
-  if kind == "none":
-    return {}
-  return {
-    "rope.scaling": kind,
-    "rope.factor": float(factor),
-    "rope.original_positions": original,
-  }
-
-
-_RULES = (
-  *copied(
-    {
-      "num_layers": "block_count",
-      "position.max_positions": "context_length",
-      "embed_dim": "embedding_length",
-    }
-  ),
-  *copied({"mlp_dim": "feed_forward_length", "num_heads": "attention.head_count"}),
-  same("attention.head_count_kv", "num_kv_heads", 0),
-  same("attention.key_length", "head_dim", 0),
-  same("attention.layer_norm_rms_epsilon", "norm.eps"),
-  same("rope.freq_base", "rope.base", 10_000.0),
-  same("rope.dimension_count", "rope.dim", 0),
-  ignored("attention.value_length", "vocab_size"),
-  Rule(_scaling, lambda config: {}),
-  always(
-    {"norm.kind": "rmsnorm", "bias": False, "mlp.activation": "swiglu", "position.kind": "rope"}
-  ),
-)
-_FAMILIES = {
-  "llama": {},
-  "qwen2": {"attention.qkv_bias": True},
-  "qwen3": {"attention.qk_norm": True},
-}
-
-
-def _entries(architecture: str) -> tuple[Entry, ...]:
-  # llama.cpp rotates neighbouring dimensions of Llama together, and reorders them accordingly.
-  pairs = {"rotary_pairs": architecture == "llama"}
-  return (
-    *table("token_embd", "embed"),
-    *norm("output_norm", "final_norm"),
-    *linear("output", "head"),
-    *norm("blk.{i}.attn_norm", "blocks/attention_norm"),
-    *linear("blk.{i}.attn_q", "blocks/attention/query", **pairs),
-    *linear("blk.{i}.attn_k", "blocks/attention/key", **pairs),
-    *linears("blk.{i}", "blocks/attention", value="attn_v", out="attn_output"),
-    *norm("blk.{i}.attn_q_norm", "blocks/attention/query_norm"),
-    *norm("blk.{i}.attn_k_norm", "blocks/attention/key_norm"),
-    *norm("blk.{i}.ffn_norm", "blocks/mlp_norm"),
-    *linears("blk.{i}", "blocks/mlp", gate="ffn_gate", up="ffn_up", down="ffn_down"),
-  )
 
 
 class _GGUFTensors:
@@ -122,40 +55,34 @@ class GGUFModel:
 
   def __init__(self, path: str):
     self.path = Path(path).expanduser()
-    fields, self._tensors = _open(self.path)
+    fields, tensors = _open(self.path)
     architecture = fields.get("general.architecture")
-    if architecture not in _FAMILIES:
+    if architecture not in FAMILIES:
       raise UserError(
         f"{path}: no architecture {architecture!r} is read from GGUF. "
-        f"{did_you_mean(str(architecture), _FAMILIES)}"
+        f"{did_you_mean(str(architecture), FAMILIES)}"
       )
-    prefix = f"{architecture}."
-    own = Fields(
-      {name.removeprefix(prefix): x for name, x in fields.items() if name.startswith(prefix)},
-      str(path),
-      self._tensors.names,
-    )
-    found = {"head.tied": "output.weight" not in self._tensors.names, **_FAMILIES[architecture]}
-    for rule in _RULES:
-      found |= rule.read(own, found)
-    own.refuse_unread()
-    if "token_embd.weight" not in self._tensors.names:
+    family, prefix = FAMILIES[architecture], f"{architecture}."
+    own = {name.removeprefix(prefix): x for name, x in fields.items() if name.startswith(prefix)}
+    if "token_embd.weight" not in tensors.names:
       raise UserError(f"{path}: no tensor 'token_embd.weight', which the config needs.")
-    found["vocab_size"] = self._tensors.shape("token_embd.weight")[0]
-    # Stored in float32; the original number has few digits.
-    found["norm.eps"] = float(f"{found['norm.eps']:.6g}")
-    try:
-      self.config = ModelConfig.from_config(self._with_llama3_rope(found))
-    except UserError as error:
-      raise UserError(f"{path}: {error}") from error
+    own["vocab_size"] = tensors.shape("token_embd.weight")[0]
+    factors = tensors.read(ROPE_FACTORS) if ROPE_FACTORS in tensors.names else None
+    if factors is not None:
+      own[ROPE_FACTORS] = float(factors.max())
+    self.config = family.read_config(Fields(own, str(path), tensors.names))
+    if factors is not None:
+      expected = rope_factors(self.config)
+      if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+        raise UserError(f"{path}: tensor {ROPE_FACTORS!r} is not the scaling of Llama 3.1.")
     self.parameters: Mapping[str, ParameterInfo] = describe_parameters(self.config)
     self._importer = Importer(
-      _entries(architecture),
-      self._tensors,
+      family.entries(self.config),
+      tensors,
       self.parameters,
       self.config,
       source=str(path),
-      ignored=(_ROPE_FACTORS,),
+      ignored=(ROPE_FACTORS,),
     )
 
   def load(
@@ -173,22 +100,6 @@ class GGUFModel:
   def for_transformers(self) -> dict[str, Any]:
     """The arguments with which `transformers` loads it."""
     return {"pretrained_model_name_or_path": self.path.parent, "gguf_file": self.path.name}
-
-  def _with_llama3_rope(self, found: dict[str, Any]) -> dict[str, Any]:
-    """Adds Llama 3.1's scaling, recognised by the factors that divide the frequencies."""
-    if _ROPE_FACTORS not in self._tensors.names:
-      return found
-    factors = self._tensors.read(_ROPE_FACTORS)
-    scaled = found | {
-      "rope.scaling": "llama3",
-      "rope.factor": float(factors.max()),
-      "rope.original_positions": _LLAMA3_ORIGINAL_POSITIONS,
-    }
-    plain, _ = rope_frequencies(ModelConfig.from_config(found))
-    expected = plain / rope_frequencies(ModelConfig.from_config(scaled))[0]
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-      raise UserError(f"tensor {_ROPE_FACTORS!r} is not the scaling of Llama 3.1.")
-    return scaled
 
 
 def _open(path: Path) -> tuple[dict[str, Any], _GGUFTensors]:

@@ -12,26 +12,37 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from gptjax.data import tokenizer_settings
-from gptjax.data.tokenizer_formats import GPT2_PATTERN, GPT4_PATTERN, GPT4O_PATTERN
+from gptjax.data.tokenizer_formats import (
+  END_OF_TEXT,
+  GPT2_PATTERN,
+  GPT4_PATTERN,
+  GPT4O_PATTERN,
+)
 from gptjax.errors import UserError, did_you_mean
 from gptjax.gguf.files import open_gguf
 
-_PREFIX = "tokenizer.ggml."
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+PREFIX, CHAT_TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# Stands for no merges at all, since arrays are not empty: two special tokens never meet in a word.
+NO_MERGES = f"{END_OF_TEXT} {END_OF_TEXT}"
 _QWEN2_PATTERN = GPT4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _DIGIT_THEN_GPT2 = (r"\p{N}", GPT2_PATTERN)
 # Patterns that cut a text into words, applied in turn, by 'tokenizer.ggml.pre'.
-_PATTERNS: Mapping[str, Sequence[str]] = {
+PATTERNS: Mapping[str, Sequence[str]] = {
   "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"),
   **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "dbrx-gpt2"), (GPT2_PATTERN,)),
   **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGIT_THEN_GPT2),
   **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (GPT4_PATTERN,)),
+  **dict.fromkeys(("dbrx", "smaug-bpe"), (GPT4_PATTERN,)),
   **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2_PATTERN,)),
   "gpt-4o": (GPT4O_PATTERN,),
 }
 # These begin every text with 'bos' unless the file says otherwise, and keep a word that is a token
 # whole even if no merges lead to it.
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+# These models were trained on texts in Unicode's normal form C, into which llama.cpp does not bring
+# them.
+NFC = ("qwen2",)
 
 
 def read(path: Path) -> tuple[str, dict[str, bytes]]:
@@ -53,11 +64,11 @@ def _values(path: Path) -> dict[str, Any]:
   """Returns the tokenizer's values in the file, by their names without the prefix."""
   fields = open_gguf(path).fields
   values = {
-    name.removeprefix(_PREFIX): field.contents()
+    name.removeprefix(PREFIX): field.contents()
     for name, field in fields.items()
-    if name.startswith(_PREFIX)
+    if name.startswith(PREFIX)
   }
-  if template := fields.get("tokenizer.chat_template"):
+  if template := fields.get(CHAT_TEMPLATE):
     values["chat_template"] = template.contents()
   return values
 
@@ -69,7 +80,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, bytes]:
     for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
   }
   ends = [values.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-  begins = values["model"] == "llama" or values.get("pre") in _LLAMA3
+  begins = values["model"] == "llama" or values.get("pre") in LLAMA3
   return tokenizer_settings.write(
     {f"{role}_token": tokens[token] for role, token in ids.items() if token is not None},
     [token for token in ends if token is not None],
@@ -81,30 +92,31 @@ def _settings(values: Mapping[str, Any]) -> dict[str, bytes]:
 def _byte_level(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
   """Writes a byte-level BPE as a tokenizer.json."""
   pre = values.get("pre", "default")
-  if pre not in _PATTERNS:
-    raise UserError(f"{path}: no known tokenizer.ggml.pre {pre!r}. {did_you_mean(pre, _PATTERNS)}")
+  if pre not in PATTERNS:
+    raise UserError(f"{path}: no known tokenizer.ggml.pre {pre!r}. {did_you_mean(pre, PATTERNS)}")
   tokens, types = values["tokens"], values["token_type"]
+  merges = [merge for merge in values["merges"] if merge != NO_MERGES]
   tokenizer = tokenizers.Tokenizer(
     models.BPE(
       vocab={text: number for number, text in enumerate(tokens)},
-      merges=[tuple(merge.split(" ")) for merge in values["merges"]],
-      ignore_merges=pre in _LLAMA3,
+      merges=[tuple(merge.split(" ")) for merge in merges],
+      ignore_merges=pre in LLAMA3,
     )
   )
-  if pre == "qwen2":
-    tokenizer.normalizer = normalizers.NFC()  # As the model was trained.
+  if pre in NFC:
+    tokenizer.normalizer = normalizers.NFC()
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [
       *(
         pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
-        for pattern in _PATTERNS[pre]
+        for pattern in PATTERNS[pre]
       ),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
   tokenizer.decoder = decoders.ByteLevel()
-  special = [text for text, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _UNUSED)]
-  plain = [text for text, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+  special = [text for text, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNUSED)]
+  plain = [text for text, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
   tokenizer.add_special_tokens(special)
   tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in plain])
   return {"tokenizer.json": tokenizer.to_str().encode()}
@@ -120,7 +132,7 @@ def _sentencepiece(values: Mapping[str, Any]) -> dict[str, bytes]:
     model.pieces.add(piece=text, score=score, type=kind)
   model.trainer_spec.model_type = model.trainer_spec.BPE
   model.trainer_spec.vocab_size = len(model.pieces)
-  model.trainer_spec.byte_fallback = _BYTE in values["token_type"]
+  model.trainer_spec.byte_fallback = BYTE in values["token_type"]
   model.trainer_spec.unk_id = values.get("unknown_token_id", 0)
   model.normalizer_spec.name = "identity"
   model.normalizer_spec.add_dummy_prefix = bool(values.get("add_space_prefix", True))

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from gptjax import config as config_lib
 from gptjax import wings
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.family import Family
@@ -16,7 +17,7 @@ from gptjax.interop.labels import config_fields, transformers_task
 from gptjax.interop.model_card import model_card
 from gptjax.interop.tokenizer_export import export
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import describe, describe_parameters
+from gptjax.model.gpt import GPT, describe, describe_parameters
 from gptjax.small_files import check_new, new_folder
 from gptjax.training.adaptation import make_adaptation
 from gptjax.training.pretrained import (
@@ -32,7 +33,7 @@ from gptjax.training.pretrained import (
   save_model,
 )
 
-FORMATS = ("gptjax", "hf", "peft")
+FORMATS = ("gptjax", "hf", "peft", "gguf")
 
 
 def convert(
@@ -44,15 +45,16 @@ def convert(
   dtype: str = "float32",
   adapter: Path | None = None,
 ) -> None:
-  """Writes the model and the tokenizer of a checkpoint, or its adapters, into a new folder.
+  """Writes the model and the tokenizer of a checkpoint, or its adapters, into a new folder or file.
 
   Args:
     source: a checkpoint for `pretrained.load_model`; for 'peft', a run that trained adapters.
-    target: a folder that does not exist or is empty. It is written completely or not at all.
-    to: 'gptjax', 'hf' or 'peft'.
+    target: a folder that does not exist or is empty; for 'gguf', a file that does not exist. It is
+      written completely or not at all.
+    to: 'gptjax', 'hf', 'peft' or 'gguf'.
     family: `model_type` for 'hf', 'peft' and an adapter; None is the type of the source or of its
       `init_from`, or the first that fits.
-    dtype: dtype of the weights for 'hf'.
+    dtype: dtype of the weights for 'hf', or their type for 'gguf'.
     adapter: a folder of the `peft` library to merge into the model.
 
   Raises:
@@ -60,6 +62,12 @@ def convert(
       cannot express the model, the dtype cannot hold a weight, or the adapters cannot be merged or
       written.
   """
+  if to == "gguf":
+    config = read_model_config(source)
+    writer = wings.load("gptjax.gguf.writer:Writer", "--format=gguf")(target, config, dtype)
+    chosen = None if adapter is None else family_of(source, config, family)
+    writer.write(*_load(source, adapter, chosen)[:2])
+    return
   check_new(target)
   if to == "peft":
     write = _adapters_of(source, family)
@@ -76,19 +84,11 @@ def _model_of(
   source: str, to: str, family: str | None, dtype: str, adapter: Path | None
 ) -> Callable[[Path], None]:
   """Loads a model, merged with an adapter; returns the function that writes it into a folder."""
-  labels = labels_of(source)
+  labels, chosen = labels_of(source), None
   if to == "hf" or adapter is not None:
     task = transformers_task(labels) if labels else ""
     chosen = family_of(source, read_model_config(source), family, task)
-  model, tokenizer, step = (
-    load_run(source, plain=True) if is_run(source) else (*load_model(source), 0)
-  )
-  if adapter is not None:
-    merge_folder = wings.load("gptjax.peft.huggingface:merge_folder", "--adapter")
-    model = merge_folder(model, adapter, chosen)
-  if set(describe(model)) != set(describe_parameters(model.config)):
-    of = source if adapter is None else adapter
-    raise UserError(f"{of}: its adapters cannot be merged, so that no format here can hold it.")
+  model, tokenizer, step = _load(source, adapter, chosen)
 
   def write(folder: Path) -> None:
     if to == "gptjax":
@@ -108,6 +108,19 @@ def _model_of(
       )
 
   return write
+
+
+def _load(source: str, adapter: Path | None, family: Family | None) -> tuple[GPT, Tokenizer, int]:
+  """Loads a model, merged with an adapter in the names of a family, and the step of a run, or 0."""
+  run = is_run(source)
+  model, tokenizer, step = load_run(source, plain=True) if run else (*load_model(source), 0)
+  if adapter is not None:
+    merge_folder = wings.load("gptjax.peft.huggingface:merge_folder", "--adapter")
+    model = merge_folder(model, adapter, family)
+  if set(describe(model)) != set(describe_parameters(model.config)):
+    of = source if adapter is None else adapter
+    raise UserError(f"{of}: its adapters cannot be merged, so that no format here can hold it.")
+  return model, tokenizer, step
 
 
 def unwritable(config: ModelConfig, task: str) -> str:

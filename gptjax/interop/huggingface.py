@@ -160,13 +160,20 @@ def _read_config(path: Path) -> dict[str, Any]:
   return values
 
 
-def find_family(config: ModelConfig, name: str | None = None, task: str = "") -> Family:
+def find_family(
+  config: ModelConfig,
+  name: str | None = None,
+  task: str = "",
+  families: Mapping[str, Family] = FAMILIES,
+  kind: str = "family of Hugging Face",
+) -> Family:
   """The first family that can express this config, or the named one.
 
   Args:
     config: config of the model.
     name: a `model_type`.
     task: for a model with a label head, the head's name in `transformers`.
+    families: where to look, and what it is called, `kind`.
 
   Raises:
     UserError: no family can, or the named one cannot; it says what is missing.
@@ -177,24 +184,25 @@ def find_family(config: ModelConfig, name: str | None = None, task: str = "") ->
       "written without its task."
     )
   if name is not None:
-    if name not in FAMILIES:
-      raise UserError(f"no family {name!r}. {did_you_mean(name, FAMILIES)}")
-    family = FAMILIES[name].with_task(task) if task else FAMILIES[name]
+    if name not in families:
+      raise UserError(f"no family {name!r}. {did_you_mean(name, families)}")
+    family = families[name].with_task(task) if task else families[name]
     family.write_config(config)
     return family
   found = []
-  for family in FAMILIES.values():
+  for family in families.values():
     try:
       family = family.with_task(task) if task else family
       found.append((family.lacks(config), family))
     except UserError:
       continue  # Less suitable than a family that only lacks something.
+  if not found:
+    raise UserError(f"no {kind} can be this model.")
   lacking, nearest = min(found, key=lambda one: len(one[0]))
   if lacking:
-    kind = nearest.architecture(config) if task else repr(nearest.model_type)
+    name = nearest.architecture(config) if task else repr(nearest.model_type)
     raise UserError(
-      f"no family of Hugging Face can be this model; the nearest, {kind}, lacks "
-      f"{'; '.join(lacking)}."
+      f"no {kind} can be this model; the nearest, {name}, lacks {'; '.join(lacking)}."
     )
   return nearest
 

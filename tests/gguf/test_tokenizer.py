@@ -6,26 +6,19 @@ import json
 import gguf
 import pytest
 import sentencepiece
-import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import normalizers, pre_tokenizers
 
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
-from tests.data.conftest import DOCUMENTS
 from tests.data.test_tokenizer_formats import BPE, TEXTS, sentencepiece_model
+from tests.gguf.conftest import CONTROLS, split_then_bytes
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 GPT4 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-def split_then_bytes(pattern):
-  split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
-  return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
 
 
 GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,20 +29,6 @@ WORDS = {
   "llama-bpe": split_then_bytes(GPT4),
   "qwen2": split_then_bytes(GPT4.replace("{1,3}", "")),
 }
-
-
-@pytest.fixture(scope="module")
-def byte_level():
-  """A BPE trained on whole lines, so that what cuts a text decides its tokens."""
-  tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = split_then_bytes(r"\n")
-  trainer = trainers.BpeTrainer(
-    vocab_size=1500,
-    special_tokens=CONTROLS,
-    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-  )
-  tokenizer.train_from_iterator([*DOCUMENTS, "12345678 in 2024 (a<=b) don't I'LL " * 50], trainer)
-  return tokenizer
 
 
 def write(path, **values):
@@ -90,7 +69,7 @@ def test_byte_level_ids_are_those_of_the_original(write_byte_level, byte_level, 
   tokenizer = tokenizer_lib.load(write_byte_level(pre=pre))
   byte_level.pre_tokenizer = WORDS[pre]
   byte_level.model.ignore_merges = pre == "llama-bpe"
-  byte_level.normalizer = tokenizers.normalizers.NFC() if pre == "qwen2" else None
+  byte_level.normalizer = normalizers.NFC() if pre == "qwen2" else None
   for text in TEXTS:
     assert tokenizer.encode(text) == byte_level.encode(text).ids, text
     assert pre == "qwen2" or tokenizer.decode(tokenizer.encode(text)) == text
