@@ -37,8 +37,8 @@ def test_a_saved_config_has_todays_keys_and_yesterdays_values(name, tmp_path):
   today = config_lib.load(f"{ROOT}/configs/{spec}")
   saved, now = ({*config_lib.flatten(one.to_dict())} for one in (config, today))
   assert saved <= now
-  # What a model or adapters did not have yet is off by default.
-  assert all(key.startswith(("model.", "peft.")) for key in now - saved)
+  # What a model, adapters or rounding did not have yet is off by default.
+  assert all(key.startswith(("model.", "peft.", "quantize.")) for key in now - saved)
   assert ModelConfig.from_config(config.model)
   assert config.task.to_dict() == today.task.to_dict() | task
   make_task(config.task)

@@ -153,6 +153,7 @@ def test_a_student_comes_closer_to_its_teacher(distilled):
   assert 0 <= before["val/agreement"] < after["val/agreement"] <= 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_student_alone_and_needs_no_teacher(distilled):
   manifest = json.loads((distilled / "checkpoints/30/manifest/metadata").read_text())["arrays"]
   assert "second_checksum" in manifest
@@ -314,6 +315,7 @@ def test_a_killed_run_resumes_bit_for_bit(files, corpus, environment, tmp_path):
   ],
   ids=str,
 )
+@pytest.mark.slow
 def test_a_mesh_learns_the_same(files, whole, tmp_path, sizes):
   config = files.config(**RESUMED, **{f"mesh.{axis}": size for axis, size in sizes.items()})
   setup = make_setup(resolve(config))

@@ -126,6 +126,7 @@ def copy(model):
   return nnx.merge(*nnx.split(model))
 
 
+@pytest.mark.slow
 def test_calibrated_methods_stay_nearer_to_the_model(model):
   kl = {}
   for method in ("nearest", "gptq", "awq", "awq+gptq"):

@@ -80,6 +80,7 @@ def test_what_cannot_be_trained_so_is_refused_in_a_sentence(changes, sentence, t
   assert sentence in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_learns_with_rounded_weights_and_is_used_with_them(tmp_path):
   for number in range(4):
     text = f"The same few words, again and again, {number}.\n" * 20

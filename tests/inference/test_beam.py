@@ -66,7 +66,9 @@ def enumerate_all(model, prompt, length, penalty):
   return sorted(ranked, reverse=True)
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, -0.5])
+@pytest.mark.parametrize(
+  "penalty", [1.0, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.0, 2.0, -0.5))]
+)
 def test_with_enough_beams_all_completions_are_found_in_order(few_model, penalty):
   prompt = [0, 3, 1]
   expected = enumerate_all(few_model, prompt, 3, penalty)

@@ -288,6 +288,7 @@ def generate_main(run, monkeypatch, capsys):
     "checkpoint": str(run), "ema": False, "prompt": [], "chat": False, "system": None, "stop": [],
     "max_tokens": 100, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
     "repetition_penalty": 1.0, "seed": 0, "json": False, "weights": None, "draft": None,
+    "cache": None,
     "beams": None, "length_penalty": 1.0,
   }  # fmt: skip
 

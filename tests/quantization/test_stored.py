@@ -56,7 +56,14 @@ def stored(model, plan):
   return copy
 
 
-@pytest.mark.parametrize("changes", [GPT2, LLAMA, EXPERTS], ids=["gpt2", "llama", "experts"])
+@pytest.mark.parametrize(
+  "changes",
+  [
+    LLAMA,
+    pytest.param(GPT2, marks=pytest.mark.slow, id="gpt2"),
+    pytest.param(EXPERTS, marks=pytest.mark.slow, id="experts"),
+  ],
+)
 @pytest.mark.parametrize("plan", [PLANS["int4 in groups"], PLANS["scaled"]], ids=["int4", "scaled"])
 def test_logits_are_those_of_the_weights_that_it_stands_for(make, plan, changes):
   model = make(**changes)
@@ -69,7 +76,9 @@ def test_logits_are_those_of_the_weights_that_it_stands_for(make, plan, changes)
   assert change > 1e-3
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+  "name", [one if one == "scaled" else pytest.param(one, marks=pytest.mark.slow) for one in PLANS]
+)
 def test_the_engine_writes_what_the_weights_say(make, name):
   small = stored(make(**LLAMA), PLANS[name])
   requests = [
@@ -116,6 +125,11 @@ def test_a_checkpoint_is_loaded_continued_and_converted(make, tmp_path):
 def test_its_weights_are_not_rounded_again(make):
   with pytest.raises(UserError, match="stores its weights in few bits already"):
     Engine(stored(make(), PLANS["int8"]), BYTES, weights="bfloat16")
+
+
+def test_its_layers_are_no_draft(make):
+  with pytest.raises(UserError, match="take lookup or a checkpoint"):
+    Engine(stored(make(), PLANS["int8"]), BYTES, draft="layers:1")
 
 
 def test_a_matrix_that_does_not_fit_is_named(make):
