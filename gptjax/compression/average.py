@@ -15,9 +15,14 @@ from flax import nnx
 from tqdm import tqdm
 
 from gptjax.compression.calibration import ROWS
-from gptjax.compression.models import calibration_rows, load_whole, params_of, with_params
+from gptjax.compression.models import (
+  calibration_rows,
+  load_whole,
+  meanings,
+  params_of,
+  with_params,
+)
 from gptjax.data.batch import Batch
-from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, check_choice, check_number
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import describe_parameters, model_graph
@@ -97,7 +102,7 @@ def average(
     own = ema and number < len(checkpoints)
     model, found = load_whole(checkpoint, ema=own, progress=progress)
     tokenizer = tokenizer or found
-    if _tokens(found) != _tokens(tokenizer):
+    if meanings(found) != meanings(tokenizer):
       raise UserError(f"{named[0]} and {checkpoint} have other tokens.")
     models.append(jax.device_get(params_of(model)))
   base = models.pop() if "base" in settings else None
@@ -154,12 +159,6 @@ def _check(checkpoints: Sequence[str], method: str, options: Mapping[str, Any]) 
   for name in bounds.keys() & settings.keys():
     check_number(f"--{name}", settings[name], **bounds[name])
   return settings
-
-
-def _tokens(tokenizer: Tokenizer) -> tuple[list[bytes], Mapping[str, int]]:
-  """What the ids stand for. (A chat template, which the fingerprint covers, may be another.)"""
-  table = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
-  return table, dict(tokenizer.specials)
 
 
 def mean(models: Sequence[Params], weights: Sequence[float] | None = None) -> dict[str, np.ndarray]:

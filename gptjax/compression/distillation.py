@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.compression.divergence import DIVERGENCES, Measure, compare, diverge
+from gptjax.compression.models import meanings
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.batch import Batch
 from gptjax.data.options import DataOptions
@@ -92,7 +93,7 @@ class Distillation(Task):
     """Refuses a teacher whose ids stand for other tokens; its template of chats may be another."""
     settled = super().settle_tokenizer(tokenizer)
     spec = tokenizer_of(self.second_model)
-    if _tokens(theirs := tokenizers.load(spec)) != _tokens(settled):
+    if meanings(theirs := tokenizers.load(spec)) != meanings(settled):
       raise UserError(
         f"task.teacher={self.teacher} reads other tokens than this run: {theirs.vocab_size} of "
         f"its own, not the {settled.vocab_size} of {settled.spec!r}. Start in another --workdir "
@@ -112,12 +113,6 @@ class Distillation(Task):
       return jax.lax.stop_gradient(forward(model.second, batch))
     except UserError as error:
       raise UserError(f"task.teacher={self.teacher}: {error}") from error
-
-
-def _tokens(tokenizer: Tokenizer) -> tuple[list[bytes], dict[str, int]]:
-  """What each id stands for."""
-  pieces = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
-  return pieces, dict(tokenizer.specials)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ def gptq(
   order_I = jnp.argsort(-size_I) if by_size else jnp.arange(I)
   group_I = order_I // (form.group or I)
   weights_OI, gram_II = weights_OI[:, order_I], gram_II[order_I][:, order_I]
-  upper_II = _factor_of_inverse(gram_II)
+  upper_II = factor_of_inverse(gram_II)
   width = next(width for width in range(min(BLOCK, I), 0, -1) if I % width == 0)
   # The grid of one column has one scale.
   alone = Format(form.name, 0, form.symmetric)
@@ -85,7 +85,7 @@ def gptq(
   return codes_OI[:, jnp.argsort(order_I)], grid
 
 
-def _factor_of_inverse(gram_II: jax.Array) -> jax.Array:
+def factor_of_inverse(gram_II: jax.Array) -> jax.Array:
   """The upper triangular U with U^T U = gram^-1.
 
   With the rows and columns in reverse, gram = R R^T has an upper R, whose inverse is U: so the gram

@@ -22,6 +22,7 @@ from etils import epath
 from tqdm import tqdm
 
 from gptjax.compression.calibration import Statistic, walk
+from gptjax.compression.gptq import factor_of_inverse
 from gptjax.compression.models import calibration_rows, load_whole, params_of, with_params
 from gptjax.errors import UserError, check_choice
 from gptjax.model.config import ModelConfig
@@ -302,10 +303,7 @@ def sparsegpt(
   group = sparsity.group or block
   mean = jnp.diagonal(gram_II).mean()
   hessian_II = gram_II + jnp.eye(inputs) * jnp.where(mean > 0, _DAMPING * mean, 1.0)
-  # H = R R^T with R upper triangular, so that H^-1 = U^T U with U = R^-1, the Cholesky factor that
-  # the paper takes of the inverse. It is never formed: float32 has few digits for it.
-  root_II = jnp.linalg.cholesky(hessian_II[::-1, ::-1])[::-1, ::-1]
-  upper_II = jax.scipy.linalg.solve_triangular(root_II, jnp.eye(inputs))
+  upper_II = factor_of_inverse(hessian_II)
 
   def prune_block(number: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     start = number * block
