@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from gptjax import compress
+from gptjax.compression import flags
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.model.gpt import model_graph
@@ -30,10 +31,10 @@ def call(*arguments):
 def test_the_commands_of_the_docstring_have_known_words_and_flags():
   text = re.sub(r"\\\n\s*", "", compress.__doc__)
   commands = re.findall(r"python -m gptjax\.compress (.*)", text)
-  assert {command.split()[0] for command in commands} == set(compress.WORDS)
-  source = Path(compress.__file__).read_text()
+  assert [command.split()[0] for command in commands] == list(flags.WORDS)
+  source = Path(flags.__file__).read_text()
   known = set(re.findall(r'(?:DEFINE_\w+|string|integer|number)\(\s*"(\w+)"', source))
-  known |= set(compress.SIZES)
+  known |= set(flags.SIZES)
   for command in commands:
     assert set(re.findall(r"--(\w+)=", command)) <= known
 
@@ -49,6 +50,11 @@ def test_the_commands_of_the_docstring_have_known_words_and_flags():
 def test_unknown_words_are_refused(words, message):
   with pytest.raises(UserError, match=re.escape(message)):
     compress.main({}, words)
+
+
+def test_a_flag_of_another_word_is_refused(tmp_path):
+  refused = call("prune", f"--checkpoint={tmp_path}", "--to=x", "--sparsity=0.5", "--group=32")
+  assert refused.stderr == "error: --group is not a flag of prune; leave it out.\n"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import datasets
 from experiments.bad_inputs import run as bad_inputs
@@ -20,9 +21,12 @@ from experiments.finetune import tasks
 from experiments.gpu import parts as gpu_parts
 from experiments.gpu import run as gpu
 from gptjax import config as config_lib
+from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.inference import form
+from gptjax.model.gpt import model_graph
 from gptjax.sweeps import definition, study
+from gptjax.training.pretrained import save_model
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = [
@@ -40,9 +44,14 @@ SWEEPS = [
   ],
   ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
-def test_sweep_can_be_started(path, monkeypatch, tmp_path):
-  monkeypatch.chdir(ROOT)
+def test_sweep_can_be_started(path, monkeypatch, tmp_path, tiny_config, random_params):
+  monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(datasets, "fetch", lambda name: tmp_path)
+  # The runs that some of them start from.
+  config = tiny_config(vocab_size=260, **{"position.max_positions": 256})
+  model = nnx.merge(model_graph(config), random_params(config))
+  for run in ("runs/demo", "runs/demo-shrunk"):
+    save_model(run, model, tokenizers.load("bytes"), None)
   sweep = definition.load(str(path), {}, study.sample_trial)
   assert len(sweep.trials) >= 2
   assert sweep.question.startswith(path.read_text().split('"""')[1][:40])

@@ -223,7 +223,6 @@ _RESIDENT = """
 import sys
 from gptjax.devices.hosts import prepare_cpu
 prepare_cpu()
-from gptjax.inference.generate import generate
 from gptjax.training.pretrained import load_model
 model, tokenizer = load_model(sys.argv[1], progress=False)
 from gptjax.inference.engine import Engine

@@ -24,28 +24,31 @@ BASELINE = "alone"
 STEPS = 400
 
 
-def base():
+def short_run(spec, steps, changes):
+  """A short distillation on the standard library, with the teacher and its tokenizer."""
   return config.load(
-    "configs/pretrain.py:model=tiny,data=stdlib,optim=muon,task=distill",
+    f"configs/pretrain.py:{spec},data=stdlib,optim=muon,task=distill",
     {
       "task.teacher": TEACHER,
-      "tokenizer": f"{TEACHER}/tokenizer",
-      "model.num_layers": 2,
-      "model.embed_dim": 96,
-      "model.num_heads": 3,
-      "model.mlp_dim": 256,
       "batch_size": 8,
       "sequence_length": 256,
-      "total_steps": STEPS,
+      "total_steps": steps,
       "optim.schedule": "wsd",
       "optim.decay_percent": 40.0,
       "optim.final_fraction": 0.0,
-      "eval.every_steps": STEPS // 4,
-      "checkpoint.every_steps": STEPS,
+      "eval.every_steps": steps // 4,
+      "checkpoint.every_steps": steps,
       "sample.every_steps": 0,
       "log.tensorboard": False,
+      **changes,
     },
   )
+
+
+def base():
+  shape = {"num_layers": 2, "embed_dim": 96, "num_heads": 3, "mlp_dim": 256}
+  changes = {f"model.{name}": size for name, size in shape.items()}
+  return short_run("model=tiny", STEPS, changes | {"tokenizer": f"{TEACHER}/tokenizer"})
 
 
 def sweep():

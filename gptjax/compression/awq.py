@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from gptjax.quantization.formats import Format, from_codes, make_grid, to_codes
+from gptjax.quantization.formats import Format, nearest
 
 # Exponents of the mean size of an input that are tried, from 0 (no scaling) to below 1.
 STEPS = 20
@@ -42,9 +42,7 @@ def awq(
     total = jnp.float32(0)
     for weights_OI in matrices:
       scaled_OI = weights_OI * factors_I[None]
-      grid = make_grid(scaled_OI, form)
-      rounded_OI = from_codes(to_codes(scaled_OI, grid, form), grid, form) / factors_I[None]
-      change_OI = rounded_OI - weights_OI
+      change_OI = nearest(scaled_OI, form) / factors_I[None] - weights_OI
       total += jnp.vdot(change_OI @ gram_II, change_OI)
     return total
 

@@ -43,10 +43,7 @@ def read_rows(
   Raises:
     UserError: there is no text, or less than one row.
   """
-  if path.endswith(files.RECORD_SUFFIXES):
-    source = files.open_by_suffix(path, "text", "error")
-  else:
-    source = files.TextFiles(files.find_files(path), "error")
+  source = files.open_texts(path)
   rng = np.random.default_rng(seed)
   wanted, tokens = rows * length, []
   for index in rng.permutation(len(source)):

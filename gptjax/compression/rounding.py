@@ -15,7 +15,7 @@ from gptjax.errors import UserError, check_choice, did_you_mean
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, abstract_model, describe, describe_parameters
 from gptjax.model.layers import Linear, adopt, contract, find
-from gptjax.quantization.formats import BITS, Format, from_codes, make_grid, to_codes
+from gptjax.quantization.formats import BITS, Format, nearest
 from gptjax.quantization.kernel import as_matrix, from_matrix
 from gptjax.quantization.stored import stored_kernels
 from gptjax.training.adaptation import NOT_ROUNDED, WholeModel
@@ -66,7 +66,7 @@ class Rounded(WholeModel):
       inputs = [info.shape[axis] for axis in info.fan_in_axes]
       outputs = [info.shape[axis] for axis in info.fan_out_axes]
       matrix = as_matrix(params[name], len(inputs), len(outputs))
-      params[name] = from_matrix(round_to(matrix, self.form), inputs, outputs)
+      params[name] = from_matrix(nearest(matrix, self.form), inputs, outputs)
     graph = nnx.graphdef(abstract_model(model.config))
     return nnx.merge(graph, traverse_util.unflatten_dict(params, sep="/"))
 
@@ -90,17 +90,11 @@ class RoundedLinear(Linear):
   def product(self, x: jax.Array) -> jax.Array:
     kernel, count = self.kernel[...], self.contracted_axes
     matrix = as_matrix(kernel, count, kernel.ndim - count)
-    rounded = from_matrix(round_to(matrix, self.form), kernel.shape[:count], kernel.shape[count:])
+    rounded = from_matrix(nearest(matrix, self.form), kernel.shape[:count], kernel.shape[count:])
     kernel = straight_through(kernel, rounded).astype(self.dtype)
     if self.activations == "int8":
       x = straight_through(x, _round_tokens(x, count))
     return contract(x.astype(self.dtype), kernel, count, self.axes)
-
-
-def round_to(weights: jax.Array, form: Format) -> jax.Array:
-  """A matrix [..., O, I], each number replaced by the nearest of its grid."""
-  grid = make_grid(weights, form)
-  return from_codes(to_codes(weights, grid, form), grid, form)
 
 
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:

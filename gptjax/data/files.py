@@ -341,6 +341,14 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
     raise UserError(f"{file}: cannot be read as {file.suffix[1:].upper()} ({error}).") from error
 
 
+def open_texts(path: str) -> "TextFiles | Any":
+  """Opens text files, or the key 'text' of records, by the name of the path; UserError for a file
+  that cannot be read."""
+  if path.endswith(RECORD_SUFFIXES):
+    return open_by_suffix(path, "text", "error")
+  return TextFiles(find_files(path), "error")
+
+
 def open_by_suffix(
   path: str, text_key: str, undecodable: str, default: str = "jsonl"
 ) -> JsonLines | ParquetFiles | Tables:

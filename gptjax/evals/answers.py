@@ -166,10 +166,7 @@ def prepare_perplexity(path: str, *, seed: int = 0, limit: int = 0) -> Documents
   Raises:
     UserError: there is no text.
   """
-  if path.endswith(files.RECORD_SUFFIXES):
-    source = files.open_by_suffix(path, "text", "error")
-  else:
-    source = files.TextFiles(files.find_files(path), "error")
+  source = files.open_texts(path)
   documents = [(source.name(index), source[index]) for index in range(len(source))]
   documents = [(place, text) for place, text in documents if text]
   if not documents:

@@ -78,11 +78,6 @@ class Format:
         "is odd: take int8."
       )
 
-  def bits_per_weight(self, inputs: int) -> float:
-    """Bits that a weight takes, its share of scales (float32) and zero points (a byte) included."""
-    per_group = 32 if self.symmetric else 40
-    return BITS[self.name] + per_group / (self.group or inputs)
-
 
 class Grid(NamedTuple):
   """What the stored numbers of a matrix mean: (number - zero) * scale.
@@ -136,6 +131,12 @@ def from_codes(codes: jax.Array, grid: Grid, form: Format) -> jax.Array:
   if grid.zeros is not None:
     groups -= grid.zeros[..., None].astype(jnp.float32)
   return (groups * grid.scales[..., None]).reshape(codes.shape)
+
+
+def nearest(weights: jax.Array, form: Format) -> jax.Array:
+  """A matrix [..., O, I], float32, each number replaced by the nearest of its grid."""
+  grid = make_grid(weights, form)
+  return from_codes(to_codes(weights, grid, form), grid, form)
 
 
 def pack(codes: jax.Array, form: Format) -> jax.Array:

@@ -220,6 +220,8 @@ def write_samples(
     "gptjax.inference.generate:continue_prompts", "sample.every_steps (0 is never)"
   )
   model = nnx.merge(setup.graph, state.params, frozen or {})
+  if setup.adaptation.is_whole:  # Adapters stay beside their base, which merging would copy.
+    model = setup.adaptation.merge(model)
   model.second = None  # It writes alone.
   for number, text in enumerate(continue_prompts(model, dataset.tokenizer, setup.config.sample)):
     writer.write_text(step, f"sample/{number}", text)

@@ -97,7 +97,7 @@ def test_a_run_learns_with_rounded_weights_and_is_used_with_them(tmp_path):
     "data.path": str(tmp_path),
     "data.cache_dir": str(tmp_path / "cache"),
     "log.tensorboard": False,
-    "sample.every_steps": 0,
+    "sample.every_steps": 30,
     "optim.learning_rate": 1e-2,
     "quantize.format": "int4",
     "quantize.group": 32,

@@ -96,12 +96,6 @@ def test_groups_and_zero_points_come_nearer():
   assert error("int8") < 0.02 * error("int4")
 
 
-def test_bits_of_a_weight_count_scales_and_zero_points():
-  assert Format("int4", 32).bits_per_weight(64) == 5
-  assert Format("int4", 32, False).bits_per_weight(64) == 5.25
-  assert Format("int8").bits_per_weight(64) == 8.5
-
-
 @pytest.mark.parametrize(
   ("make", "sentence"),
   [
