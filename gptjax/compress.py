@@ -7,13 +7,15 @@
     python -m gptjax.compress shrink --checkpoint=runs/first --to=runs/first-small --layers=3 \\
       --data=corpus/
     python -m gptjax.compress average --checkpoint=runs/a,runs/b --to=runs/soup --method=mean
+    python -m gptjax.compress ensemble --checkpoint=runs/a,runs/b --to=runs/together
     python -m gptjax.compress report --checkpoint=runs/first-int4 --original=runs/first \\
       --data=heldout/
 
 quantize: stores the kernels of all layers in few bits. prune: zeroes weights, the shapes stay.
-shrink: leaves out layers, channels, heads or width. average: one model of several. report: how far
-predictions on text are from the original's, bytes, and tokens a second. What is written is a
-checkpoint as any other, for gptjax.generate, serve, evaluate, convert and init_from.
+shrink: leaves out layers, channels, heads or width. average: one model of several. ensemble:
+several that answer together, by the mean of their logits. report: how far predictions on text are
+from the original's, bytes, and tokens a second. What is written is a checkpoint as any other, for
+gptjax.generate, serve, evaluate, and but for an ensemble convert and init_from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,7 @@ from pathlib import Path
 from absl import flags
 
 from gptjax import config as config_lib
-from gptjax.compression import average, prune, quantize, report, structured
+from gptjax.compression import average, ensemble, prune, quantize, report, structured
 from gptjax.compression.flags import OF_AVERAGES, SIZES, TEXT, WORDS, check_flags, define_flags
 from gptjax.compression.models import calibration_rows, meanings
 from gptjax.devices.hosts import prepare_cpu
@@ -71,6 +73,9 @@ def write(word: str) -> str:
       sizes = structured.Sizes(**{name: FLAGS[name].value for name in SIZES})
       small = structured.shrink(checkpoint, to, sizes, **text(), **options)
       return f"{small.parameters:,} parameters of {small.parameters_before:,}"
+    case "ensemble":
+      whole = ensemble.put_together(checkpoint.split(","), to, **options)
+      return f"{len(whole.members)} models that answer together"
     case _:
       named = {name: FLAGS[name].value for name in OF_AVERAGES}
       named |= text() if FLAGS.data else {"seed": FLAGS.seed if FLAGS["seed"].present else None}

@@ -1,13 +1,15 @@
 """Ways to store a model in few bits: what each costs in quality, and gains in size and speed.
 
-    python -m experiments.compression.quantize --model=smollm2
-    python -m experiments.compression.quantize --model=quickstart --checkpoint=runs/demo
+    python -m experiments.compression.quantize --model=smollm2 --output=runs/smollm2
+    python -m experiments.compression.quantize --model=quickstart --checkpoint=runs/demo \\
+      --output=runs/quickstart
 
 Every way is judged on text that was neither calibrated nor trained on: English (State of the Union
 addresses of 1990 to 2000) and code (every eighth module of the standard library); and on choosing
 the sentence that follows, of four. Speeds are of the engine, in turn, each time in another order,
-in one process; memory is that of a process of its own. Writes MODEL.json, two pictures and its part
-of README.md.
+in one process; memory is that of a process of its own. Models and their quality are kept in the
+output folder, and what is there is not made again, so that an interrupted run goes on. Writes
+MODEL.json, of which `table.py` makes tables and pictures.
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ from etils import epath
 from flax import nnx
 
 from experiments import datasets, recipes
-from experiments.decoding.compare import busy_seconds, describe_machine
+from experiments.decoding.compare import describe_machine
 from gptjax import config as config_lib
 from gptjax.compression.calibration import read_rows
 from gptjax.compression.quantize import count_bytes, quantized
@@ -53,10 +55,10 @@ from gptjax.training.pretrained import load_model, save_model
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent
 INT8 = Format("int8")
-# Rows of text that each way is judged on, and calibrated on; tokens of a row.
-HELD_OUT, CALIBRATION = 64, 128
-# Sentences to choose among, and how often.
-CHOICES, QUESTIONS = 4, 200
+# Rows that each way is judged on, and calibrated on, and their tokens.
+ROWS_OF = {"smollm2": (16, 32, 512), "quickstart": (64, 128, 256)}
+# Sentences to choose among, those before them, and how often.
+CHOICES, BEFORE, QUESTIONS = 4, 3, 100
 ROUNDS, PROMPT, ANSWER, ROWS = 5, 16, 48, (1, 8)
 
 
@@ -80,14 +82,14 @@ class Way:
 
 def ways(groups: Sequence[int]) -> list[Way]:
   """All ways that are compared, with int4 in groups of these sizes."""
-  found = [Way(None), Way(INT8, INT8), Way(INT8, INT8, "gptq"), Way(Format("float8"), INT8)]
+  found = [Way(None), Way(INT8, INT8), Way(Format("float8"), INT8)]
   found.append(Way(Format("nf4", groups[-1]), INT8))
   for group in groups:
     form = Format("int4", group)
     methods = ("nearest", "awq", "gptq", "awq+gptq")
     found += [Way(form, INT8, method) for method in methods]
   zeros = Format("int4", groups[-1], symmetric=False)
-  return [*found, Way(zeros, INT8), Way(zeros, INT8, "awq+gptq")]
+  return [*found, Way(zeros, INT8), Way(zeros, INT8, "gptq")]
 
 
 def texts(model: str, checkpoint: str) -> Path:
@@ -128,11 +130,11 @@ def questions(folder: Path) -> list[tuple[str, list[str]]]:
   )
   while len(found) < QUESTIONS:
     text = rng.choice(files).read_text()
-    parts = re.findall(r"[^\n]{40,200}(?:\n|[.!?] )", text)
+    parts = re.findall(r"[^\n]{40,160}(?:\n|[.!?] )", text)
     if len(parts) > 40:
-      at = rng.randrange(4, len(parts) - 1)
+      at = rng.randrange(BEFORE, len(parts) - 1)
       others = rng.sample([part for part in parts if part != parts[at]], CHOICES - 1)
-      found.append(("".join(parts[at - 4 : at]), [parts[at], *others]))
+      found.append(("".join(parts[at - BEFORE : at]), [parts[at], *others]))
   return found
 
 
@@ -248,6 +250,7 @@ def resident_bytes(folder: Path) -> int:
 def main(overrides: dict[str, str]) -> None:
   if overrides:
     raise UserError("this takes no --config.KEY flags.")
+  machine = describe_machine()
   prepare_cpu()
   checkpoint = FLAGS.checkpoint
   if FLAGS.model == "smollm2":
@@ -259,66 +262,79 @@ def main(overrides: dict[str, str]) -> None:
   graph, state = nnx.split(model)
   folder = texts(FLAGS.model, checkpoint)
   length = min(512, model.config.position.room or 512) if FLAGS.model == "quickstart" else 512
+  judged, calibrated, length = ROWS_OF[FLAGS.model]
   options = {"length": length, "seed": 1}
   held_out = {
-    name: read_rows(str(folder / name), tokenizer, rows=HELD_OUT, **options)
+    name: read_rows(str(folder / name), tokenizer, rows=judged, **options)
     for name in ("english", "code")
     if (folder / name).exists()
   }
-  calibration_RT = read_rows(str(folder / "calibration"), tokenizer, rows=CALIBRATION, **options)
+  calibration_RT = read_rows(str(folder / "calibration"), tokenizer, rows=calibrated, **options)
   asked = questions(folder)
   groups = [int(group) for group in FLAGS.groups]
-  kept = cache_root() / "compression" / FLAGS.model
-  machine, busy = describe_machine(), busy_seconds()
+  output = Path(FLAGS.output)
   results, folders = [], {}
   for way in ways(groups):
-    print(f"{way.name} ...", flush=True)
-    small, plan, seconds = make(way, nnx.merge(graph, state), calibration_RT)
-    folders[way.name] = kept / re.sub(r"\W+", "-", way.name)
-    if not folders[way.name].exists():
-      with new_folder(folders[way.name]) as partial:
-        more = None if plan is None else {KEY: plan.to_config()}
-        save_model(partial, small, tokenizer, None, more)
-    quality = {
-      name: dataclasses.asdict(measure_quality(small, nnx.merge(graph, state), rows_RT))
-      for name, rows_RT in held_out.items()
-    }
-    results.append(
-      {
+    folders[way.name] = output / re.sub(r"\W+", "-", way.name)
+    measured = folders[way.name].with_suffix(".json")
+    if not measured.exists():
+      print(f"{way.name} ...", flush=True)
+      original = nnx.merge(graph, state)
+      small, plan, seconds = make(way, original, calibration_RT)
+      if not folders[way.name].exists():
+        with new_folder(folders[way.name]) as partial:
+          more = None if plan is None else {KEY: plan.to_config()}
+          save_model(partial, small, tokenizer, None, more)
+      quality = {
+        name: dataclasses.asdict(measure_quality(small, original, rows_RT))
+        for name, rows_RT in held_out.items()
+      }
+      found = {
         "name": way.name,
         "bytes": count_bytes(small),
         "seconds": seconds,
         "quality": quality,
         "accuracy": dataclasses.asdict(accuracy(small, tokenizer, asked)),
       }
-    )
-    print({name: round(told["ratio"]["value"], 4) for name, told in quality.items()}, flush=True)
-    del small
-    gc.collect()
-  caches = {
-    str(cache): {
-      name: cache_quality(nnx.merge(graph, state), tokenizer, rows_RT[:16], cache)
-      for name, rows_RT in held_out.items()
+      measured.write_text(json.dumps(found, indent=2))
+      del small, original
+      jax.clear_caches()
+      gc.collect()
+    results.append(json.loads(measured.read_text()))
+    ratios = {name: told["ratio"]["value"] for name, told in results[-1]["quality"].items()}
+    print(way.name, {name: round(ratio, 4) for name, ratio in ratios.items()}, flush=True)
+  measured = output / "caches.json"
+  if not measured.exists():
+    caches = {
+      str(cache): {
+        name: cache_quality(nnx.merge(graph, state), tokenizer, rows_RT[:16], cache)
+        for name, rows_RT in held_out.items()
+      }
+      for cache in (None, "int8", "int4")
     }
-    for cache in (None, "int8", "int4")
-  }
-  del model
+    measured.write_text(json.dumps(caches, indent=2))
+  if not FLAGS.speeds:
+    return
+  told = {"machine": machine, "caches": json.loads(measured.read_text())}
+  prompts_RT = next(iter(held_out.values()))
+  del model, state
   for result in results:
     result["resident"] = resident_bytes(folders[result["name"]])
-  if FLAGS.speeds:
-    told = measure_speeds(folders, next(iter(held_out.values())))
-    for result in results:
-      result["speed"] = told[result["name"]]
-  output = {"machine": machine, "busy": busy_seconds() - busy, "results": results}
-  output["caches"] = caches
-  (HERE / f"{FLAGS.model}.json").write_text(json.dumps(output, indent=2) + "\n")
+  speeds = measure_speeds(folders, prompts_RT)
+  for result in results:
+    result["speed"] = speeds[result["name"]]
+  told["results"] = results
+  (HERE / f"{FLAGS.model}.json").write_text(json.dumps(told, indent=2) + "\n")
 
 
 def _define_flags() -> None:
   flags.DEFINE_enum("model", "smollm2", ("smollm2", "quickstart"), "The model.")
   flags.DEFINE_string("checkpoint", None, "With --model=quickstart: the run.")
   flags.DEFINE_list("groups", ["64", "32"], "Sizes of groups of int4.")
-  flags.DEFINE_bool("speeds", True, "Whether speeds are measured.")
+  flags.DEFINE_string(
+    "output", None, "Folder of the models and of what is measured.", required=True
+  )
+  flags.DEFINE_bool("speeds", True, "Whether memory and speeds are measured; else quality alone.")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m experiments.kills.run --kills=504 --output=/tmp/kills
 
-Six kinds of runs (text, a mixture, chat, LoRA, moving averages with dropout, labels with early
-stopping) each train undisturbed once. Then runs of the same configs are killed with SIGKILL, each
-time a random moment after their start, and started again in the same work directory, until they
-are done. Their losses, validations and parameters have to be the same bits.
+Seven kinds of runs (text, a mixture, chat, LoRA, moving averages with dropout, labels with early
+stopping, distillation) each train undisturbed once. Then runs of the same configs are killed with
+SIGKILL, each time a random moment after their start, and started again in the same work directory,
+until they are done. Their losses, validations and parameters have to be the same bits.
 
 A run is a child of a process that has imported the package, so that most of its life is training
 and not importing: 500 kills take less than an hour on one core.
@@ -73,6 +73,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     PRETRAIN | {"optim.ema_decay": 0.9, "model.dropout.residual": 0.1, "grad_accumulation": 2},
   ),
   "labels": ("finetune.py:task=classification,model=debug", LABELS),
+  "distillation": ("pretrain.py:model=debug,data=text,task=distill", PRETRAIN),
 }
 
 
@@ -115,6 +116,8 @@ def load(kind: str, data: Path) -> Any:
     shape = [key for key in overrides if key.startswith("model.")]
     overrides = {key: value for key, value in overrides.items() if key not in shape}
     own |= {"init_from": str(data.parent / "undisturbed" / "text"), "tokenizer": "init_from"}
+  elif kind == "distillation":
+    own |= {"task.teacher": str(data.parent / "undisturbed" / "text")}
   return config_lib.load(f"{CONFIGS}/{argument}", {**overrides, **own})
 
 
@@ -189,7 +192,7 @@ def main() -> None:
   write_data(data)
   draw = random.Random(args.seed)
   references, seconds = {}, {}
-  # LoRA starts from the run on text.
+  # LoRA starts from the run on text, and distillation has it as teacher.
   for kind in dict.fromkeys(("text", *args.kinds)):
     for folder in ("undisturbed", "again"):  # The first compiles and makes tokens.
       workdir = args.output / folder / kind

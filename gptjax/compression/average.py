@@ -23,9 +23,10 @@ from gptjax.compression.models import (
   with_params,
 )
 from gptjax.data.batch import Batch
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, check_choice, check_number
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import describe_parameters, model_graph
+from gptjax.model.gpt import GPT, describe_parameters, model_graph
 from gptjax.objectives.forward import token_loss
 from gptjax.small_files import check_new, new_folder
 from gptjax.training.pretrained import labels_of, read_model_config, save_model
@@ -90,21 +91,9 @@ def average(
   check_new(target)
   settings = _check(checkpoints, method, options)
   named = [*checkpoints, settings["base"]] if "base" in settings else list(checkpoints)
-  config, labels = read_model_config(named[0]), labels_of(named[0])
-  for other in named[1:]:
-    theirs = read_model_config(other)
-    if differences := config.differences(theirs) + config.head_differences(theirs):
-      raise UserError(f"{named[0]} and {other} are other models: {'; '.join(differences)}.")
-    if labels_of(other) != labels:
-      raise UserError(f"{named[0]} and {other} have other labels.")
-  models, tokenizer = [], None
-  for number, checkpoint in enumerate(tqdm(named, "Loading", unit="model", disable=not progress)):
-    own = ema and number < len(checkpoints)
-    model, found = load_whole(checkpoint, ema=own, progress=progress)
-    tokenizer = tokenizer or found
-    if meanings(found) != meanings(tokenizer):
-      raise UserError(f"{named[0]} and {checkpoint} have other tokens.")
-    models.append(jax.device_get(params_of(model)))
+  loaded, tokenizer = load_alike(named, ema=ema, averaged=len(checkpoints), progress=progress)
+  config, labels = loaded[0].config, labels_of(named[0])
+  models = [jax.device_get(params_of(model)) for model in loaded]
   base = models.pop() if "base" in settings else None
   ingredients = tuple(map(str, checkpoints))
   match method:
@@ -131,6 +120,40 @@ def average(
   with new_folder(target) as folder:
     save_model(folder, with_params(config, result), tokenizer, labels)
   return Averaged(sum(x.size for x in result.values()), ingredients)
+
+
+def load_alike(
+  checkpoints: Sequence[str], *, ema: bool, averaged: int | None = None, progress: bool
+) -> tuple[list[GPT], Tokenizer]:
+  """Loads models of one shape, and the tokenizer of the first.
+
+  Args:
+    checkpoints: as for `load_model`.
+    ema: take the moving averages of the weights, of the first `averaged` models or of all.
+    averaged: see `ema`.
+    progress: show bars on stderr.
+
+  Raises:
+    UserError: the models have other shapes, tokens or labels, or one cannot be read.
+  """
+  first, labels = checkpoints[0], labels_of(checkpoints[0])
+  config = read_model_config(first)
+  for other in checkpoints[1:]:
+    theirs = read_model_config(other)
+    if differences := config.differences(theirs) + config.head_differences(theirs):
+      raise UserError(f"{first} and {other} are other models: {'; '.join(differences)}.")
+    if labels_of(other) != labels:
+      raise UserError(f"{first} and {other} have other labels.")
+  models, tokenizer = [], None
+  bar = tqdm(checkpoints, "Loading", unit="model", disable=not progress)
+  for number, checkpoint in enumerate(bar):
+    own = ema and (averaged is None or number < averaged)
+    model, found = load_whole(checkpoint, ema=own, progress=progress)
+    tokenizer = tokenizer or found
+    if meanings(found) != meanings(tokenizer):
+      raise UserError(f"{first} and {checkpoint} have other tokens.")
+    models.append(model)
+  return models, tokenizer
 
 
 def _check(checkpoints: Sequence[str], method: str, options: Mapping[str, Any]) -> dict[str, Any]:

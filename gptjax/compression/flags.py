@@ -17,6 +17,7 @@ WORDS = {
   "prune": ("to", "ema", "method", "sparsity"),
   "shrink": ("to", "ema", *SIZES),
   "average": ("to", "ema", "method", *OF_AVERAGES),
+  "ensemble": ("to", "ema"),
   "report": ("original", "price"),
 }
 
@@ -34,7 +35,9 @@ def check_flags(word: str) -> None:
 
 def define_flags() -> None:
   string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-  string("checkpoint", None, "A run, a folder of Hugging Face's or FILE.gguf; average: by commas.")
+  string(
+    "checkpoint", None, "A run, a folder of Hugging Face's or FILE.gguf; or several by commas."
+  )
   string("to", None, "Folder to write, which must not exist.")
   flags.DEFINE_bool("ema", False, "Take the moving average of a run's weights.")
   methods = (*quantize.METHODS, *prune.METHODS, *average.METHODS)

@@ -14,7 +14,7 @@ from gptjax.compression.calibration import read_rows
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, check_number
 from gptjax.model.config import ModelConfig
-from gptjax.model.gpt import GPT, describe, describe_parameters, model_graph
+from gptjax.model.gpt import GPT, is_plain, model_graph
 from gptjax.quantization.stored import is_stored
 from gptjax.training.pretrained import load_model
 
@@ -22,16 +22,18 @@ from gptjax.training.pretrained import load_model
 def load_whole(
   checkpoint: epath.PathLike, *, ema: bool = False, progress: bool = True
 ) -> tuple[GPT, Tokenizer]:
-  """Loads a model as `load_model`; UserError if it is stored in few bits already, or has adapters
-  that cannot be merged into it."""
+  """Loads a model as `load_model`; UserError if it is stored in few bits already, has adapters
+  that cannot be merged into it, or is an ensemble."""
   model, tokenizer = load_model(checkpoint, ema=ema, progress=progress)
   if is_stored(model):
     raise UserError(
       f"{checkpoint} is quantised already: give the model that it was made from, or write the "
       "weights that it stands for with gptjax.convert --format=gptjax first."
     )
-  if set(describe(model)) != set(describe_parameters(model.config)):
-    raise UserError(f"{checkpoint}: its adapters cannot be merged; give a model without adapters.")
+  if not is_plain(model):
+    raise UserError(
+      f"{checkpoint} is no single model: it has adapters that cannot be merged, or is an ensemble."
+    )
   return model, tokenizer
 
 

@@ -98,19 +98,20 @@ def make_form(
   graphdef: nnx.GraphDef, params, *, own: bool, weights: str, length: int, joined: bool
 ) -> GPT:
   """The form; `own` is whether it uses this package's kernels, the rest as in `inference_form`."""
-  model = nnx.merge(graphdef, params)
-  model.unstack()
-  if own:
-    use_kernels(model, _decoder_modules(model), weights, length)
-    return model
-  if weights == "int8":
-    _quantize(model)
-  _round(model, model.config.dtype if weights == "int8" else weights)
-  if joined:
-    for path, module in _decoder_modules(model):
+  whole = nnx.merge(graphdef, params)
+  # One, or the members of an ensemble.
+  for model in [module for _, module in nnx.iter_modules(whole) if isinstance(module, GPT)]:
+    model.unstack()
+    if own:
+      use_kernels(model, _decoder_modules(model), weights, length)
+      continue
+    if weights == "int8":
+      _quantize(model)
+    _round(model, model.config.dtype if weights == "int8" else weights)
+    for path, module in _decoder_modules(model) if joined else ():
       if type(module) is Attention:
         setattr(find(model, path[:-1]), path[-1], RaggedAttention(module))
-  return model
+  return whole
 
 
 def _quantize(model: GPT) -> None:

@@ -21,8 +21,7 @@ from gptjax.errors import UserError
 from gptjax.inference.reader import Reader, Row
 from gptjax.inference.request import Answer
 from gptjax.inference.sampling import Settings, choose, compilations
-from gptjax.model.gpt import GPT, model_graph
-from gptjax.quantization.stored import is_stored
+from gptjax.model.gpt import GPT, is_plain, model_graph
 from gptjax.training.pretrained import load_model
 
 # Guesses at a time: with one more token, rows of the product that a CPU makes at the cost of a few.
@@ -194,11 +193,13 @@ def skip_layers(model: GPT, keep: int) -> GPT:
   model without training (Zhang et al. 2024, arXiv:2309.08168).
 
   Raises:
-    UserError: the model has no such part, a whole number of its pattern of layers, or is stored in
-      few bits.
+    UserError: the model has no such part, a whole number of its pattern of layers, or is not plain.
   """
-  if is_stored(model):
-    raise UserError("draft='layers:N' is not of a model in few bits: take lookup or a checkpoint.")
+  if not is_plain(model):
+    raise UserError(
+      "draft='layers:N' is not of a model in few bits, with adapters or of several: take lookup or "
+      "a checkpoint."
+    )
   config = model.config
   period, layers = len(config.layer_pattern), config.num_layers
   if keep % period or not period <= keep < layers:

@@ -312,6 +312,12 @@ def describe(model: GPT, kind: type = nnx.Param) -> dict[str, ParameterInfo]:
   return described
 
 
+def is_plain(model: GPT) -> bool:
+  """Whether the parameters of a model are those of its config, and not those of adapters too, of
+  several models, or stored in another way."""
+  return set(describe(model)) == set(describe_parameters(model.config))
+
+
 def count_parameters(config: ModelConfig) -> int:
   """The exact number of parameters; nothing is allocated."""
   return sum(math.prod(info.shape) for info in describe_parameters(config).values())

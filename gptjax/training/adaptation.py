@@ -14,14 +14,19 @@ from gptjax.optim.optimizer import Optimizer
 
 # Methods that train a whole model in a wing's own way; others are of adapters.
 _METHODS = {"sparse": "gptjax.compression.recovery:SparseModel"}
+# Keys of checkpoints that are used and not trained: how their models are kept.
+_USED = {
+  "stored": "gptjax.quantization.stored:Stored",
+  "ensemble": "gptjax.compression.ensemble:Together",
+}
 
 
 class WholeModel:
   """Trains every parameter of the model.
 
   The alternatives have the same attributes and methods: `gptjax.peft.adaptation.Adapters`,
-  `gptjax.compression.rounding.Rounded` and, of a checkpoint that is only used,
-  `gptjax.quantization.stored.Stored`.
+  `gptjax.compression.rounding.Rounded` and, of checkpoints that are only used,
+  `gptjax.quantization.stored.Stored` and `gptjax.compression.ensemble.Together`.
 
   Attributes:
     method: `config.peft.method`.
@@ -89,13 +94,14 @@ NOT_ROUNDED = {"format": "none", "group": 0, "symmetric": True, "activations": "
 
 
 def make_adaptation(config: Mapping[str, Any]) -> WholeModel:
-  """Reads `peft` (adapters by their method), `quantize` and `stored` of a run's config.
+  """Reads `peft` (adapters by their method), `quantize` and the keys of `_USED` in a run's config.
 
   Raises:
     UserError: a value that cannot be used, by its key.
   """
-  if stored := config.get("stored"):
-    return wings.load("gptjax.quantization.stored:Stored", "stored").from_config(stored)
+  for key, path in _USED.items():
+    if used := config.get(key):
+      return wings.load(path, key).from_config(used)
   rounding, config = dict(config.get("quantize") or {}), config.get("peft") or {}
   if rounding and rounding != NOT_ROUNDED:
     if config.get("method", WHOLE.method) != WHOLE.method:
