@@ -56,7 +56,8 @@ def write(word: str) -> str:
     case "quantize":
       formats = [FLAGS.embedding, FLAGS.head]
       embedding, head = (None if name == "float32" else Format(name) for name in formats)
-      stored = Stored(Format(FLAGS.format, FLAGS.group, FLAGS.symmetric), embedding, head)
+      weights = Format(FLAGS.format, FLAGS.group, FLAGS.symmetric)
+      stored = Stored(weights, embedding, head, activations=FLAGS.activations)
       method = FLAGS.method or "nearest"
       found = quantize.quantize(checkpoint, to, stored, method=method, **text(), **options)
       share = found["after"] / found["before"]

@@ -38,7 +38,7 @@ from gptjax.compression.calibration import read_rows
 from gptjax.compression.quantize import count_bytes, quantized
 from gptjax.compression.report import measure_quality
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.devices.hosts import cache_root, prepare_cpu
+from gptjax.devices.hosts import prepare_cpu
 from gptjax.errors import UserError
 from gptjax.evals.score import score
 from gptjax.inference.engine import Engine
@@ -69,6 +69,7 @@ class Way:
   weights: Format | None
   embedding: Format | None = None
   method: str = "nearest"
+  activations: str = "none"
 
   @property
   def name(self) -> str:
@@ -77,12 +78,14 @@ class Way:
     form = self.weights
     group = f", groups of {form.group}" if form.group else ""
     zeros = "" if form.symmetric else ", zero points"
-    return f"{form.name}{group}{zeros}, {self.method}"
+    inputs = "" if self.activations == "none" else f", inputs in {self.activations}"
+    return f"{form.name}{group}{zeros}{inputs}, {self.method}"
 
 
 def ways(groups: Sequence[int]) -> list[Way]:
   """All ways that are compared, with int4 in groups of these sizes."""
   found = [Way(None), Way(INT8, INT8), Way(Format("float8"), INT8)]
+  found += [Way(INT8, INT8, method, "int8") for method in ("nearest", "smoothquant")]
   found.append(Way(Format("nf4", groups[-1]), INT8))
   for group in groups:
     form = Format("int4", group)
@@ -92,8 +95,8 @@ def ways(groups: Sequence[int]) -> list[Way]:
   return [*found, Way(zeros, INT8), Way(zeros, INT8, "gptq")]
 
 
-def texts(model: str, checkpoint: str) -> Path:
-  """A folder of texts: calibration/, code/, and for SmolLM2 english/."""
+def texts(model: str, checkpoint: str, folder: Path) -> Path:
+  """Writes a folder of texts: calibration/, code/, and for SmolLM2 english/."""
 
   def write(folder: Path) -> None:
     for name in ("calibration", "code"):
@@ -117,7 +120,7 @@ def texts(model: str, checkpoint: str) -> Path:
       target = "calibration" if number % 8 else "code"
       (folder / target / f"{name}.txt").write_text(source)
 
-  return datasets.make_once(cache_root() / "compression" / f"texts-{model}-1", write)
+  return datasets.make_once(folder, write)
 
 
 def questions(folder: Path) -> list[tuple[str, list[str]]]:
@@ -159,7 +162,7 @@ def make(way: Way, original: GPT, calibration_RT: np.ndarray) -> tuple[GPT, Stor
   if way.weights is None:
     return copy, None, 0.0
   rows = None if way.method == "nearest" else calibration_RT
-  plan = Stored(way.weights, way.embedding)
+  plan = Stored(way.weights, way.embedding, activations=way.activations)
   small, plan = quantized(copy, plan, method=way.method, tokens_RT=rows)
   jax.block_until_ready(nnx.state(small))
   return small, plan, time.perf_counter() - start
@@ -260,7 +263,7 @@ def main(overrides: dict[str, str]) -> None:
     raise UserError("--model=quickstart needs --checkpoint, the run of configs/quickstart.py.")
   model, tokenizer = load_model(checkpoint)
   graph, state = nnx.split(model)
-  folder = texts(FLAGS.model, checkpoint)
+  folder = texts(FLAGS.model, checkpoint, Path(FLAGS.output) / "texts")
   length = min(512, model.config.position.room or 512) if FLAGS.model == "quickstart" else 512
   judged, calibrated, length = ROWS_OF[FLAGS.model]
   options = {"length": length, "seed": 1}

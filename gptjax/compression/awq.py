@@ -1,7 +1,7 @@
-"""AWQ: scales the inputs that matter before their weights are rounded (Lin et al. 2023,
-arXiv:2306.00978).
+"""AWQ: scales the inputs that matter before their weights are rounded, and clips what is left (Lin
+et al. 2023, arXiv:2306.00978).
 
-Axes: O outputs, I inputs, S exponents tried.
+Axes: O outputs, I inputs, S exponents tried, G groups of inputs, J inputs of a group.
 """
 
 import functools
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from gptjax.quantization.formats import Format, nearest
+from gptjax.quantization.formats import Format, Grid, from_codes, make_grid, nearest, to_codes
 
 # Exponents of the mean size of an input that are tried, from 0 (no scaling) to below 1.
 STEPS = 20
+# Parts of the range of a group's weights that are tried, beside all of it.
+CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 @functools.partial(jax.jit, static_argnames=("form",))
@@ -49,3 +51,24 @@ def awq(
   exponents_S = jnp.arange(STEPS) / STEPS
   errors_S = jax.lax.map(error, exponents_S)
   return factors(exponents_S[errors_S.argmin()])
+
+
+@functools.partial(jax.jit, static_argnames=("form",))
+def clipped_grid(weights_OI: jax.Array, gram_II: jax.Array, form: Format) -> Grid:
+  """A grid in which each group's range is as much smaller as changes its products least (section
+  3.2): what is beyond is clipped, and the others are rounded less. Arguments as for `awq`."""
+  O, I = weights_OI.shape
+  G = I // (form.group or I)
+  at_G = jnp.arange(G)
+  gram_GJJ = gram_II.reshape(G, I // G, G, I // G)[at_G, :, at_G]
+  whole = make_grid(weights_OI, form)
+
+  def error(share: jax.Array) -> jax.Array:
+    grid = whole._replace(scales=whole.scales * share)
+    change_OI = from_codes(to_codes(weights_OI, grid, form), grid, form) - weights_OI
+    change_OGJ = change_OI.reshape(O, G, -1)
+    return jnp.einsum("ogj,gjk,ogk->og", change_OGJ, gram_GJJ, change_OGJ)
+
+  shares_S = jnp.asarray((1.0, *CLIPS))
+  errors_SOG = jax.lax.map(error, shares_S)
+  return whole._replace(scales=whole.scales * shares_S[errors_SOG.argmin(0)])

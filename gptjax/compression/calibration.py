@@ -6,6 +6,7 @@ Axes: R rows, T positions, M tokens (rows times positions), D width, I inputs of
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ from gptjax.model.stack import Stack
 
 # Rows that go through a layer at a time.
 ROWS = 8
-# A statistic of a projection's inputs [M, I], float32: a tree of sums over M.
+# A statistic of a projection's inputs [M, I], float32: a tree of sums over M, or of what else can
+# be joined.
 Statistic = Callable[[jax.Array], Any]
 
 
@@ -99,10 +101,15 @@ class Layer:
   graphdef: nnx.GraphDef
   around: dict[str, jax.Array]
 
-  def measure(self, statistic: Statistic) -> dict[str, Any]:
-    """The statistic of the inputs of each projection, by the projection's name ('mlp/up')."""
+  def measure(
+    self,
+    statistic: Statistic,
+    join: Callable[[jax.Array, jax.Array], jax.Array] = operator.add,
+  ) -> dict[str, Any]:
+    """The statistic of the inputs of each projection, by the projection's name ('mlp/up'), those
+    of some rows and of others joined, by default added."""
     found = [self._run(x_RTD, statistic)[1] for x_RTD in self.inputs]
-    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *found)
+    return jax.tree.map(lambda *parts: functools.reduce(join, parts), *found)
 
   def outputs(self) -> list[jax.Array]:
     """What the layer makes of its inputs, in the same shapes."""

@@ -4,7 +4,7 @@ from absl import flags
 
 from gptjax.compression import average, prune, quantize
 from gptjax.errors import UserError
-from gptjax.quantization.formats import BITS
+from gptjax.quantization.formats import ACTIVATIONS, BITS
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # They are those of the command, whose --help shows its own alone.
@@ -13,7 +13,9 @@ SIZES = ("layers", "mlp_dim", "kv_heads", "heads", "embed_dim")
 OF_AVERAGES = ("weights", "base", "scale", "fraction", "density", "drop")
 # The flags of each word, beside --checkpoint, --data and those of its rows.
 WORDS = {
-  "quantize": ("to", "ema", "method", "format", "group", "symmetric", "embedding", "head"),
+  "quantize": (
+    *("to", "ema", "method", "format", "group", "symmetric", "embedding", "head", "activations"),
+  ),
   "prune": ("to", "ema", "method", "sparsity"),
   "shrink": ("to", "ema", *SIZES),
   "average": ("to", "ema", "method", *OF_AVERAGES),
@@ -48,6 +50,8 @@ def define_flags() -> None:
   formats = ("float32", *BITS)
   flags.DEFINE_enum("embedding", "float32", formats, "quantize: of the table of tokens.")
   flags.DEFINE_enum("head", "float32", formats, "quantize: of a head that is not the embedding.")
+  told = "quantize: what inputs of the kernels are rounded to."
+  flags.DEFINE_enum("activations", "none", ACTIVATIONS, told)
   string("sparsity", None, "prune: share of zeros, or N:M, of every M inputs in order N stay.")
   for name in SIZES:
     integer(name, None, "shrink: what is left of them.")

@@ -4,9 +4,8 @@ Axes: M tokens, I inputs, O outputs of a projection.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +13,22 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from gptjax.compression.awq import awq
+from gptjax.compression.awq import awq, clipped_grid
 from gptjax.compression.calibration import Layer, walk
 from gptjax.compression.gptq import gptq
 from gptjax.compression.models import calibration_rows, load_whole
+from gptjax.compression.smoothquant import largest_inputs, smooth
 from gptjax.errors import UserError, check_choice
 from gptjax.model.gpt import GPT, ParameterInfo, describe
 from gptjax.model.layers import find
-from gptjax.quantization.formats import Format, make_grid, to_codes
+from gptjax.quantization.formats import make_grid, to_codes
 from gptjax.quantization.kernel import StoredKernel, as_matrix, store_codes
 from gptjax.quantization.stored import KEY, Stored, stored_kernels
 from gptjax.small_files import check_new, new_folder
 from gptjax.training.pretrained import labels_of, save_model
 
 # 'nearest' needs no text to calibrate on.
-METHODS = ("nearest", "gptq", "awq", "awq+gptq")
+METHODS = ("nearest", "gptq", "awq", "awq+gptq", "smoothquant")
 # Projections that read the same.
 _SHARED = (("attention/query", "attention/key", "attention/value"), ("mlp/gate", "mlp/up"))
 _PREFIX = "blocks/"
@@ -67,8 +67,12 @@ def quantize(
   """
   check_choice("--method", method, METHODS)
   if (method == "nearest") == bool(data):
-    told = "is not used by it: leave it out, or take gptq or awq" if data else "is missing"
+    told = "is not used by it: leave it out, or take another" if data else "is missing"
     raise UserError(f"--method={method}: --data, text to calibrate on, {told}.")
+  if method == "smoothquant" and stored.activations == "none":
+    raise UserError(
+      "--method=smoothquant is of inputs that are rounded too: add --activations=int8."
+    )
   check_new(target)
   labels = labels_of(checkpoint)
   model, tokenizer = load_whole(checkpoint, ema=ema, progress=progress)
@@ -86,14 +90,15 @@ def quantized(
 ) -> tuple[GPT, Stored]:
   """Quantises a model in memory, and tells how it is stored then; arguments as for `quantize`. The
   model itself is changed."""
-  stored = dataclasses.replace(stored, scales_inputs=method.startswith("awq"))
+  scales_inputs = method.startswith(("awq", "smoothquant"))
+  stored = dataclasses.replace(stored, scales_inputs=scales_inputs)
   kernels = stored_kernels(describe(model))
   found = {}
   if method != "nearest":
     _check_calibrated(kernels)
     layers = walk(model, tokens_RT)
     for layer in tqdm(layers, method, model.config.num_layers, disable=not progress):
-      found[layer.index] = _round_layer(layer, kernels, stored.weights, method)
+      found[layer.index] = _round_layer(layer, kernels, stored, method)
   model = stored.store(model)
   for name in kernels if found else ():
     parts = [found[index][name] for index in range(model.config.num_layers)]
@@ -117,11 +122,10 @@ def measure_inputs(x_MI: jax.Array) -> dict[str, jax.Array]:
 
 
 def _round_layer(
-  layer: Layer, kernels: Mapping[str, ParameterInfo], form: Format, method: str
+  layer: Layer, kernels: Mapping[str, ParameterInfo], stored: Stored, method: str
 ) -> dict[str, StoredKernel]:
   """Rounds the kernels of a layer, and has the layer go on with what they stand for."""
-  inputs = layer.measure(measure_inputs)
-  matrices, shapes = {}, {}
+  matrices, shapes, form = {}, {}, stored.weights
   for name, info in kernels.items():
     own = name.removeprefix(_PREFIX)
     kernel, projection = layer.params[own], own.removesuffix("/kernel")
@@ -129,39 +133,51 @@ def _round_layer(
     shapes[projection] = kernel.shape[:count], kernel.shape[count:]
     matrices[projection] = as_matrix(kernel, count, kernel.ndim - count)
     form.check(name, matrices[projection].shape[-1])
-  factors = _input_factors(matrices, inputs, form) if method.startswith("awq") else {}
+  inputs, factors = {}, {}
+  if method == "smoothquant":
+    largest = layer.measure(largest_inputs, jnp.maximum)
+    factors = _of_shared(matrices, lambda names, own: smooth(own, largest[names[0]]))
+  else:
+    inputs = layer.measure(measure_inputs)
+  if method.startswith("awq"):
+
+    def find_factors(names: Sequence[str], own: Sequence[jax.Array]) -> jax.Array:
+      told = inputs[names[0]]
+      return awq(own, told["gram"], told["size"] / told["count"], form)
+
+    factors = _of_shared(matrices, find_factors)
   rounded = {}
   for projection, matrix_OI in matrices.items():
-    factors_I, gram_II = factors.get(projection), inputs[projection]["gram"]
+    factors_I, gram_II = factors.get(projection), inputs.get(projection, {}).get("gram")
     if factors_I is not None:
       matrix_OI = matrix_OI * factors_I[None]
-      gram_II = gram_II / jnp.outer(factors_I, factors_I)
-    if method.endswith("gptq"):
-      codes_OI, grid = gptq(matrix_OI, gram_II, form)
-    else:
+    if factors_I is None or gram_II is None:
       grid = make_grid(matrix_OI, form)
+    else:
+      gram_II = gram_II / jnp.outer(factors_I, factors_I)
+      grid = clipped_grid(matrix_OI, gram_II, form)
+    if method.endswith("gptq"):
+      codes_OI, _ = gptq(matrix_OI, gram_II, form, grid)
+    else:
       codes_OI = to_codes(matrix_OI, grid, form)
-    stored = store_codes(codes_OI, grid, form)
     scales_I = None if factors_I is None else 1 / factors_I
-    kernel = StoredKernel(stored, *shapes[projection], scales_I)
+    codes = store_codes(codes_OI, grid, form)
+    kernel = StoredKernel(codes, *shapes[projection], scales_I, stored.activations)
     rounded[f"{_PREFIX}{projection}/kernel"] = kernel
     layer.params[f"{projection}/kernel"] = kernel[...]
   return rounded
 
 
-def _input_factors(
-  matrices: Mapping[str, jax.Array], inputs: Mapping[str, Any], form: Format
+def _of_shared(
+  matrices: Mapping[str, jax.Array],
+  find_factors: Callable[[Sequence[str], Sequence[jax.Array]], jax.Array],
 ) -> dict[str, jax.Array]:
-  """The factors by AWQ of each projection, the same where projections read the same."""
+  """The factors of the inputs of each projection, the same where projections read the same."""
   shared = {name for names in _SHARED for name in names}
-  groups = [*_SHARED, *((name,) for name in matrices if name not in shared)]
   factors = {}
-  for names in groups:
-    names = [name for name in names if name in matrices]
-    if names:
-      told = inputs[names[0]]
-      size_I = told["size"] / told["count"]
-      found = awq([matrices[name] for name in names], told["gram"], size_I, form)
+  for names in [*_SHARED, *((name,) for name in matrices if name not in shared)]:
+    if names := [name for name in names if name in matrices]:
+      found = find_factors(names, [matrices[name] for name in names])
       factors |= dict.fromkeys(names, found)
   return factors
 

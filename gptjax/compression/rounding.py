@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from gptjax import tree
@@ -15,12 +14,10 @@ from gptjax.errors import UserError, check_choice, did_you_mean
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, abstract_model, describe, describe_parameters
 from gptjax.model.layers import Linear, adopt, contract, find
-from gptjax.quantization.formats import BITS, Format, nearest
-from gptjax.quantization.kernel import as_matrix, from_matrix
+from gptjax.quantization.formats import ACTIVATIONS, BITS, Format, nearest
+from gptjax.quantization.kernel import as_matrix, from_matrix, round_tokens
 from gptjax.quantization.stored import stored_kernels
 from gptjax.training.adaptation import NOT_ROUNDED, WholeModel
-
-ACTIVATIONS = ("none", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +90,7 @@ class RoundedLinear(Linear):
     rounded = from_matrix(nearest(matrix, self.form), kernel.shape[:count], kernel.shape[count:])
     kernel = straight_through(kernel, rounded).astype(self.dtype)
     if self.activations == "int8":
-      x = straight_through(x, _round_tokens(x, count))
+      x = straight_through(x, round_tokens(x, count))
     return contract(x.astype(self.dtype), kernel, count, self.axes)
 
 
@@ -101,11 +98,3 @@ def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
   """The rounded numbers, with the gradient of the numbers themselves."""
   # The difference is 0, so that the rounded numbers stay exact.
   return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
-
-
-def _round_tokens(x: jax.Array, count: int) -> jax.Array:
-  """Rounds the last `count` axes of each token to int8 by their largest."""
-  axes = tuple(range(x.ndim - count, x.ndim))
-  largest = jnp.abs(x.astype(jnp.float32)).max(axes, keepdims=True)
-  scales = jnp.where(largest == 0, 1, largest) / 127
-  return (jnp.round(x / scales) * scales).astype(x.dtype)

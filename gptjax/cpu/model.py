@@ -19,7 +19,13 @@ from gptjax.model.feedforward import FeedForward
 from gptjax.model.gpt import GPT
 from gptjax.model.layers import Embedding, Linear, adopt, find
 from gptjax.quantization.int8 import quantize
-from gptjax.quantization.kernel import StoredEmbedding, StoredKernel, StoredMatrix, as_matrix
+from gptjax.quantization.kernel import (
+  StoredEmbedding,
+  StoredKernel,
+  StoredMatrix,
+  as_matrix,
+  round_tokens,
+)
 
 
 def use_kernels(
@@ -68,11 +74,11 @@ def _bias_by_distance(model: GPT, length: int) -> jax.Array | None:
 def _pack_kernels(projections: list[Linear], weights: str) -> None:
   """Replaces the kernels of projections of the same input, unless they are replaced already."""
   own = [one.kernel for one in projections]
-  input_scales = None
+  input_scales, activations = None, "none"
   if all(isinstance(kernel, StoredKernel) for kernel in own):
     matrix = join([kernel.matrix for kernel in own], weights)
     shapes = [kernel.out_shape for kernel in own]
-    input_scales = own[0].input_scales
+    input_scales, activations = own[0].input_scales, own[0].activations
   elif all(isinstance(kernel, nnx.Param) for kernel in own):
     # A rounding error of the router could change its choice of experts.
     weights = "float32" if own[0].role == "router" else weights
@@ -87,7 +93,7 @@ def _pack_kernels(projections: list[Linear], weights: str) -> None:
     return
   first = 0
   for one, shape in zip(projections, shapes, strict=True):
-    one.kernel = PackedKernel(matrix, first, shape, input_scales)
+    one.kernel = PackedKernel(matrix, first, shape, input_scales, activations)
     first += math.prod(shape)
 
 
@@ -134,6 +140,7 @@ class PackedKernel(nnx.Module):
     first: the projection's first output.
     out_shape: the axes that it produces.
     input_scales: float32 [D], by which the input is multiplied first; None is 1.
+    activations: what the input is rounded to, one of `formats.ACTIVATIONS`.
   """
 
   def __init__(
@@ -142,8 +149,9 @@ class PackedKernel(nnx.Module):
     first: int,
     out_shape: Sequence[int],
     input_scales: nnx.Variable | None,
+    activations: str,
   ):
-    self.matrix, self.input_scales = matrix, input_scales
+    self.matrix, self.input_scales, self.activations = matrix, input_scales, activations
     self.first, self.out_shape = first, tuple(out_shape)
 
   def product(self, x: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
@@ -153,6 +161,8 @@ class PackedKernel(nnx.Module):
     x_MD = x.reshape(math.prod(leading), -1)
     if self.input_scales is not None:
       x_MD *= self.input_scales[...][None]
+    if self.activations == "int8":
+      x_MD = round_tokens(x_MD, 1)
     y_MF = self.matrix.product(x_MD)[:, self.first : self.first + math.prod(self.out_shape)]
     return y_MF.reshape(*leading, *self.out_shape)
 

@@ -37,6 +37,8 @@ BITS = {"int8": 8, "int4": 4, "nf4": 4, "float8": 8}
 # Inputs whose numbers of 4 bits are stored together: the first half of them in the low bits of as
 # many bytes, the second in the high bits, so that a processor takes them apart without shuffling.
 BLOCK = 32
+# What inputs of kernels are rounded to: each token by its largest number, or not at all.
+ACTIVATIONS = ("none", "int8")
 # The largest number of float8 (e4m3fn).
 _FLOAT8_MAX = 448.0
 

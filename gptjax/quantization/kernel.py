@@ -18,10 +18,14 @@ from gptjax.quantization.formats import (
   Grid,
   from_codes,
   make_grid,
+  nearest,
   pack,
   to_codes,
   unpack,
 )
+
+# Inputs of a kernel, a scale for each token.
+_TOKENS = Format("int8")
 
 
 class StoredMatrix(nnx.Module):
@@ -63,7 +67,8 @@ class StoredKernel(nnx.Module):
 
   matrix: the kernel as a matrix of outputs by inputs. in_shape, out_shape: the axes of the kernel,
   which are flattened there. input_scales: float32 [..., I], by which inputs are multiplied first,
-  or None (AWQ, Lin et al. 2023, arXiv:2306.00978, equation 3).
+  or None (AWQ, Lin et al. 2023, arXiv:2306.00978, equation 3). activations: one of
+  `formats.ACTIVATIONS`; with int8 the matrix is int8 too, with one scale for an output.
   """
 
   def __init__(
@@ -72,8 +77,9 @@ class StoredKernel(nnx.Module):
     in_shape: Sequence[int],
     out_shape: Sequence[int],
     input_scales: jax.Array | None = None,
+    activations: str = "none",
   ):
-    self.matrix = matrix
+    self.matrix, self.activations = matrix, activations
     self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
     self.input_scales = None if input_scales is None else nnx.Variable(input_scales)
 
@@ -85,7 +91,22 @@ class StoredKernel(nnx.Module):
 
   def product(self, x: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
     """Multiplies as `layers.contract` does."""
-    return contract(x, self[...].astype(x.dtype), count, axes)
+    if self.activations == "none":
+      return contract(x, self[...].astype(x.dtype), count, axes)
+    leading = x.shape[: x.ndim - count]
+    x_MI = x.reshape(math.prod(leading), -1).astype(jnp.float32)
+    if self.input_scales is not None:
+      x_MI *= self.input_scales[...][None]
+    grid = make_grid(x_MI, _TOKENS)
+    # Whole numbers, which accelerators multiply faster than others.
+    y_MO = jax.lax.dot_general(
+      to_codes(x_MI, grid, _TOKENS),
+      self.matrix.values[...],
+      (((1,), (1,)), ((), ())),
+      preferred_element_type=jnp.int32,
+    )
+    y_MO = y_MO.astype(jnp.float32) * grid.scales * self.matrix.scales[...].T
+    return y_MO.reshape(*leading, *self.out_shape).astype(x.dtype)
 
 
 class StoredEmbedding(Embedding):
@@ -104,6 +125,12 @@ class StoredEmbedding(Embedding):
 
   def scores(self, x: jax.Array) -> jax.Array:
     return jnp.einsum("...d,vd->...v", x, self.embedding.astype(x.dtype))
+
+
+def round_tokens(x: jax.Array, count: int) -> jax.Array:
+  """Inputs, whose last `count` axes are a token's, rounded to int8 by each token's largest."""
+  tokens = x.reshape(*x.shape[: x.ndim - count], -1).astype(jnp.float32)
+  return nearest(tokens, _TOKENS).reshape(x.shape).astype(x.dtype)
 
 
 def round_matrix(weights: jax.Array, form: Format) -> StoredMatrix:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from gptjax import tree
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError, check_choice, did_you_mean
 from gptjax.model.config import ModelConfig
 from gptjax.model.gpt import GPT, ParameterInfo, abstract_model, describe
 from gptjax.model.layers import find
-from gptjax.quantization.formats import Format
+from gptjax.quantization.formats import ACTIVATIONS, Format
 from gptjax.quantization.kernel import StoredEmbedding, StoredKernel, as_matrix, round_matrix
 from gptjax.training.adaptation import WholeModel
 
@@ -31,12 +31,22 @@ class Stored(WholeModel):
       float32.
     head: format of a head of its own; None is float32.
     scales_inputs: whether the inputs of the kernels are multiplied by stored factors first.
+    activations: what these inputs are rounded to, one of `formats.ACTIVATIONS`; 'int8' is of
+      kernels in int8 without groups and zero points, which are then multiplied as whole numbers.
   """
 
   weights: Format
   embedding: Format | None = None
   head: Format | None = None
   scales_inputs: bool = False
+  activations: str = "none"
+
+  def __post_init__(self):
+    check_choice("activations", self.activations, ACTIVATIONS)
+    if self.activations != "none" and self.weights != Format("int8"):
+      raise UserError(
+        f"activations={self.activations!r} is of weights in int8, without groups and zero points."
+      )
 
   method = KEY
   kind = nnx.Variable
@@ -50,7 +60,8 @@ class Stored(WholeModel):
         raise UserError(f"{KEY}: no key {key!r}. {did_you_mean(key, known)}")
     formats = {key: config.get(key) for key in ("weights", "embedding", "head")}
     made = {key: value and Format(**value) for key, value in formats.items()}
-    return cls(**made, scales_inputs=config.get("scales_inputs", False))
+    others = {key: config[key] for key in ("scales_inputs", "activations") if key in config}
+    return cls(**made, **others)
 
   def to_config(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -71,6 +82,8 @@ class Stored(WholeModel):
       UserError: a matrix cannot be stored in its format, by its name.
     """
     for name, info in stored_kernels(describe(model)).items():
+      if self.activations != "none" and "experts" in info.axes:
+        raise UserError(f"activations={self.activations!r}: not of experts, as {name!r} is.")
       *path, leaf = name.split("/")
       module = find(model, path)
       inputs = len(info.fan_in_axes)
@@ -79,7 +92,8 @@ class Stored(WholeModel):
       matrix = as_matrix(getattr(module, leaf)[...], inputs, len(out_shape))
       self.weights.check(name, matrix.shape[-1])
       ones = jnp.ones((*matrix.shape[:-2], matrix.shape[-1])) if self.scales_inputs else None
-      kernel = StoredKernel(round_matrix(matrix, self.weights), in_shape, out_shape, ones)
+      matrix = round_matrix(matrix, self.weights)
+      kernel = StoredKernel(matrix, in_shape, out_shape, ones, self.activations)
       setattr(module, leaf, kernel)
     if self.embedding is not None:
       table = model.embed.embedding[...]

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax.compression.awq import awq
+from gptjax.compression.awq import CLIPS, awq, clipped_grid
 from gptjax.compression.gptq import gptq
 from gptjax.compression.quantize import measure_inputs, quantize, quantized
 from gptjax.compression.report import measure_quality
+from gptjax.compression.smoothquant import largest_inputs, smooth
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.model.gpt import model_graph
@@ -106,6 +107,34 @@ def test_awq_scales_are_those_of_the_paper():
   assert found.max() > 1.5
 
 
+def test_clipping_takes_the_range_of_each_group_that_changes_products_least():
+  x_MI = correlated(64)
+  weights_OI = np.random.default_rng(1).normal(size=(24, 64)).astype(np.float32)
+  weights_OI[:, 5] *= 4
+  found = clipped_grid(weights_OI, x_MI.T @ x_MI, INT4)
+  whole = make_grid(weights_OI, INT4)
+  for output in (0, 7, 23):
+    for group in (0, 1):
+      part = slice(32 * group, 32 * group + 32)
+      errors = {}
+      for share in (1.0, *CLIPS):
+        scale = float(whole.scales[output, group]) * share
+        rounded = np.clip(np.round(weights_OI[output, part] / scale), -8, 7) * scale
+        errors[scale] = np.square(x_MI[:, part] @ (rounded - weights_OI[output, part])).sum()
+      assert float(found.scales[output, group]) == pytest.approx(min(errors, key=errors.get))
+  assert (found.scales != whole.scales).any()
+
+
+def test_smoothquant_factors_are_those_of_the_paper():
+  x_MI = correlated(64)
+  matrices = [np.random.default_rng(i).normal(size=(8 + i, 64)).astype(np.float32) for i in (0, 1)]
+  largest_I = np.abs(x_MI).max(0)
+  expected = np.sqrt(largest_I / np.abs(np.concatenate(matrices)).max(0))
+  np.testing.assert_allclose(largest_inputs(jnp.asarray(x_MI)), largest_I)
+  np.testing.assert_allclose(smooth(matrices, largest_I), expected, rtol=1e-5)
+  assert smooth(matrices, largest_I * (np.arange(64) != 3))[3] == 1
+
+
 @pytest.fixture
 def model(tiny_config, random_params):
   config = tiny_config(
@@ -135,6 +164,30 @@ def test_calibrated_methods_stay_nearer_to_the_model(model):
   assert kl["gptq"] < 0.8 * kl["nearest"]
   assert kl["awq+gptq"] < 0.8 * kl["nearest"]
   assert kl["awq"] < kl["nearest"]
+
+
+@pytest.mark.slow
+def test_smoothquant_costs_less_where_some_inputs_are_large(model):
+  """A norm that makes some inputs a hundred times larger, as large models do, and weights that
+  make up for it."""
+  shape = model.blocks.mlp_norm.scale.shape
+  factors = np.where(np.arange(shape[-1]) % 16 == 3, 100.0, 1.0).astype(np.float32)
+  for part in ("scale", "bias"):
+    x = getattr(model.blocks.mlp_norm, part)
+    x[...] = x[...] * factors
+  up = model.blocks.mlp.up.kernel
+  up[...] = up[...] / factors[:, None]
+  plan, kl = Stored(Format("int8"), activations="int8"), {}
+  for method in ("nearest", "smoothquant"):
+    small, told = quantized(copy(model), plan, method=method, tokens_RT=text(16, 0))
+    kl[method] = measure_quality(small, model, text(8, 1)).kl.value
+    assert told.scales_inputs == (method == "smoothquant")
+  assert kl["smoothquant"] < 0.5 * kl["nearest"]
+
+
+def test_smoothquant_needs_inputs_that_are_rounded(tmp_path):
+  with pytest.raises(UserError, match="add --activations=int8"):
+    quantize("run", tmp_path / "x", Stored(Format("int8")), method="smoothquant", data="text")
 
 
 def test_quality_of_the_model_itself_is_perfect(model):

@@ -1,6 +1,9 @@
 """A stored model computes with the weights that it stands for, wherever it is used."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,6 +17,7 @@ from gptjax.inference.sampling import Sampling
 from gptjax.interop.convert import convert
 from gptjax.model.gpt import model_graph
 from gptjax.quantization.formats import Format
+from gptjax.quantization.kernel import StoredKernel, round_matrix
 from gptjax.quantization.stored import KEY, Stored, is_stored
 from gptjax.training.pretrained import load_model, load_params_into, save_model
 
@@ -95,6 +99,50 @@ def test_the_engine_writes_what_the_weights_say(make, name):
     np.testing.assert_array_equal(own, theirs)
     expected = [score.log_prob for score in plain.scores]
     np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-3)
+
+
+ROUNDED_INPUTS = Stored(Format("int8"), Format("int8"), scales_inputs=True, activations="int8")
+
+
+def test_inputs_are_rounded_by_each_tokens_largest():
+  rng = np.random.default_rng(0)
+  x_MI = (rng.normal(size=(5, 64)) * np.exp(rng.normal(size=(5, 1)))).astype(np.float32)
+  matrix_OI, scales_I = rng.normal(size=(12, 64)).astype(np.float32), np.exp(rng.normal(size=64))
+  kernel = StoredKernel(
+    round_matrix(jnp.asarray(matrix_OI), Format("int8")), (4, 16), (3, 4), scales_I, "int8"
+  )
+  scaled_MI = (x_MI * scales_I).astype(np.float32)
+  largest_M1 = np.abs(scaled_MI).max(-1, keepdims=True) / 127
+  whole_OI = np.round(matrix_OI / (np.abs(matrix_OI).max(-1, keepdims=True) / 127))
+  expected_MO = np.round(scaled_MI / largest_M1) @ whole_OI.T
+  expected_MO = expected_MO * largest_M1 * np.abs(matrix_OI).max(-1) / 127
+  found = kernel.product(jnp.asarray(x_MI).reshape(5, 4, 16), 2, ())
+  np.testing.assert_allclose(np.reshape(found, (5, 12)), expected_MO, rtol=1e-4, atol=1e-4)
+
+
+def test_the_engine_rounds_inputs_as_the_forward_pass_does(make):
+  small = stored(make(**LLAMA), ROUNDED_INPUTS)
+  whole = stored(make(**LLAMA), dataclasses.replace(ROUNDED_INPUTS, activations="none"))
+  text = [BYTES.end_of_text, *BYTES.encode("Several words of a prompt.")]
+  engine = Engine(small, BYTES, rows=1, length=64)
+  (answer,) = engine.run([Request(text, max_tokens=0, log_probs=0, scores_prompt=True)])
+  own = np.array([one.log_prob for one in answer.prompt_scores[1:]])
+
+  def log_probs(model):
+    found = jax.nn.log_softmax(model(np.array([text[:-1]]))[0])
+    return np.take_along_axis(found, np.array(text[1:])[:, None], 1)[:, 0]
+
+  expected, plain = log_probs(small), log_probs(whole)
+  # A number between two that is rounded the other way is a small part of what rounding changes.
+  assert np.abs(own - expected).mean() < 0.2 * np.abs(plain - expected).mean()
+
+
+@pytest.mark.parametrize(
+  "weights", [Format("int4"), Format("int8", 32), Format("int8", symmetric=False)]
+)
+def test_inputs_are_not_rounded_beside_other_formats(weights):
+  with pytest.raises(UserError, match="activations='int8' is of weights in int8, without groups"):
+    Stored(weights, activations="int8")
 
 
 def test_a_checkpoint_is_loaded_continued_and_converted(make, tmp_path):
