@@ -1,5 +1,6 @@
 """Four CPU devices in one process, no silent broadcasting, and the tiny models that tests share."""
 
+import gc
 import os
 import tempfile
 import zlib
@@ -47,6 +48,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_unconfigure():
   """Called at the end, in workers too, which leave no time for what Python does when it exits."""
   _temporary.cleanup()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def search_no_old_objects():
+  """Garbage collection does not search what earlier modules have left, which takes seconds."""
+  yield
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture(scope="session")

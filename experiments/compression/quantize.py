@@ -56,7 +56,7 @@ FLAGS = flags.FLAGS
 HERE = Path(__file__).parent
 INT8 = Format("int8")
 # Rows that each way is judged on, and calibrated on, and their tokens.
-ROWS_OF = {"smollm2": (16, 32, 512), "quickstart": (64, 128, 256)}
+ROWS_OF = {"smollm2": (8, 32, 512), "quickstart": (64, 128, 256)}
 # Sentences to choose among, those before them, and how often.
 CHOICES, BEFORE, QUESTIONS = 4, 3, 100
 ROUNDS, PROMPT, ANSWER, ROWS = 5, 16, 48, (1, 8)
@@ -275,9 +275,10 @@ def main(overrides: dict[str, str]) -> None:
   calibration_RT = read_rows(str(folder / "calibration"), tokenizer, rows=calibrated, **options)
   asked = questions(folder)
   groups = [int(group) for group in FLAGS.groups]
+  chosen = [way for way in ways(groups) if way.weights is None or re.search(FLAGS.ways, way.name)]
   output = Path(FLAGS.output)
   results, folders = [], {}
-  for way in ways(groups):
+  for way in chosen:
     folders[way.name] = output / re.sub(r"\W+", "-", way.name)
     measured = folders[way.name].with_suffix(".json")
     if not measured.exists():
@@ -334,6 +335,7 @@ def _define_flags() -> None:
   flags.DEFINE_enum("model", "smollm2", ("smollm2", "quickstart"), "The model.")
   flags.DEFINE_string("checkpoint", None, "With --model=quickstart: the run.")
   flags.DEFINE_list("groups", ["64", "32"], "Sizes of groups of int4.")
+  flags.DEFINE_string("ways", "", "Regular expression for the names of the ways to compare.")
   flags.DEFINE_string(
     "output", None, "Folder of the models and of what is measured.", required=True
   )

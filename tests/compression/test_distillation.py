@@ -411,9 +411,8 @@ LONG = {"position.max_positions": 256}
 LABELS = "finetune.py:task=distill_classification,model=debug,data=jsonl"
 
 
-@pytest.mark.parametrize(
-  "visibility", ["causal", pytest.param("bidirectional", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("visibility", ["causal", "bidirectional"])
 def test_a_classifier_learns_from_one_of_another_width(files, one_device, tmp_path, visibility):
   # Another order of labels than a run would choose.
   names, kind = ("quiet", "loud"), {"visibility": visibility}

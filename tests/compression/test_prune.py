@@ -220,6 +220,7 @@ def checkpoint(tiny_config, random_params, tmp_path_factory):
   return save(folder / "run", config, random_params(config)), str(folder / "text.txt")
 
 
+@pytest.mark.slow
 def test_a_pruned_checkpoint_is_loaded_and_writes(checkpoint, tmp_path):
   run, data = checkpoint
   text = {"data": data, "rows": 3, "length": 16}

@@ -236,6 +236,7 @@ def test_a_size_that_does_not_fit_is_named(tiny_config, changes, sizes, sentence
     Sizes(**sizes).check(tiny_config(**changes))
 
 
+@pytest.mark.slow
 def test_experts_are_cut_in_width_and_heads(make_model):
   model = make_model(**LLAMA | {"experts.count": 2, "experts.per_token": 1})
   importance = measure(model, TOKENS)

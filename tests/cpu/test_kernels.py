@@ -68,9 +68,15 @@ FORMS = [
   *(Format("int4", group, symmetric) for group in (0, 32, 64) for symmetric in (True, False)),
   *(Format("int8", 16), Format("int8", 0, False), Format("int8", 64, False)),
 ]
+# One of each kernel; each takes long to compile.
+QUICK = (Format("int4", 32), Format("int8", 64, False))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(
+  "form",
+  [pytest.param(one, marks=[] if one in QUICK else pytest.mark.slow) for one in FORMS],
+  ids=str,
+)
 @pytest.mark.parametrize(("M", "D", "F"), [(1, 64, 7), (9, 192, 67), (70, 576, 300)])
 def test_a_product_of_few_bits_is_that_of_float64_and_of_each_row_alone(M, D, F, form):
   x_MD, (stored, weights_FD) = normal(0, M, D), grouped(form, F, D)
@@ -192,7 +198,10 @@ OPTIONS = {
     for option in OPTIONS
     if option != "all"
   ]
-  + [("all", 6, 64, 16, "float32"), ("window", 2, 17, 5, "bfloat16")],
+  + [
+    ("all", 6, 64, 16, "float32"),
+    pytest.param("window", 2, 17, 5, "bfloat16", marks=pytest.mark.slow),
+  ],
 )
 def test_attention_is_that_of_plain_jax(option, K, H, Z, kind):
   options = OPTIONS[option]

@@ -24,6 +24,7 @@ def test_smoothing_does_not_lag():
   np.testing.assert_allclose(learning_rate.smooth(line), line)
 
 
+@pytest.mark.slow
 def test_a_tiny_model_has_its_range(make_config, tmp_path, capsys, drawn):
   config = make_config()
   setup, dataset = make_setup(resolve(config)), open_dataset(config, tmp_path)

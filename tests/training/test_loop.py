@@ -201,6 +201,7 @@ def test_any_killed_run_resumes_bit_for_bit(case, corpus, environment, tmp_path)
   assert_resumed(killed, before, whole)
 
 
+@pytest.mark.slow
 def test_resume_on_another_number_of_devices(
   corpus, environment, cpu_devices, killed_at_27, undisturbed, tmp_path
 ):
@@ -346,9 +347,8 @@ def test_killed_on_two_hosts_resumes_on_one(
   assert_near(two, undisturbed)
 
 
-@pytest.mark.parametrize(
-  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_host_stops_all_at_the_same_step(corpus, environment, tmp_path, number):
   ranks = explicit_ranks([tmp_path, tmp_path])
   overrides = {"total_steps": 1_000_000, "checkpoint.every_steps": 0}
@@ -364,7 +364,8 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(corpus, environment, tm
   assert saved == max(losses(tmp_path))
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_loses_its_partner_ends_soon(corpus, environment, tmp_path, lost):
   ranks = explicit_ranks([tmp_path, tmp_path])
   # Without saves: jaxlib aborts a process that waits for a lost one in a save.
@@ -463,6 +464,7 @@ def test_hosts_that_share_no_work_directory_are_refused(corpus, environment, tmp
   assert not workdirs[1].exists()
 
 
+@pytest.mark.slow
 def test_hosts_that_read_other_data_are_refused(corpus, environment, tmp_path):
   other = tmp_path / "other"
   shutil.copytree(corpus, other)
