@@ -1,5 +1,6 @@
 """Every sweep of experiments/ can be started: all its configs are checked, none is run."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from flax import nnx
 from experiments import datasets
 from experiments.bad_inputs import run as bad_inputs
 from experiments.bad_inputs.files import DAMAGES
+from experiments.compression import products
 from experiments.decoding import compare, load, models, readme, speculation
 from experiments.decoding.gptjax_engine import Engine as DecodingEngine
 from experiments.finetune import run as finetune
@@ -21,6 +23,7 @@ from experiments.finetune import tasks
 from experiments.gpu import parts as gpu_parts
 from experiments.gpu import run as gpu
 from gptjax import config as config_lib
+from gptjax.compiler.topology import find_slice
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
 from gptjax.inference import form
@@ -56,6 +59,18 @@ def test_sweep_can_be_started(path, monkeypatch, tmp_path, tiny_config, random_p
   assert len(sweep.trials) >= 2
   assert sweep.question.startswith(path.read_text().split('"""')[1][:40])
   assert (path.parent / "README.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler (libtpu)")
+def test_the_tpu_compiler_expects_products_in_few_bits_to_be_faster_for_few_tokens():
+  target = find_slice("v5e-1")
+  seconds = [products.compiled_seconds(*way, 8, target) for way in products.WAYS.values()]
+  ratios = dict(zip(products.WAYS, np.array(seconds) / seconds[0], strict=True))
+  assert ratios["int8"] < 0.6
+  assert ratios["int8, inputs too"] < 0.6
+  assert ratios["int4, groups of 128"] < 0.45
+  assert ratios["nf4, groups of 64"] < 1.1
 
 
 def test_there_are_sweeps():

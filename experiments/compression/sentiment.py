@@ -43,7 +43,7 @@ def base():
       "task.teacher": TEACHER,
       "data.path": str(data / "train.jsonl"),
       "data.validation_path": str(data / "validation.jsonl"),
-      "sequence_length": 128,
+      "sequence_length": 64,
       "total_epochs": 6.0,
       "optim.learning_rate": 5e-4,
       "checkpoint.final": "last",

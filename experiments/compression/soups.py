@@ -44,7 +44,8 @@ VARIANTS = (
 COMMON = {
   "total_epochs": 2.0,
   "batch_size": 8,
-  "sequence_length": 128,
+  "sequence_length": 64,
+  "model.dtype": "bfloat16",
   "model.label_head.pooling": "mean",
   "log.tensorboard": False,
   "checkpoint.keep": 1,

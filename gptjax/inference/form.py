@@ -19,6 +19,7 @@ from gptjax.model.attention import Attention
 from gptjax.model.gpt import GPT
 from gptjax.model.layers import Linear, find
 from gptjax.quantization.int8 import Int8Embedding, Int8Kernel
+from gptjax.quantization.kernel import prepare_for_xla
 from gptjax.quantization.stored import is_stored
 
 try:
@@ -105,6 +106,7 @@ def make_form(
     if own:
       use_kernels(model, _decoder_modules(model), weights, length)
       continue
+    prepare_for_xla(model, model.config.dtype)
     if weights == "int8":
       _quantize(model)
     _round(model, model.config.dtype if weights == "int8" else weights)

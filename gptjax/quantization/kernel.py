@@ -1,7 +1,7 @@
 """The parts of a model whose weights are stored in few bits.
 
-Axes: O outputs, I inputs of a matrix, G groups, P stored numbers of an output, V vocabulary,
-D width.
+Axes: O outputs, I inputs of a matrix, G groups, J inputs of a group, P stored numbers of an output,
+M tokens, V vocabulary, D width.
 """
 
 import math
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.model.layers import Embedding, contract
+from gptjax.model.layers import Embedding
 from gptjax.quantization.formats import (
   BITS,
   Format,
@@ -26,6 +26,11 @@ from gptjax.quantization.formats import (
 
 # Inputs of a kernel, a scale for each token.
 _TOKENS = Format("int8")
+# Formats whose numbers have a scale for each output alone.
+_BY_OUTPUT = (Format("int8"), Format("float8"))
+# Tokens up to which groups are multiplied one by one, and their sums scaled; for more it pays to
+# make the matrix first (experiments/compression/products.py).
+_FEW = 256
 
 
 class StoredMatrix(nnx.Module):
@@ -53,6 +58,14 @@ class StoredMatrix(nnx.Module):
     """The matrix, float32 [..., O, I]."""
     return from_codes(unpack(self.values[...], self.form), self.grid, self.form)
 
+  def product(self, x_MI: jax.Array) -> jax.Array:
+    """x @ matrix.T, [M, O], in the dtype of x; of one matrix."""
+    if self.form not in _BY_OUTPUT:
+      return x_MI @ self.weights().T.astype(x_MI.dtype)
+    # A scale for each output can wait, so that what is read is stored numbers alone.
+    y_MO = _multiply(x_MI, self.values[...].astype(x_MI.dtype), jnp.float32)
+    return (y_MO * self.scales[...].T).astype(x_MI.dtype)
+
   def rows(self, indices: jax.Array) -> jax.Array:
     """Rows of the matrix by their numbers, float32 [..., I]."""
     picked = [
@@ -60,6 +73,52 @@ class StoredMatrix(nnx.Module):
       for part in (self.values[...], *self.grid)
     ]
     return from_codes(unpack(picked[0], self.form), Grid(*picked[1:]), self.form)
+
+
+class GroupedMatrix(nnx.Module):
+  """A matrix of int4 or int8 in groups as XLA multiplies it fast: see `StoredMatrix`.
+
+  values_GJO: int4 or int8. scales_GO: float32. zeros_GO: float32, or None.
+  """
+
+  def __init__(self, stored: StoredMatrix):
+    form, grid = stored.form, stored.grid
+    codes_OI = unpack(stored.values[...], form)
+    codes_OGJ = codes_OI.reshape(*grid.scales.shape, -1)
+    dtype = jnp.int4 if form.name == "int4" else jnp.int8
+    self.values_GJO = nnx.Variable(jnp.moveaxis(codes_OGJ, 0, -1).astype(dtype))
+    self.scales_GO = nnx.Variable(grid.scales.T)
+    self.zeros_GO = None if grid.zeros is None else nnx.Variable(grid.zeros.T.astype(jnp.float32))
+
+  def product(self, x_MI: jax.Array) -> jax.Array:
+    """As `StoredMatrix.product`."""
+    values_GJO, scales_GO = self.values_GJO[...].astype(x_MI.dtype), self.scales_GO[...]
+    G, J, O = values_GJO.shape
+    if len(x_MI) > _FEW:
+      zeros_G1O = 0 if self.zeros_GO is None else self.zeros_GO[...][:, None]
+      weights_GJO = (values_GJO - zeros_G1O) * scales_GO[:, None]
+      return x_MI @ weights_GJO.astype(x_MI.dtype).reshape(G * J, O)
+    x_MGJ = x_MI.reshape(len(x_MI), G, J)
+    parts_GMO = jnp.einsum("mgj,gjo->gmo", x_MGJ, values_GJO, preferred_element_type=jnp.float32)
+    if self.zeros_GO is not None:
+      sums_GM = x_MGJ.sum(-1, dtype=jnp.float32).T
+      parts_GMO -= sums_GM[..., None] * self.zeros_GO[...][:, None]
+    return (parts_GMO * scales_GO[:, None]).sum(0).astype(x_MI.dtype)
+
+
+class DecodedMatrix(nnx.Module):
+  """A matrix [O, I] of the numbers that stored ones stand for: see `StoredMatrix`."""
+
+  def __init__(self, stored: StoredMatrix, dtype: jax.typing.DTypeLike):
+    self.matrix_OI = nnx.Variable(stored.weights().astype(dtype))
+
+  def product(self, x_MI: jax.Array) -> jax.Array:
+    """As `StoredMatrix.product`."""
+    return x_MI @ self.matrix_OI[...].T.astype(x_MI.dtype)
+
+  def rows(self, indices: jax.Array) -> jax.Array:
+    """As `StoredMatrix.rows`."""
+    return jnp.take(self.matrix_OI[...], indices, axis=0, mode="clip").astype(jnp.float32)
 
 
 class StoredKernel(nnx.Module):
@@ -91,21 +150,19 @@ class StoredKernel(nnx.Module):
 
   def product(self, x: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
     """Multiplies as `layers.contract` does."""
-    if self.activations == "none":
-      return contract(x, self[...].astype(x.dtype), count, axes)
+    del axes  # What is stored in few bits is not split over devices.
     leading = x.shape[: x.ndim - count]
-    x_MI = x.reshape(math.prod(leading), -1).astype(jnp.float32)
+    x_MI = x.reshape(math.prod(leading), -1)
     if self.input_scales is not None:
-      x_MI *= self.input_scales[...][None]
-    grid = make_grid(x_MI, _TOKENS)
-    # Whole numbers, which accelerators multiply faster than others.
-    y_MO = jax.lax.dot_general(
-      to_codes(x_MI, grid, _TOKENS),
-      self.matrix.values[...],
-      (((1,), (1,)), ((), ())),
-      preferred_element_type=jnp.int32,
-    )
-    y_MO = y_MO.astype(jnp.float32) * grid.scales * self.matrix.scales[...].T
+      x_MI = (x_MI * self.input_scales[...][None]).astype(x.dtype)
+    if self.activations == "none":
+      y_MO = self.matrix.product(x_MI)
+    else:
+      grid = make_grid(x_MI.astype(jnp.float32), _TOKENS)
+      codes_MI = to_codes(x_MI.astype(jnp.float32), grid, _TOKENS)
+      # Whole numbers, which accelerators multiply faster than others.
+      y_MO = _multiply(codes_MI, self.matrix.values[...], jnp.int32).astype(jnp.float32)
+      y_MO *= grid.scales * self.matrix.scales[...].T
     return y_MO.reshape(*leading, *self.out_shape).astype(x.dtype)
 
 
@@ -124,7 +181,26 @@ class StoredEmbedding(Embedding):
     return self.matrix.rows(indices)
 
   def scores(self, x: jax.Array) -> jax.Array:
-    return jnp.einsum("...d,vd->...v", x, self.embedding.astype(x.dtype))
+    scores_MV = self.matrix.product(x.reshape(-1, x.shape[-1]))
+    return scores_MV.reshape(*x.shape[:-1], -1)
+
+
+def _multiply(x_MI: jax.Array, matrix_OI: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """x @ matrix.T, summed in a dtype."""
+  contracted = (((1,), (1,)), ((), ()))
+  return jax.lax.dot_general(x_MI, matrix_OI, contracted, preferred_element_type=dtype)
+
+
+def prepare_for_xla(model: nnx.Module, dtype: jax.typing.DTypeLike) -> None:
+  """Brings stored matrices into what XLA multiplies fast: int4 and int8 in groups into another
+  order, those of other formats, and tables in groups, into the numbers that they stand for, in a
+  dtype. The model is changed; its layers are split."""
+  for _, module in nnx.iter_modules(model):
+    matrix = getattr(module, "matrix", None)
+    if not isinstance(matrix, StoredMatrix) or matrix.form in _BY_OUTPUT or matrix.values.ndim > 2:
+      continue
+    in_groups = isinstance(module, StoredKernel) and matrix.form.name in ("int4", "int8")
+    module.matrix = GroupedMatrix(matrix) if in_groups else DecodedMatrix(matrix, dtype)
 
 
 def round_tokens(x: jax.Array, count: int) -> jax.Array:

@@ -125,6 +125,7 @@ def attend_to_pages(
   return attend(queries, *keys_and_values, mask, scale=sm_scale).reshape(R, N, H)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_step_takes_what_the_model_finds_likeliest(platform, monkeypatch):
   # Two groups of rows, each with its own pages, and two of heads.

@@ -164,6 +164,7 @@ def test_a_checkpoint_holds_the_student_alone_and_needs_no_teacher(distilled):
   assert generate(model, tokenizer, ["the"], max_tokens=2)[0].tokens
 
 
+@pytest.mark.slow
 def test_what_validation_tells_is_what_the_models_say(files, one_device, tmp_path):
   """Of a student before its first update, from all logits of both models."""
   config = files.config(**{"total_steps": 1, "task.temperature": 3.0, "task.divergence": "js"})
@@ -193,7 +194,7 @@ def opened(config, workdir):
     return setup, open_data(setup, workdir), *init_or_restore(setup, optimizer, checkpoints)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "js"])
+@pytest.mark.parametrize("divergence", ["forward_kl", pytest.param("js", marks=pytest.mark.slow)])
 def test_the_teacher_has_no_gradient_and_stays_as_it_was(files, one_device, tmp_path, divergence):
   wide = {"model.embed_dim": 32, "task.hidden_weight": 0.5, "task.divergence": divergence}
   setup, dataset, state, frozen = opened(files.config(**wide), tmp_path)
@@ -223,6 +224,7 @@ def test_the_teacher_has_no_gradient_and_stays_as_it_was(files, one_device, tmp_
       np.testing.assert_array_equal(x, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_hidden_states_that_point_the_same_way_cost_nothing(files, one_device, tmp_path):
   changes = {"model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4}
   changes |= {
@@ -270,6 +272,7 @@ def stopped_at_4(whole: Path, workdir: Path) -> Path:
   return workdir
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(files, whole, one_device, tmp_path):
   resumed = stopped_at_4(whole, tmp_path / "resumed")
   train(files.config(**RESUMED), resumed)

@@ -49,7 +49,17 @@ def test_the_engine_scores_text_as_the_whole_forward_pass_does(members):
   assert found == pytest.approx(expected.log_likelihood, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"draft": "lookup"}])
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    *(
+      pytest.param(one, marks=pytest.mark.slow)
+      for one in ({"weights": "int8"}, {"draft": "lookup"})
+    ),
+  ],
+  ids=str,
+)
 def test_it_writes_the_likeliest_by_the_mean(members, options):
   models, folder = members
   whole, tokenizer = load_model(folder)

@@ -73,6 +73,7 @@ def finetuned(tmp_path_factory, tiny_config, random_params):
   return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_is_trained_on_chats(finetuned):
   lines = read_metrics(finetuned)
   losses = [line["val/loss"] for line in lines if "val/loss" in line]

@@ -112,6 +112,7 @@ def gpt2(reference, tiny_config, random_params, tmp_path_factory):
   return nnx.merge(model_graph(config), params), theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
   "penalty", [1.0, *(pytest.param(penalty, marks=pytest.mark.slow) for penalty in (0.0, 2.0, -1.0))]
@@ -150,6 +151,7 @@ def test_one_beam_takes_the_likeliest_token_each_time(model):
   ]
 
 
+@pytest.mark.slow
 def test_prompts_change_no_other_and_scores_are_of_their_texts(model, monkeypatch):
   readers = []
 

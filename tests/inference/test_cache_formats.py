@@ -42,7 +42,9 @@ def log_probs(answers):
   return [np.array([score.log_prob for score in answer.scores]) for answer in answers]
 
 
-@pytest.mark.parametrize(("cache", "most"), [("int8", 0.05), ("int4", 0.6)])
+@pytest.mark.parametrize(
+  ("cache", "most"), [("int8", 0.05), pytest.param("int4", 0.6, marks=pytest.mark.slow)]
+)
 def test_answers_are_near_those_of_a_whole_cache(make, cache, most):
   model = make()
   expected = log_probs(Engine(model, BYTES, rows=4, length=LENGTH).run(requests()))

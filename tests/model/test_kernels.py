@@ -330,7 +330,7 @@ def model_loss(tiny_config, random_params):
   "mesh",
   [
     {},
-    {"tensor": 2, "context": 2},
+    pytest.param({"tensor": 2, "context": 2}, marks=pytest.mark.slow),
     pytest.param({"data": 2, "context": 2}, marks=pytest.mark.slow),
   ],
   ids=str,

@@ -11,13 +11,19 @@ from jax.sharding import SingleDeviceSharding
 
 from gptjax.data import tokenizer as tokenizers
 from gptjax.errors import UserError
+from gptjax.inference import form
 from gptjax.inference.engine import Engine
 from gptjax.inference.request import Request
 from gptjax.inference.sampling import Sampling
 from gptjax.interop.convert import convert
 from gptjax.model.gpt import model_graph
 from gptjax.quantization.formats import Format
-from gptjax.quantization.kernel import StoredKernel, round_matrix
+from gptjax.quantization.kernel import (
+  DecodedMatrix,
+  GroupedMatrix,
+  StoredKernel,
+  round_matrix,
+)
 from gptjax.quantization.stored import KEY, Stored, is_stored
 from gptjax.training.pretrained import load_model, load_params_into, save_model
 
@@ -120,18 +126,26 @@ def test_inputs_are_rounded_by_each_tokens_largest():
   np.testing.assert_allclose(np.reshape(found, (5, 12)), expected_MO, rtol=1e-4, atol=1e-4)
 
 
+TEXT = [BYTES.end_of_text, *BYTES.encode("Several words of a prompt.")]
+
+
+def score(engine, text):
+  """Log probabilities of the tokens of a text but for the first, by an engine."""
+  (answer,) = engine.run([Request(text, max_tokens=0, log_probs=0, scores_prompt=True)])
+  return np.array([one.log_prob for one in answer.prompt_scores[1:]])
+
+
+def log_probs(model):
+  """The same of `TEXT` by the forward pass."""
+  found = jax.nn.log_softmax(model(np.array([TEXT[:-1]]))[0])
+  return np.take_along_axis(found, np.array(TEXT[1:])[:, None], 1)[:, 0]
+
+
+@pytest.mark.slow
 def test_the_engine_rounds_inputs_as_the_forward_pass_does(make):
   small = stored(make(**LLAMA), ROUNDED_INPUTS)
   whole = stored(make(**LLAMA), dataclasses.replace(ROUNDED_INPUTS, activations="none"))
-  text = [BYTES.end_of_text, *BYTES.encode("Several words of a prompt.")]
-  engine = Engine(small, BYTES, rows=1, length=64)
-  (answer,) = engine.run([Request(text, max_tokens=0, log_probs=0, scores_prompt=True)])
-  own = np.array([one.log_prob for one in answer.prompt_scores[1:]])
-
-  def log_probs(model):
-    found = jax.nn.log_softmax(model(np.array([text[:-1]]))[0])
-    return np.take_along_axis(found, np.array(text[1:])[:, None], 1)[:, 0]
-
+  own = score(Engine(small, BYTES, rows=1, length=64), TEXT)
   expected, plain = log_probs(small), log_probs(whole)
   # A number between two that is rounded the other way is a small part of what rounding changes.
   assert np.abs(own - expected).mean() < 0.2 * np.abs(plain - expected).mean()
@@ -143,6 +157,31 @@ def test_the_engine_rounds_inputs_as_the_forward_pass_does(make):
 def test_inputs_are_not_rounded_beside_other_formats(weights):
   with pytest.raises(UserError, match="activations='int8' is of weights in int8, without groups"):
     Stored(weights, activations="int8")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [one if one == "int4 with zeros" else pytest.param(one, marks=pytest.mark.slow) for one in PLANS],
+)
+def test_the_form_for_accelerators_multiplies_by_the_same_weights(make, name, monkeypatch):
+  monkeypatch.setattr(form.kernels, "available", lambda: False)
+  small = stored(make(**LLAMA), PLANS[name])
+  engine = Engine(small, BYTES, rows=1, length=64)
+  model = engine.reader.form.model(engine.reader.arrays)
+  decoded = [m for _, m in nnx.iter_modules(model) if isinstance(m, DecodedMatrix)]
+  assert bool(decoded) == (name not in ("int8", "int8 in groups", "scaled"))
+  own = score(engine, TEXT)
+  np.testing.assert_allclose(own, log_probs(PLANS[name].plain(small)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [Format("int4", 32), Format("int8", 64, False), Format("int4")])
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_groups_are_multiplied_one_by_one_or_together(kind, tokens):
+  rng = np.random.default_rng(0)
+  x_MI, matrix_OI = (jnp.asarray(rng.normal(size=(n, 128)), jnp.float32) for n in (tokens, 12))
+  matrix = round_matrix(matrix_OI + 0.2, kind)
+  found = GroupedMatrix(matrix).product(x_MI)
+  np.testing.assert_allclose(found, x_MI @ matrix.weights().T, rtol=1e-4, atol=1e-4)
 
 
 def test_a_checkpoint_is_loaded_continued_and_converted(make, tmp_path):
@@ -163,8 +202,8 @@ def test_a_checkpoint_is_loaded_continued_and_converted(make, tmp_path):
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params)
   found, _ = load_params_into(run, model.config, abstract)
   jax.tree.map(np.testing.assert_array_equal, found, params)
-  for target, form in ((plain, "gptjax"), (hf, "hf")):
-    convert(str(run), target, to=form)
+  for target, kind in ((plain, "gptjax"), (hf, "hf")):
+    convert(str(run), target, to=kind)
     again, _ = load_model(str(target))
     assert not is_stored(again)
     np.testing.assert_allclose(again(TOKENS), expected(TOKENS), rtol=1e-4, atol=1e-4)

@@ -767,6 +767,7 @@ def test_the_command_line_answers_a_flag(environment, flag, sentence):
   assert sentence in found.stdout + found.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_early_has_a_checkpoint_of_its_last_step(corpus, tmp_path):
   """Evaluations between checkpoints, and the newest of these is what the run has made."""
   changes = {"optim.learning_rate": 0.0, "eval.every_steps": 3, "eval.patience": 2}

@@ -202,7 +202,7 @@ def test_updates_do_not_depend_on_accumulation(
     pytest.param({"data": 4}, 2, marks=pytest.mark.slow),
     pytest.param({"fsdp": 4}, 1, marks=pytest.mark.slow),
     ({"data": 2, "fsdp": 2}, 2),
-    ({"tensor": 2}, 1),
+    pytest.param({"tensor": 2}, 1, marks=pytest.mark.slow),
     ({"data": 2, "context": 2}, 1),
   ],
   ids=str,
