@@ -37,15 +37,12 @@ VARIANTS = (
   {"optim.learning_rate": 1e-4},
   {"optim.learning_rate": 5e-5},
   {"optim.learning_rate": 2e-4},
-  {"optim.learning_rate": 1e-4, "batch_size": 16},
-  {"optim.learning_rate": 1e-4, "optim.weight_decay": 0.1, "total_epochs": 3.0},
-  {"optim.learning_rate": 5e-5, "batch_size": 4},
+  {"optim.learning_rate": 2e-4, "batch_size": 16},
 )
 COMMON = {
-  "total_epochs": 2.0,
+  "total_epochs": 1.0,
   "batch_size": 8,
   "sequence_length": 64,
-  "model.dtype": "bfloat16",
   "model.label_head.pooling": "mean",
   "log.tensorboard": False,
   "checkpoint.keep": 1,

@@ -39,7 +39,16 @@ def make_model(tiny_config, random_params):
   return make
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+QUICK = ("gpt2", "grouped and local")
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    pytest.param(changes, marks=[] if name in QUICK else pytest.mark.slow, id=name)
+    for name, changes in MODELS.items()
+  ],
+)
 def test_layers_one_by_one_are_the_model(make_model, changes):
   model = make_model(**changes)
   for layer in walk(model, TOKENS):

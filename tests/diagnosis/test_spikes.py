@@ -37,6 +37,7 @@ def test_a_loss_that_is_not_finite_is_a_spike_and_no_measure():
   assert all(spike.loss == math.inf for spike in found)
 
 
+@pytest.mark.slow
 def test_the_batch_of_a_spike_is_shown(trained, make_config, write_losses, tmp_path, capsys):
   workdir = tmp_path / "run"
   shutil.copytree(trained, workdir)
