@@ -29,6 +29,7 @@ WAYS = {
   "bfloat16": (None, "none"),
   "int8": (Format("int8"), "none"),
   "int8, inputs too": (Format("int8"), "int8"),
+  "float8": (Format("float8"), "none"),
   "int4, groups of 128": (Format("int4", 128), "none"),
   "nf4, groups of 64": (Format("nf4", 64), "none"),
 }
