@@ -26,7 +26,7 @@ from absl import flags
 from gptjax import config as config_lib
 from gptjax.compression import average, ensemble, prune, quantize, report, structured
 from gptjax.compression.flags import OF_AVERAGES, SIZES, TEXT, WORDS, check_flags, define_flags
-from gptjax.compression.models import calibration_rows, meanings
+from gptjax.compression.models import calibration_rows
 from gptjax.devices.hosts import prepare_cpu
 from gptjax.errors import UserError, did_you_mean
 from gptjax.quantization.formats import Format
@@ -90,7 +90,7 @@ def print_report() -> None:
   names = [need("checkpoint", "the small model"), need("original", "what it was made from")]
   need("data", "text that neither was trained or calibrated on")
   (model, tokenizer), (original, other) = (load_model(name) for name in names)
-  if meanings(tokenizer) != meanings(other):
+  if not tokenizer.means_the_same(other):
     raise UserError(f"--checkpoint={names[0]} and --original={names[1]} have other tokens.")
   options = text()
   tokens_RT = calibration_rows(options.pop("data"), tokenizer, **options)

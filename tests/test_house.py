@@ -15,8 +15,8 @@ SPINE = (
 )
 # A capability each; who may import whom is in pyproject.toml, and `make lint` checks it.
 WINGS = (
-  *("compiler", "compression", "cpu", "diagnosis", "evals", "finetuning", "gguf", "inference"),
-  *("interop", "peft", "quantization", "scores", "serving", "sweeps", "templates"),
+  *("alignment", "compiler", "compression", "cpu", "diagnosis", "evals", "finetuning", "gguf"),
+  *("inference", "interop", "peft", "quantization", "scores", "serving", "sweeps", "templates"),
 )
 COMMANDS = (
   *("chat", "compile", "compress", "convert", "diagnose", "evaluate"),

@@ -13,15 +13,16 @@ ROOT = Path(__file__).parents[1]
 
 # The wings, and what goes with each: the wings that stand on it, commands and presets.
 GOES_WITH = {
+  "alignment": {"presets": ["align.py"]},
   "compiler": {"commands": ["compile"]},
   "compression": {"commands": ["compress"]},
   "cpu": {},
   "diagnosis": {"commands": ["diagnose"]},
   "evals": {"commands": ["evaluate"]},
   "finetuning": {
-    "wings": ["compression"],
+    "wings": ["alignment", "compression"],
     "commands": ["compress", "predict"],
-    "presets": ["finetune.py"],
+    "presets": ["align.py", "finetune.py"],
   },
   "inference": {
     "wings": ["compiler", "compression", "evals", "serving"],
@@ -35,16 +36,18 @@ GOES_WITH = {
     "commands": ["chat", "compile", "compress", "evaluate", "generate", "serve"],
   },
   "scores": {
-    "wings": ["compression", "evals", "finetuning"],
+    "wings": ["alignment", "compression", "evals", "finetuning"],
     "commands": ["compress", "evaluate", "predict"],
-    "presets": ["finetune.py"],
+    "presets": ["align.py", "finetune.py"],
   },
   "serving": {"commands": ["serve"]},
   "sweeps": {"commands": ["sweep"]},
   "templates": {
-    "wings": ["compiler", "compression", "evals", "finetuning", "inference", "serving"],
+    "wings": [
+      *("alignment", "compiler", "compression", "evals", "finetuning", "inference", "serving"),
+    ],
     "commands": ["chat", "compile", "compress", "evaluate", "generate", "predict", "serve"],
-    "presets": ["finetune.py"],
+    "presets": ["align.py", "finetune.py"],
   },
 }
 

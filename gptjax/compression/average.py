@@ -18,7 +18,6 @@ from gptjax.compression.calibration import ROWS
 from gptjax.compression.models import (
   calibration_rows,
   load_whole,
-  meanings,
   params_of,
   with_params,
 )
@@ -150,7 +149,7 @@ def load_alike(
     own = ema and (averaged is None or number < averaged)
     model, found = load_whole(checkpoint, ema=own, progress=progress)
     tokenizer = tokenizer or found
-    if meanings(found) != meanings(tokenizer):
+    if not found.means_the_same(tokenizer):
       raise UserError(f"{first} and {checkpoint} have other tokens.")
     models.append(model)
   return models, tokenizer

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.compression.divergence import DIVERGENCES, Measure, compare, diverge
-from gptjax.compression.models import meanings
 from gptjax.data import tokenizer as tokenizers
 from gptjax.data.batch import Batch
 from gptjax.data.options import DataOptions
@@ -93,7 +92,7 @@ class Distillation(Task):
     """Refuses a teacher whose ids stand for other tokens; its template of chats may be another."""
     settled = super().settle_tokenizer(tokenizer)
     spec = tokenizer_of(self.second_model)
-    if meanings(theirs := tokenizers.load(spec)) != meanings(settled):
+    if not settled.means_the_same(theirs := tokenizers.load(spec)):
       raise UserError(
         f"task.teacher={self.teacher} reads other tokens than this run: {theirs.vocab_size} of "
         f"its own, not the {settled.vocab_size} of {settled.spec!r}. Start in another --workdir "

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.model.gpt import GPT
-from gptjax.model.layers import soft_cap
-from gptjax.objectives.cross_entropy import count_chunks
+from gptjax.objectives.head import LocalHead, scan_chunks, sum_over_rows
 
 # Of p, the teacher's probabilities, and q, the student's: KL(p, q), KL(q, p), and the generalised
 # Jensen-Shannon divergence beta KL(p, m) + (1 - beta) KL(q, m), where m = beta p + (1 - beta) q
@@ -157,83 +156,38 @@ def _per_shard(static: _Static, out_axes, *, gradients: bool):
 def _local(*arrays, static: _Static, gradients: bool):
   """The sums over one device's tokens and its part of the vocabulary, and their gradients."""
   x_BTD, y_BTE, kernel, bias_V, their_kernel, their_bias_V, targets_BT, weights_BT = arrays
-  (B, T, D), dtype, measure = x_BTD.shape, x_BTD.dtype, static.measure
-  over_rows, over_vocab = sharding.split_names("batch", "time"), sharding.split_names("vocab")
-  over_width, vocab_axis = sharding.split_names("embed"), static.axes.index("vocab")
-
-  def add(sums, names=over_vocab):
-    return jax.lax.psum(sums, names) if names else sums
-
-  def whole_width(kernel, axes, dtype):
-    kernel, axis = kernel.astype(dtype), axes.index("embed")
-    return jax.lax.all_gather(kernel, over_width, axis=axis, tiled=True) if over_width else kernel
-
-  def logits(x, kernel, bias_V, axes, cap):
-    contracted = (((1,), (axes.index("embed"),)), ((), ()))
-    raw_CV = jax.lax.dot_general(x, kernel, contracted, preferred_element_type=jnp.float32)
-    return soft_cap(raw_CV if bias_V is None else raw_CV + bias_V[None], cap)
-
-  def log_softmax(logits_CV):
-    """Log probabilities, and the logarithm of what they are normalised by."""
-    top_C = logits_CV.max(axis=-1)
-    top_C = jax.lax.pmax(top_C, over_vocab) if over_vocab else top_C
-    normaliser_C = jnp.log(add(jnp.exp(logits_CV - top_C[:, None]).sum(axis=-1))) + top_C
-    return logits_CV - normaliser_C[:, None], normaliser_C
-
-  def likeliest(logits_CV):
-    """The tokens with the largest logits, the first of several."""
-    top_C, token_C = logits_CV.max(axis=-1), first + logits_CV.argmax(axis=-1)
-    if not over_vocab:
-      return token_C
-    is_largest_C = top_C == jax.lax.pmax(top_C, over_vocab)
-    return jax.lax.pmin(jnp.where(is_largest_C, token_C, jnp.iinfo(jnp.int32).max), over_vocab)
-
-  kernel = whole_width(kernel, static.axes, dtype)
-  their_kernel = whole_width(their_kernel, static.their_axes, y_BTE.dtype)
-  V = kernel.shape[vocab_axis]
-  first = jax.lax.axis_index(over_vocab) * V if over_vocab else 0
+  measure = static.measure
+  head = LocalHead(kernel, bias_V, static.axes, static.cap, x_BTD.dtype)
+  their_head = LocalHead(
+    their_kernel, their_bias_V, static.their_axes, static.their_cap, y_BTE.dtype
+  )
   hard, soft = 1 - measure.alpha, measure.alpha * measure.temperature
 
   def compare_chunk(dhead, chunk):
     x_CD, y_CE, targets_C, weights_C = chunk
-    logits_CV = logits(x_CD, kernel, bias_V, static.axes, static.cap)
-    theirs_CV = logits(y_CE, their_kernel, their_bias_V, static.their_axes, static.their_cap)
-    plain_CV, normaliser_C = log_softmax(logits_CV)
-    is_target_CV = (targets_C - first)[:, None] == jnp.arange(V)[None, :]
-    loss_C = -add(jnp.where(is_target_CV, plain_CV, 0.0).sum(axis=-1))
-    logp_CV, logq_CV = (log_softmax(x / measure.temperature)[0] for x in (theirs_CV, logits_CV))
-    apart_C, dapart_CV = diverge(logp_CV, logq_CV, measure, add)
+    logits_CV, theirs_CV = head.logits(x_CD), their_head.logits(y_CE)
+    plain_CV, normaliser_C = head.log_softmax(logits_CV)
+    is_target_CV = head.is_target(targets_C)
+    loss_C = -head.add(jnp.where(is_target_CV, plain_CV, 0.0).sum(axis=-1))
+    logp_CV, logq_CV = (
+      head.log_softmax(x / measure.temperature)[0] for x in (theirs_CV, logits_CV)
+    )
+    apart_C, dapart_CV = diverge(logp_CV, logq_CV, measure, head.add)
     minimised_C = hard * loss_C + soft * measure.temperature * apart_C
     minimised_C += measure.z_loss * jnp.square(normaliser_C)
-    agrees_C = (likeliest(logits_CV) == likeliest(theirs_CV)).astype(jnp.float32)
+    agrees_C = (head.likeliest(logits_CV) == head.likeliest(theirs_CV)).astype(jnp.float32)
     sums = [jnp.vdot(weights_C, x_C) for x_C in (minimised_C, loss_C, apart_C, agrees_C)]
     if not gradients:
       return dhead, sums
     pull_C = hard + 2 * measure.z_loss * normaliser_C
     dlogits_CV = jnp.exp(plain_CV) * pull_C[:, None] - jnp.where(is_target_CV, hard, 0.0)
     dlogits_CV = (dlogits_CV + soft * dapart_CV) * weights_C[:, None]
-    if static.cap:
-      dlogits_CV *= 1 - jnp.square(logits_CV / static.cap)
-    dbias_V = None if bias_V is None else dhead[1] + dlogits_CV.sum(axis=0)
-    dlogits_CV = dlogits_CV.astype(dtype)
-    dx_CD = jax.lax.dot_general(dlogits_CV, kernel, (((1,), (vocab_axis,)), ((), ())))
-    pair = (dlogits_CV, x_CD) if vocab_axis == 0 else (x_CD, dlogits_CV)
-    added = jax.lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return (dhead[0] + added, dbias_V), [*sums, add(dx_CD)]
+    dhead, dx_CD = head.pull(dhead, dlogits_CV, logits_CV, x_CD)
+    return dhead, [*sums, dx_CD]
 
-  chunks = count_chunks(B * T, 2 * V)  # The logits of both models.
-  chunked = jax.tree.map(
-    lambda leaf: leaf.reshape(chunks, B * T // chunks, *leaf.shape[2:]),
-    (x_BTD, y_BTE, targets_BT, weights_BT),
-  )
-  dhead = None
-  if gradients:
-    zeros_V = None if bias_V is None else jnp.zeros(V, jnp.float32)
-    dhead = (jnp.zeros(kernel.shape, jnp.float32), zeros_V)
-  dhead, results = jax.lax.scan(compare_chunk, dhead, chunked)
-  sums = [add(part.sum(), over_rows) for part in results[:4]]
-  if not gradients:
-    return tuple(sums)
-  dkernel = sharding.sum_scatter(dhead[0], static.axes, over_rows)
-  dbias_V = None if bias_V is None else add(dhead[1], over_rows)
-  return *sums, results[4].reshape(B, T, D), dkernel, dbias_V
+  dhead = head.no_gradient() if gradients else None
+  tokens = (x_BTD, y_BTE, targets_BT, weights_BT)
+  # The logits of both models.
+  dhead, results = scan_chunks(compare_chunk, dhead, tokens, 2 * head.size)
+  sums = tuple(sum_over_rows(jnp.sum(part)) for part in results[:4])
+  return (*sums, results[4].reshape(x_BTD.shape), *head.over_rows(dhead)) if gradients else sums

@@ -48,13 +48,6 @@ def with_params(config: ModelConfig, params: Mapping[str, ArrayLike]) -> GPT:
   return nnx.merge(model_graph(config), traverse_util.unflatten_dict(arrays, sep="/"))
 
 
-def meanings(tokenizer: Tokenizer) -> tuple[list[bytes], dict[str, int]]:
-  """What the ids of a tokenizer stand for. (A chat template, which its fingerprint covers, may be
-  another.)"""
-  table = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
-  return table, dict(tokenizer.specials)
-
-
 def calibration_rows(
   data: str, tokenizer: Tokenizer, *, rows: int, length: int, seed: int
 ) -> np.ndarray:

@@ -189,6 +189,15 @@ class Tokenizer:
     """Returns int32 [vocab_size], the UTF-8 bytes that each id stands for; 0 for specials."""
     return np.array([len(token) for token in self._format.token_bytes], np.int32)
 
+  def means_the_same(self, other: "Tokenizer") -> bool:
+    """Whether the ids of both stand for the same. (A chat template, which `fingerprint` covers, may
+    be another.)"""
+    own, theirs = (
+      ([one.decode_bytes([token]) for token in range(one.vocab_size)], dict(one.specials))
+      for one in (self, other)
+    )
+    return own == theirs
+
   def fingerprint(self) -> str:
     """Returns a hash of everything that decides the encoding."""
     digest = hashlib.sha256(self._format.kind.encode())

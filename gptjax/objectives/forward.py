@@ -7,6 +7,7 @@ from gptjax.model.gpt import GPT
 from gptjax.model.stats import ActivationStats, RouterStats
 from gptjax.objectives import cross_entropy
 from gptjax.objectives.cross_entropy import LossSum
+from gptjax.objectives.log_probs import TokenScores, token_log_probs
 
 
 def hidden(
@@ -61,6 +62,19 @@ def token_loss(
     bias_V=None if model.head_bias is None else model.head_bias[...],
     cap=model.config.head.soft_cap,
     z_loss=z_loss,
+  )
+
+
+def token_scores(model: GPT, x_BTD: jax.Array, batch: Batch) -> TokenScores:
+  """Log probabilities of the target tokens after hidden states, and entropies, [B, T]."""
+  kernel, axes = model.output_kernel()
+  return token_log_probs(
+    model.features(x_BTD),
+    kernel,
+    batch.targets,
+    axes=axes,
+    bias_V=None if model.head_bias is None else model.head_bias[...],
+    cap=model.config.head.soft_cap,
   )
 
 

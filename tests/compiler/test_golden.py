@@ -12,7 +12,7 @@ from gptjax.compile import compile_training
 from gptjax.compiler.hlo import Program, shape_bytes
 from gptjax.compiler.topology import find_slice
 from gptjax.devices import sharding
-from gptjax.objectives import cross_entropy as losses
+from gptjax.objectives import head
 from gptjax.training.resolve import resolve
 from gptjax.training.setup import make_setup
 
@@ -52,9 +52,9 @@ def compile_small(topology, **mesh):
 @pytest.fixture(scope="module")
 def chunked():
   """A loss in two chunks, as it would be at a real vocabulary."""
-  original, losses.MAX_LOGIT_BYTES = losses.MAX_LOGIT_BYTES, ROWS // 16 * LENGTH * VOCAB * 2
+  original, head.MAX_LOGIT_BYTES = head.MAX_LOGIT_BYTES, ROWS // 16 * LENGTH * VOCAB * 2
   yield
-  losses.MAX_LOGIT_BYTES = original
+  head.MAX_LOGIT_BYTES = original
 
 
 @pytest.fixture(scope="module")

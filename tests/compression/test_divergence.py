@@ -13,7 +13,7 @@ from gptjax.compression.divergence import DIVERGENCES, Measure, compare, diverge
 from gptjax.data.batch import Batch
 from gptjax.devices import sharding
 from gptjax.model.gpt import model_graph
-from gptjax.objectives import cross_entropy
+from gptjax.objectives import head
 
 B, T, V = 8, 8, 32
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
@@ -104,7 +104,7 @@ def make_pair(tiny_config, random_params):
 @pytest.fixture
 def chunks_of(monkeypatch):
   """Returns a function that makes a chunk have this many tokens."""
-  return lambda tokens: monkeypatch.setattr(cross_entropy, "MAX_LOGIT_BYTES", tokens * 2 * V * 4)
+  return lambda tokens: monkeypatch.setattr(head, "MAX_LOGIT_BYTES", tokens * 2 * V * 4)
 
 
 def assert_close(actual, expected):

@@ -8,6 +8,7 @@ import pytest
 
 from gptjax.devices import sharding
 from gptjax.objectives import cross_entropy as losses
+from gptjax.objectives import head
 
 B, T, D, V = 4, 8, 16, 24
 TIED, UNTIED = ("vocab", "embed"), ("embed", "vocab")
@@ -77,7 +78,7 @@ def chunks_of(monkeypatch):
   """Returns a function that makes a chunk have this many tokens, of the whole vocabulary."""
 
   def chunks_of(tokens):
-    monkeypatch.setattr(losses, "MAX_LOGIT_BYTES", tokens * V * 4)
+    monkeypatch.setattr(head, "MAX_LOGIT_BYTES", tokens * V * 4)
 
   return chunks_of
 

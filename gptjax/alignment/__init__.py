@@ -1,0 +1,1 @@
+"""Alignment: what people prefer, learnt from pairs of answers."""
