@@ -29,7 +29,7 @@ from gptjax.errors import UserError
 from gptjax.inference import form
 from gptjax.model.gpt import model_graph
 from gptjax.sweeps import definition, study
-from gptjax.training.pretrained import save_model
+from gptjax.training.pretrained import Labels, save_model
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = [
@@ -50,11 +50,18 @@ SWEEPS = [
 def test_sweep_can_be_started(path, monkeypatch, tmp_path, tiny_config, random_params):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(datasets, "fetch", lambda name: tmp_path)
+  for name in ("train", "validation"):
+    labelled = [{"text": label, "label": label} for label in ("negative", "positive")]
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, labelled)))
   # The runs that some of them start from.
   config = tiny_config(vocab_size=260, **{"position.max_positions": 256})
   model = nnx.merge(model_graph(config), random_params(config))
   for run in ("runs/demo", "runs/demo-shrunk"):
     save_model(run, model, tokenizers.load("bytes"), None)
+  config = tiny_config(vocab_size=260, visibility="bidirectional", **{"label_head.num_labels": 2})
+  model = nnx.merge(model_graph(config), random_params(config))
+  labels = Labels("classification", ("negative", "positive"))
+  save_model("runs/soups/0", model, tokenizers.load("bytes"), labels)
   sweep = definition.load(str(path), {}, study.sample_trial)
   assert len(sweep.trials) >= 2
   assert sweep.question.startswith(path.read_text().split('"""')[1][:40])

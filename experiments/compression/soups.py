@@ -19,16 +19,22 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from flax import nnx
 
 from experiments.datasets import fetch
 from gptjax import config as config_lib
 from gptjax.compression.average import Params, greedy_soup, mean
 from gptjax.compression.ensemble import Ensemble
 from gptjax.compression.models import load_whole, params_of, with_params
+from gptjax.data import files
+from gptjax.data.options import read_options
 from gptjax.devices.hosts import prepare_cpu
 from gptjax.errors import UserError
-from gptjax.finetuning.predict import config_of, predict
+from gptjax.finetuning.labels import LabelOutputs
+from gptjax.finetuning.predict import config_of
+from gptjax.objectives.task import make_task
 from gptjax.scores import scores
+from gptjax.training.step import make_eval_step
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent
@@ -39,6 +45,8 @@ VARIANTS = (
   {"optim.learning_rate": 2e-4},
   {"optim.learning_rate": 2e-4, "batch_size": 16},
 )
+# Records that are put to a model at a time.
+BATCH = 32
 COMMON = {
   "total_epochs": 1.0,
   "batch_size": 8,
@@ -65,21 +73,32 @@ def train(number: int, workdir: Path) -> None:
 
 
 class Judge:
-  """Puts a file's records to models of one run's config."""
+  """Puts a file's records to models of one run's config, which are compiled once."""
 
   def __init__(self, run: Path):
-    self.run_config = config_of(str(run))
-    model, self.tokenizer = load_whole(str(run), progress=False)
-    self.config = model.config
+    run_config = config_of(str(run))
+    self.task, self.data = make_task(run_config.task), read_options(run_config)
+    model, tokenizer = load_whole(str(run), progress=False)
+    self.config, self.examples, self._steps = model.config, {}, {}
+    for split in ("validation", "test"):
+      lines = files.open_by_suffix(str(fetch("vader_movies") / f"{split}.jsonl"), "", "error")
+      texts = self.task.read_records(lines, "text")
+      encoded = self.task.encode(texts, tokenizer, self.data, progress=False)
+      self.examples[split] = encoded.examples
 
   def right(self, params: Params | Ensemble, split: str) -> np.ndarray:
     """Whether each record of the file is given its label, booleans [N]."""
-    file = fetch("vader_movies") / f"{split}.jsonl"
     model = params if isinstance(params, Ensemble) else with_params(self.config, params)
-    found = predict(str(file), self.run_config, model, self.tokenizer)
-    lines = file.read_text().splitlines()
-    golds = [json.loads(line)["label"] for line in lines]
-    return np.array([one.label == gold for one, gold in zip(found, golds, strict=True)])
+    graph, state = nnx.split(model)
+    if graph not in self._steps:
+      self._steps[graph] = make_eval_step(graph, self.task)
+    found, examples = [], self.examples[split]
+    for first in range(0, len(examples), BATCH):
+      batch, packed = self.task.pack(examples[first : first + BATCH], self.data)
+      outputs = LabelOutputs(self.task)
+      outputs.add(jax.device_get(self._steps[graph](state, batch)[1]))
+      found += [outputs.answers[place] for place in np.argsort(packed)]
+    return np.array([one.gold == one.predicted for one in found])
 
 
 def compare(models: list[Params], judge: Judge) -> list[dict[str, Any]]:
