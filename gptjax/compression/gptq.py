@@ -20,20 +20,18 @@ def gptq(
   weights_OI: jax.Array,
   gram_II: jax.Array,
   form: Format,
-  grid: Grid | None = None,
   *,
   damping: float = 0.01,
   by_size: bool = True,
 ) -> tuple[jax.Array, Grid]:
   """Rounds a matrix so that its products with inputs that were seen change little (algorithm 1).
 
-  The grids of all groups are made before.
+  The grids of all groups are made before, of the weights as they are.
 
   Args:
     weights_OI: float32.
     gram_II: sum of the outer products of the inputs, float32.
     form: how the numbers are stored.
-    grid: their grid; None is that of the largest weights.
     damping: share of the mean of the gram's diagonal that is added to it.
     by_size: round the columns of the largest inputs first, while many others are left to make up
       for the error ("act-order" in the authors' code); else in their order.
@@ -46,7 +44,7 @@ def gptq(
   # An input that never occurs decides nothing.
   dead_I = size_I == 0
   gram_II = gram_II + jnp.diag(jnp.where(dead_I, 1.0, damping * size_I.mean()))
-  grid = make_grid(weights_OI, form) if grid is None else grid
+  grid = make_grid(weights_OI, form)
   order_I = jnp.argsort(-size_I) if by_size else jnp.arange(I)
   group_I = order_I // (form.group or I)
   weights_OI, gram_II = weights_OI[:, order_I], gram_II[order_I][:, order_I]

@@ -151,14 +151,14 @@ def _round_layer(
     factors_I, gram_II = factors.get(projection), inputs.get(projection, {}).get("gram")
     if factors_I is not None:
       matrix_OI = matrix_OI * factors_I[None]
-    if factors_I is None or gram_II is None:
-      grid = make_grid(matrix_OI, form)
-    else:
-      gram_II = gram_II / jnp.outer(factors_I, factors_I)
-      grid = clipped_grid(matrix_OI, gram_II, form)
+      gram_II = None if gram_II is None else gram_II / jnp.outer(factors_I, factors_I)
     if method.endswith("gptq"):
-      codes_OI, _ = gptq(matrix_OI, gram_II, form, grid)
+      # Not clipped: GPTQ would make up for what is cut off, which costs more than it gains
+      # (experiments/compression).
+      codes_OI, grid = gptq(matrix_OI, gram_II, form)
     else:
+      clips = method == "awq"
+      grid = clipped_grid(matrix_OI, gram_II, form) if clips else make_grid(matrix_OI, form)
       codes_OI = to_codes(matrix_OI, grid, form)
     scales_I = None if factors_I is None else 1 / factors_I
     codes = store_codes(codes_OI, grid, form)
