@@ -125,7 +125,16 @@ def loss_and_gradient(task, models, batch, *, same=False):
   return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+QUICK = ("dpo", "ipo", "orpo")
+
+
+@pytest.mark.parametrize(
+  "task",
+  [
+    pytest.param(task, marks=[] if name in QUICK else pytest.mark.slow, id=name)
+    for name, task in TASKS.items()
+  ],
+)
 def test_losses_are_those_of_the_papers_packed_and_padded(models, task):
   found = by_paper(task, *(answer_log_probs(*one) for one in models))
   packed, gradient = loss_and_gradient(task, models, PACKED)
@@ -213,6 +222,7 @@ def one_device(monkeypatch):
   monkeypatch.setattr(jax, "devices", lambda *_: first)
 
 
+@pytest.mark.slow
 def test_a_run_comes_to_favour_the_better_answers(files, one_device):
   config = make_config(files, **{"task.reference": str(files / "start")})
   train(config, files / "run")

@@ -74,7 +74,11 @@ def stored(model, plan):
     pytest.param(EXPERTS, marks=pytest.mark.slow, id="experts"),
   ],
 )
-@pytest.mark.parametrize("plan", [PLANS["int4 in groups"], PLANS["scaled"]], ids=["int4", "scaled"])
+@pytest.mark.parametrize(
+  "plan",
+  [pytest.param(PLANS["int4 in groups"], marks=pytest.mark.slow), PLANS["scaled"]],
+  ids=["int4", "scaled"],
+)
 def test_logits_are_those_of_the_weights_that_it_stands_for(make, plan, changes):
   model = make(**changes)
   small = stored(model, plan)
