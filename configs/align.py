@@ -12,8 +12,8 @@ gptjax/alignment/pairs.py lists them:
     orpo   learns to write it, and makes its odds larger than the worse one's
 
 batch_size counts rows, which hold as many pairs as fit. Learning rates are those of the papers for
-models of 7B parameters (Rafailov et al. 2023, appendix B; Hong et al. 2024, appendix C), of cpo and
-simpo that of dpo; not measured by us on such models. One epoch, after a tenth of which the learning
+models of several billion parameters (Rafailov et al. 2023; Hong et al. 2024), of cpo and simpo that
+of dpo; not measured by us on such models. One epoch, after a tenth of which the learning
 rate falls linearly.
 """
 

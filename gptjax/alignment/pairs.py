@@ -24,7 +24,7 @@ from gptjax.data.sources import documents
 from gptjax.errors import UserError
 from gptjax.finetuning.chat_encoding import ChatEncoder, FlaggingEncoder, decode_flags
 from gptjax.finetuning.conversations import Conversation, Conversations, read
-from gptjax.finetuning.record_packing import first_fit_decreasing
+from gptjax.finetuning.record_packing import document_spans, pack_whole
 
 _VERSION = 1
 
@@ -170,8 +170,7 @@ class PackedPairs:
       UserError: no pair is left.
     """
     self._tokens, self._mark, self.sequence_length = cache.tokens, mark, sequence_length
-    self._starts = np.asarray(cache.boundaries) + 1
-    self._stops = np.append(self._starts[1:] - 1, cache.num_tokens - 1)
+    self._starts, self._stops = document_spans(cache)
     # Without the mark, and a token of each conversation that is a target alone.
     places = self._stops - self._starts - 3
     fits, shortest = places <= sequence_length, places.min()
@@ -189,9 +188,7 @@ class PackedPairs:
         f"Set --config.sequence_length={shortest} or more."
       )
     kept = np.flatnonzero(kept)
-    rows = first_fit_decreasing(places[kept], sequence_length)
-    self._members = kept[np.concatenate(rows)]
-    self._row_ends = np.cumsum([len(row) for row in rows])
+    self._members, self._row_ends = pack_whole(kept, places, sequence_length)
 
   def __len__(self) -> int:
     return len(self._row_ends)

@@ -118,6 +118,7 @@ class _OfPairs(AnswerTask):
   def reference_scores(self, model: GPT, batch: Batch) -> PairScores | None:
     """What a frozen model says of the same pairs, if the task has one."""
     del model, batch
+    return None
 
   def loss(
     self,

@@ -37,8 +37,7 @@ class PackedConversations:
       UserError: no conversation is left.
     """
     self._tokens, self.sequence_length = cache.tokens, sequence_length
-    self._starts = np.asarray(cache.boundaries) + 1
-    self._stops = np.append(self._starts[1:] - 1, cache.num_tokens - 1)
+    self._starts, self._stops = document_spans(cache)
     places = self._stops - self._starts - 1
     kept = places <= sequence_length
     overlong_ones = np.flatnonzero(~kept)
@@ -53,9 +52,8 @@ class PackedConversations:
         f"Set --config.sequence_length={places.min()} or more."
       )
     kept = np.flatnonzero(kept)
-    rows = first_fit_decreasing(np.minimum(places[kept], sequence_length), sequence_length)
-    self._members = kept[np.concatenate(rows)]
-    self._row_ends = np.cumsum([len(row) for row in rows])
+    places = np.minimum(places, sequence_length)
+    self._members, self._row_ends = pack_whole(kept, places, sequence_length)
 
   def __len__(self) -> int:
     return len(self._row_ends)
@@ -82,6 +80,29 @@ class PackedConversations:
 
   def _has_target(self, one: int) -> bool:
     return bool(self._read(one)[1][1:].any())
+
+
+def document_spans(cache: TokenCache) -> tuple[np.ndarray, np.ndarray]:
+  """Where each document's tokens start and stop in a cache, without separators; int64."""
+  starts = np.asarray(cache.boundaries) + 1
+  return starts, np.append(starts[1:] - 1, cache.num_tokens - 1)
+
+
+def pack_whole(
+  kept: np.ndarray, places: np.ndarray, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Packs documents, whole, into rows.
+
+  Args:
+    kept: the numbers of those that are packed.
+    places: what each document takes, also those that are not kept.
+    capacity: what a row has room for.
+
+  Returns:
+    The documents row after row, and where each row ends among them.
+  """
+  rows = first_fit_decreasing(places[kept], capacity)
+  return kept[np.concatenate(rows)], np.cumsum([len(row) for row in rows])
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[np.ndarray]:
